@@ -1,0 +1,129 @@
+"""The keys and values of all positions so far, in two preallocated arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from qwen3np.config import Config
+from qwen3np.numerics import BFLOAT16, Array, Numerics
+
+
+class ContextOverflowError(ValueError):
+    """More positions than there is room for. Nothing was written."""
+
+
+@dataclass
+class KVCache:
+    """Rotated keys and values of every layer, and the ids they belong to.
+
+    lengths says how many positions of each sequence hold something; what lies behind is never read. Sequences may have
+    different lengths. To drop the end of one (the padding of a prompt, an answer to be written anew), set its length
+    back: `cache.lengths[b] = n`.
+    """
+
+    k: Array  # (L, B, K, max_length, Dh)
+    v: Array  # (L, B, K, max_length, Dh)
+    ids: Array  # (B, max_length)
+    lengths: Array  # (B,)
+    rows: Array  # the sequences this cache speaks of: all B, unless made by select
+
+    @classmethod
+    def allocate(
+        cls,
+        config: Config,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> KVCache:
+        """Return an empty cache for batch_size sequences of up to max_length positions (the config's maximum if None).
+
+        dtype is float32, bfloat16 or float64. Systems that hand out memory on first use (Linux, macOS) take only what
+        the positions in use need. Raises ValueError for sizes below 1 and other dtypes.
+        """
+        dtype = np.dtype(dtype)
+        if dtype not in (BFLOAT16, np.float32, np.float64):
+            raise ValueError(f"KVCache: dtype {dtype} is not supported; supported: float32, bfloat16, float64")
+        max_length = config.max_position_embeddings if max_length is None else max_length
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"KVCache: batch_size {batch_size} and max_length {max_length} must be at least 1")
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        ids, lengths = np.zeros((batch_size, max_length), np.int64), np.zeros(batch_size, np.int64)
+        return cls(np.zeros(shape, dtype), np.zeros(shape, dtype), ids, lengths, np.arange(batch_size))
+
+    @property
+    def batch_size(self) -> int:
+        """The number of sequences."""
+        return len(self.rows)
+
+    @property
+    def max_length(self) -> int:
+        """How many positions each sequence has room for."""
+        return self.k.shape[3]
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """Return a cache of these sequences alone, in this order. It shares memory: what it writes is written here."""
+        return KVCache(self.k, self.v, self.ids, self.lengths, self.rows[list(rows)])
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for max_length positions in each sequence, by moving to larger arrays if need be."""
+        if max_length <= self.max_length:
+            return
+        used = int(self.lengths.max())
+        for name, axis in (("k", 3), ("v", 3), ("ids", 1)):
+            old: Array = getattr(self, name)
+            new = np.zeros((*old.shape[:axis], max_length, *old.shape[axis + 1 :]), old.dtype)
+            kept = (slice(None),) * axis + (slice(used),)
+            new[kept] = old[kept]
+            setattr(self, name, new)
+
+    def keep_prefix(self, b: int, ids: Sequence[int]) -> int:
+        """Drop what sequence b holds beyond its longest common prefix with ids, and return that prefix's length."""
+        row = self.rows[b]
+        held = self.ids[row, : min(self.lengths[row], len(ids))]
+        differs = np.flatnonzero(held != ids[: len(held)])
+        self.lengths[row] = differs[0] if len(differs) else len(held)
+        return int(self.lengths[row])
+
+    def check(self, config: Config, numerics: Numerics, batch_size: int, new: int) -> None:
+        """Raise ValueError unless `new` more positions of batch_size sequences fit, for this config and precision.
+
+        ContextOverflowError, a ValueError, when there is no room for them.
+        """
+        layers, _, heads, room, head_dim = self.k.shape
+        expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        if (layers, heads, head_dim) != expected:
+            raise ValueError(
+                f"cache: made for another config: its (layers, KV heads, head_dim) are {(layers, heads, head_dim)}, "
+                f"the model's {expected}"
+            )
+        if not np.can_cast(numerics.storage, self.k.dtype, "safe"):
+            raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
+        if batch_size != self.batch_size:
+            raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
+        for row in self.rows:
+            if not 0 <= self.lengths[row] <= room - new:
+                raise ContextOverflowError(
+                    f"cache: sequence {row} holds {self.lengths[row]} of {room} positions; {new} more do not fit"
+                )
+
+    def write(self, layer: int, b: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Put k and v (K, S, Dh) behind what sequence b holds, and return all of it: two views (K, T, Dh).
+
+        The lengths stay as they are until `advance`, when all layers are done.
+        """
+        row = self.rows[b]
+        start = self.lengths[row]
+        end = start + k.shape[1]
+        self.k[layer, row, :, start:end] = k
+        self.v[layer, row, :, start:end] = v
+        return self.k[layer, row, :, :end], self.v[layer, row, :, :end]
+
+    def advance(self, ids: Array) -> None:
+        """Count the positions that `write` filled in every layer: those of ids (B, S)."""
+        for row, new in zip(self.rows, ids, strict=True):
+            self.ids[row, self.lengths[row] : self.lengths[row] + len(new)] = new
+        self.lengths[self.rows] += ids.shape[1]

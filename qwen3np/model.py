@@ -1,0 +1,120 @@
+"""The whole model: embedding, L blocks, final norm, head (Qwen3 technical report, 2025, https://arxiv.org/abs/2505.09388).
+
+Weights are a dictionary with Hugging Face's tensor names; config, weights and cache are arguments of every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qwen3np.attention import self_attention
+from qwen3np.cache import KVCache
+from qwen3np.config import Config
+from qwen3np.linear import linear
+from qwen3np.mlp import swiglu
+from qwen3np.norm import rms_norm
+from qwen3np.numerics import Array, Numerics, Record, ignore, precision
+from qwen3np.rope import rotary_tables
+
+
+def forward(
+    weights: Mapping[str, Array],
+    config: Config,
+    input_ids: ArrayLike,
+    cache: KVCache | None = None,
+    *,
+    numerics: str = "float32",
+    last_only: bool = False,
+    trace: Record | None = None,
+) -> Array:
+    """Return the logits of the next token after each position: (B, S, V), or (B, 1, V) with last_only.
+
+    input_ids: (B, S) token ids, or (S,) read as B = 1. With a cache, sequence b goes on at position cache.lengths[b],
+    its keys and values are added, and the lengths advance when all is done. numerics is "float32", "float64" or
+    "bfloat16" (which rounds where transformers' eager bfloat16 does); logits are float32, or float64 for "float64".
+    trace is called once for each recorded point, in order, with its name and its array, which is the caller's to keep.
+
+    Raises ValueError for ids that are empty, out of range or no integers, and for a cache that does not match
+    (ContextOverflowError when it is full); nothing is changed then.
+    """
+    n, record = precision(numerics), trace or ignore
+    ids = checked_ids(input_ids, config)
+    batch: int = ids.shape[0]
+    new: int = ids.shape[1]
+    if cache is not None:
+        cache.check(config, n, batch, new)
+    starts = np.zeros(batch, np.int64) if cache is None else cache.lengths[cache.rows]
+    tables = rotary_tables(config, starts[:, None] + np.arange(new), n)
+
+    embedding = weights["model.embed_tokens.weight"]
+    x = n.widen(embedding[ids])  # (B, S, D)
+    record("model.embed_tokens", x)
+    for layer in range(config.num_hidden_layers):
+        x = block(x, weights, layer, config, tables, cache, n, record)
+    if last_only:
+        x = x[:, -1:]
+    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
+    record("model.norm", x)
+    head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+    logits = linear(x, head, None, n)
+    record("lm_head", logits)
+    if cache is not None:
+        cache.advance(ids)
+    return logits
+
+
+def block(
+    x: Array,
+    weights: Mapping[str, Array],
+    layer: int,
+    config: Config,
+    tables: tuple[Array, Array],
+    cache: KVCache | None,
+    numerics: Numerics,
+    record: Record,
+) -> Array:
+    """One decoder layer: x + attention(norm(x)), then the same with the MLP. x (B, S, D) -> (B, S, D)."""
+    prefix = f"model.layers.{layer}."
+
+    def normalise(y: Array, name: str) -> Array:
+        y = rms_norm(y, weights[f"{prefix}{name}.weight"], config.rms_norm_eps, numerics)
+        record(f"{prefix}{name}", y)
+        return y
+
+    h = normalise(x, "input_layernorm")
+    here = None if cache is None else (cache, layer)
+    h = self_attention(h, weights, f"{prefix}self_attn.", config, tables, here, numerics, record)
+    x = numerics.round(x + h)
+    record(f"{prefix}attn_residual", x)
+    h = swiglu(normalise(x, "post_attention_layernorm"), weights, f"{prefix}mlp.", numerics, record)
+    x = numerics.round(x + h)
+    record(prefix[:-1], x)
+    return x
+
+
+def checked_ids(input_ids: ArrayLike, config: Config) -> Array:
+    """Return input_ids as an integer array (B, S). Raises ValueError, which says what is wrong and where."""
+    try:
+        ids: np.ndarray[Any, Any] = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError("input_ids: rows of different lengths; pad them on the right to one length") from None
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids: shape {ids.shape}; expected (B, S) or (S,)")
+    if ids.size == 0:
+        raise ValueError("input_ids: empty; a prompt needs at least one token")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"input_ids: dtype {ids.dtype}; token ids are integers")
+    outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
+    if len(outside):
+        row, column = outside[0]
+        raise ValueError(
+            f"input_ids: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "
+            f"0 to {config.vocab_size - 1}" + (f" ({len(outside)} such ids)" if len(outside) > 1 else "")
+        )
+    return ids

@@ -1,0 +1,17 @@
+"""Root mean square normalisation (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen3np.numerics import FLOAT32, Array, Numerics
+
+
+def rms_norm(x: Array, weight: Array, eps: float, numerics: Numerics = FLOAT32) -> Array:
+    """Return weight * x / sqrt(mean(x²) + eps), the mean over the last axis. x (..., N), weight (N,) -> (..., N).
+
+    In bfloat16 it rounds twice: the normalised x, then its product with the weight (Qwen3RMSNorm in transformers,
+    models/qwen3/modeling_qwen3.py).
+    """
+    scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return numerics.round(numerics.widen(weight) * numerics.round(x * scale))
