@@ -1,0 +1,245 @@
+"""A folder <-> (config, weights): the safetensors files of a Hugging Face checkpoint, mapped and checked.
+
+The format: https://huggingface.co/docs/safetensors. Eight bytes give the length of a JSON header, which gives each
+tensor's dtype, shape and place in the bytes behind it. Reading it here, rather than through a library, is what lets
+every tensor be a view of the mapped file, in bfloat16 too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from qwen3np.config import Config, ConfigError, read_json
+from qwen3np.numerics import BFLOAT16, Array
+
+Weights: TypeAlias = Mapping[str, Array]
+
+_DTYPES: dict[str, np.dtype[Any]] = {"BF16": BFLOAT16, "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_LISTED = 20  # problems told one by one, so that an error stays readable
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message lists everything that is wrong with it."""
+
+
+def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of this model, in the order of use."""
+    d, f, dh = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * dh, config.num_key_value_heads * dh
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
+    for name, outputs, inputs in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
+        layer[f"self_attn.{name}.weight"] = (outputs, inputs)
+        if config.attention_bias:
+            layer[f"self_attn.{name}.bias"] = (outputs,)
+    layer |= {"self_attn.q_norm.weight": (dh,), "self_attn.k_norm.weight": (dh,)}
+    layer |= {"post_attention_layernorm.weight": (d,)}
+    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+    for n in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def count_parameters(config: Config) -> dict[str, int]:
+    """Return how many parameters the model has.
+
+    "total" counts a tied head as a matrix of its own, "unique" counts what is stored, "non_embedding" leaves out the
+    embedding and the head, "active" is what one token uses (all that is unique, in a dense model).
+    """
+    embedding = config.vocab_size * config.hidden_size
+    unique = sum(math.prod(shape) for shape in weight_shapes(config).values())
+    total = unique + embedding * config.tie_word_embeddings
+    return {"total": total, "unique": unique, "non_embedding": total - 2 * embedding, "active": unique}
+
+
+def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> dict[str, Array]:
+    """Return random float32 weights; the same seed gives the same weights.
+
+    As a training run starts: matrices normal with initializer_range, norm weights 1, biases 0. trained_like instead
+    scales matrices by their number of inputs and draws norm weights and biases, as they are after training: with norm
+    weights of 1 many bugs of a port cannot be seen, since a norm then commutes with the rotation.
+    """
+    weights: dict[str, Array] = {}
+    for index, (name, shape) in enumerate(weight_shapes(config).items()):
+        rng = np.random.default_rng([seed, index])
+        if len(shape) == 2:
+            std = 1 / math.sqrt(shape[1]) if trained_like else config.initializer_range
+            weights[name] = rng.standard_normal(shape, np.float32)
+            weights[name] *= np.float32(std)
+        elif not trained_like:
+            weights[name] = np.full(shape, name.endswith("norm.weight"), np.float32)
+        elif name.endswith(".bias"):
+            weights[name] = (0.1 * rng.standard_normal(shape)).astype(np.float32)
+        else:
+            weights[name] = np.exp(0.4 * rng.standard_normal(shape)).astype(np.float32)
+    return weights
+
+
+def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
+    """Return the config and the mapped, read-only weights of a folder, after checking all of them.
+
+    Reads config.json and the headers of model.safetensors, or of the shards in model.safetensors.index.json; not one
+    weight. A head that is stored though the config ties it to the embedding is left out. Raises ConfigError for the
+    config, CheckpointError for the rest: one message that lists what is missing, extra, truncated, or of another shape
+    or dtype than the config asks for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    config = Config.from_file(folder / "config.json")
+    problems: list[str] = []
+    stored: dict[str, Array | None] = {}  # None: found, but not usable; its problem is listed
+    for path, listed in _files(folder, problems).items():
+        tensors = _map_file(path, problems)
+        for name in listed or ():
+            if name not in tensors:
+                problems.append(f"{name}: not in {path.name}, where {_INDEX} puts it")
+        for name in stored.keys() & tensors.keys():
+            problems.append(f"{name}: in more than one file")
+        stored |= tensors
+
+    expected = weight_shapes(config)
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    problems += [f"{name}: extra: no such tensor in this model" for name in sorted(stored.keys() - expected.keys())]
+    for name, shape in expected.items():
+        if name not in stored:
+            problems.append(f"{name}: missing")
+        elif (tensor := stored[name]) is not None and tensor.shape != shape:
+            problems.append(f"{name}: shape {tensor.shape}, but the config asks for {shape}")
+    if problems:
+        unique = list(dict.fromkeys(problems))
+        rest = [f"... and {len(unique) - _LISTED} more"] if len(unique) > _LISTED else []
+        raise CheckpointError(f"{folder}: not a usable checkpoint: " + "; ".join([*unique[:_LISTED], *rest]))
+    return config, {name: cast("Array", stored[name]) for name in expected}
+
+
+def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dtype: DTypeLike | None = None) -> None:
+    """Write config.json and model.safetensors, which transformers loads unchanged.
+
+    dtype (bfloat16, float16 or float32) is what the tensors are rounded to; None keeps each as it is. The folder is
+    made if need be. Raises CheckpointError for tensors that do not fit the config, for another dtype and for a folder
+    that already holds a checkpoint; each file appears whole or not at all.
+    """
+    folder = Path(folder)
+    for name in ("config.json", _SINGLE, _INDEX):
+        if (folder / name).exists():
+            raise CheckpointError(f"{folder}: already holds a checkpoint ({name}); choose a new folder")
+    shapes = weight_shapes(config)
+    names = {stored: name for name, stored in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to know whose layout it is
+    problems = [f"{name}: extra: no such tensor in this model" for name in weights.keys() - shapes.keys()]
+    end = 0
+    for name, shape in shapes.items():
+        if name not in weights:
+            problems.append(f"{name}: missing")
+            continue
+        stored = np.dtype(dtype or weights[name].dtype)
+        if weights[name].shape != shape:
+            problems.append(f"{name}: shape {weights[name].shape}, but the config asks for {shape}")
+        elif stored not in names:
+            problems.append(f"{name}: dtype {stored}; supported: bfloat16, float16, float32")
+        else:
+            begin, end = end, end + math.prod(shape) * stored.itemsize
+            header[name] = {"dtype": names[stored], "shape": shape, "data_offsets": [begin, end]}
+    if problems:
+        raise CheckpointError(f"{folder}: not saved: " + "; ".join(problems[:_LISTED]))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    aside = folder / f"{_SINGLE}.part"
+    try:
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in shapes:
+                # a view as bytes: NumPy's buffer protocol has no format for bfloat16
+                tensor = np.ascontiguousarray(weights[name].astype(dtype or weights[name].dtype, copy=False))
+                file.write(tensor.view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, folder / _SINGLE)
+    finally:
+        aside.unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
+    """Return the safetensors files of a folder, each with the tensors that the index, if there is one, puts there."""
+    if (folder / _SINGLE).exists():
+        return {folder / _SINGLE: None}
+    if not (folder / _INDEX).exists():
+        raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
+    try:
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
+    files: dict[Path, list[str] | None] = {}
+    for name, shard in cast("dict[str, Any]", weight_map).items():
+        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
+            problems.append(f"{name}: {_INDEX} puts it into {shard!r}, which is not the name of a file in the folder")
+        elif not (folder / shard).is_file():
+            problems.append(f"{shard}: missing, though {_INDEX} names it")
+        else:
+            listed = files.setdefault(folder / shard, [])
+            assert listed is not None
+            listed.append(name)
+    return files
+
+
+def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
+    """Map a safetensors file and return its tensors as read-only views; what cannot be one goes into problems."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            problems.append(f"{path.name}: truncated: {size} bytes, too few for its header")
+            return {}
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path.name}: the header is not JSON: {error}")
+            return {}
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if not isinstance(header, dict):
+        problems.append(f"{path.name}: the header is not an object")
+        return {}
+    tensors: dict[str, Array | None] = {}
+    for name, entry in cast("dict[str, Any]", header).items():
+        if name == "__metadata__":
+            continue
+        tensors[name] = None
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+        except (KeyError, TypeError, ValueError):
+            whole, dtype, shape, begin, end = False, "", (), 0, 0
+        if not whole:
+            problems.append(f"{name}: its entry in the header of {path.name} is malformed")
+        elif dtype not in _DTYPES:
+            problems.append(f"{name}: dtype {dtype}; supported: BF16, F16, F32 (unquantised weights)")
+        elif end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            problems.append(f"{name}: {end - begin} bytes in {path.name} do not make {dtype} {shape}")
+        elif 8 + length + end > size:
+            problems.append(f"{name}: {path.name} is truncated: {size} bytes of at least {8 + length + end}")
+        else:
+            flat = np.frombuffer(mapped, _DTYPES[dtype], math.prod(shape), 8 + length + begin)
+            tensors[name] = flat.reshape(shape)
+    return tensors
