@@ -17,6 +17,7 @@ from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore, softmax
 from qwen3np.rope import rotate
+from qwen3np.threads import share
 
 
 def self_attention(
@@ -75,16 +76,26 @@ def attend(q: Array, k: Array, v: Array, numerics: Numerics = FLOAT32) -> tuple[
     """
     query_heads, new, head_dim = q.shape
     kv_heads, total, _ = k.shape
-    k, v, r = numerics.widen(k), numerics.widen(v), numerics.round
+    r = numerics.round
     # the G = H / K queries of a KV head lie side by side, so that K and V are never repeated
-    scores = r(q.reshape(kv_heads, -1, head_dim) @ np.swapaxes(k, 1, 2))  # (K, G * S, T)
-    scores = r(scores * head_dim**-0.5).reshape(query_heads, new, total)
+    q = q.reshape(kv_heads, -1, new, head_dim)  # (K, G, S, Dh)
     hidden = np.triu(np.ones((new, total), np.bool_), total - new + 1)  # (S, T): keys behind the query
-    np.copyto(scores, -np.inf, where=hidden)
-    probs = r(softmax(scores))
-    context = r(probs.reshape(kv_heads, -1, total) @ v)  # (K, G * S, Dh)
-    context = np.swapaxes(context.reshape(query_heads, new, head_dim), 0, 1)
-    return context.reshape(new, -1), scores, probs
+    scores = np.empty((*q.shape[:3], total), numerics.dtype)
+    probs = np.empty_like(scores)
+    context = np.empty((new, *q.shape[:2], head_dim), numerics.dtype)
+
+    def attend_group(head: int) -> None:
+        keys, values = numerics.widen(k[head]), numerics.widen(v[head])
+        products = r(q[head].reshape(-1, head_dim) @ np.transpose(keys))  # (G * S, T)
+        scores[head] = r(products * head_dim**-0.5).reshape(scores.shape[1:])
+        np.copyto(scores[head], -np.inf, where=hidden)
+        probs[head] = r(softmax(scores[head]))
+        mixed = r(probs[head].reshape(-1, total) @ values)  # (G * S, Dh)
+        context[:, head] = np.swapaxes(mixed.reshape(q.shape[1:]), 0, 1)
+
+    share(range(kv_heads), 2 * q.size * total, attend_group)
+    whole = (query_heads, new, total)
+    return context.reshape(new, -1), scores.reshape(whole), probs.reshape(whole)
 
 
 def _stack(arrays: Sequence[Array], fill: float) -> Array:

@@ -5,25 +5,39 @@ from __future__ import annotations
 import numpy as np
 
 from qwen3np.numerics import FLOAT32, Array, Numerics
+from qwen3np.threads import num_threads, share
 
-# Rows of W are upcast and applied this many elements at a time: a block in float32 (1 MiB) stays in the L2 cache, and
-# a mapped bfloat16 matrix never exists as a whole float32 copy. float32 matrices are cut in the same places, so the
-# bits of the result do not depend on how the weights are stored.
-BLOCK_ELEMENTS = 1 << 18
+# Rows of W in one product of several rows of x. A BLAS rounds differently beside the edges of a product, so they are
+# the same for every way to store W and every number of threads.
+TILE = 256
+# Elements of stored weights that are upcast at a time: few enough to be applied while they are in the cache.
+BLOCK_ELEMENTS = 1 << 19
 
 
 def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = FLOAT32) -> Array:
     """Return R(x Wᵀ + b), accumulated in float32 (float64). x (..., in), w (out, in), bias (out,) -> (..., out).
 
-    The layout of torch.nn.Linear: a row of W for each output.
+    The layout of torch.nn.Linear: a row of W for each output. W is used where it lies, mapped or in memory.
     """
     outputs, inputs = w.shape
-    rows = x.reshape(-1, inputs)
+    rows = np.ascontiguousarray(x.reshape(-1, inputs))
     y = np.empty((len(rows), outputs), numerics.dtype)
-    step = max(4, BLOCK_ELEMENTS // inputs // 4 * 4)
-    for start in range(0, outputs, step):
-        block = numerics.widen(w[start : start + step])
-        np.matmul(rows, np.transpose(block), out=y[:, start : start + step])
+    if len(rows) == 1:  # dot products, four rows of W at a time: the same bits wherever they are cut between those
+        step = -(-outputs // (4 * num_threads())) * 4
+        block = step if w.dtype == numerics.storage == numerics.dtype else max(BLOCK_ELEMENTS // inputs // 4, 1) * 4
+    else:
+        step = block = TILE
+
+    def apply(start: int) -> None:
+        stop = min(start + step, outputs)
+        for a in range(start, stop, block):
+            b = min(a + block, stop)
+            part = np.require(
+                numerics.widen(w[a:b]), None, ["C", "A"]
+            )  # other layouts would not reach BLAS, or its bits
+            np.matmul(rows, np.transpose(part), out=y[:, a:b])
+
+    share(range(0, outputs, step), y.size * inputs, apply)
     if bias is not None:
         y += numerics.widen(bias)
     return numerics.round(y).reshape(*x.shape[:-1], outputs)

@@ -19,8 +19,10 @@ from qwen3np.mlp import swiglu
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
+from qwen3np.threads import one_blas_thread
 
 
+@one_blas_thread()
 def forward(
     weights: Mapping[str, Array],
     config: Config,
