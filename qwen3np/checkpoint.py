@@ -188,7 +188,7 @@ def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
     try:
         weight_map = read_json(folder / _INDEX).get("weight_map")
     except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{folder / _INDEX}: {error}") from None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
     files: dict[Path, list[str] | None] = {}
@@ -228,7 +228,7 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         tensors[name] = None
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+            whole = isinstance(dtype, str) and all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
         except (KeyError, TypeError, ValueError):
             whole, dtype, shape, begin, end = False, "", (), 0, 0
         if not whole:

@@ -65,22 +65,15 @@ class Config:
         values["rope_theta"] = _rope_theta(d)
         eos = values.get("eos_token_id", ())
         values["eos_token_id"] = tuple(cast("list[Any]", eos)) if isinstance(eos, (list, tuple)) else (eos,)
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
+        if "num_key_value_heads" in d and "num_attention_heads" in values:
+            # null means a key and value head for each query head
+            values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        for key in _SIZES:
             if key not in values:
                 raise ConfigError(f"config: {key} is missing; a Qwen3 config.json always gives it")
-        if "num_key_value_heads" in d:  # null means one K and V head for each query head
-            values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        else:
-            raise ConfigError("config: num_key_value_heads is missing; a Qwen3 config.json always gives it")
+            _check_int(key, values[key])
+        _refuse_sliding_layers(d, values["num_hidden_layers"])
         if "head_dim" not in values:
-            for key in ("hidden_size", "num_attention_heads"):
-                _check_int(key, values[key])
             if values["hidden_size"] % values["num_attention_heads"]:
                 raise _unsupported(
                     "head_dim",
@@ -97,7 +90,10 @@ class Config:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        return cls.from_dict(read_json(path))
+        try:
+            return cls.from_dict(read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {str(error).removeprefix('config: ')}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a config.json that this package and transformers (4.51 or newer) read back."""
@@ -114,17 +110,17 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ConfigError, which names the file and the place in it."""
+    """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a checkpoint folder needs one") from None
+        raise ConfigError("no such file; a checkpoint folder needs one") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+        raise ConfigError(f"holds a JSON {type(value).__name__}, not an object")
     return cast("dict[str, Any]", value)
 
 
@@ -156,6 +152,16 @@ def _check_ids(key: str, value: tuple[Any, ...]) -> None:
 _CHECKS = {"int": _check_int, "float": _check_float, "bool": _check_bool, "tuple[int, ...]": _check_ids}
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
 def _refuse_other_mathematics(d: Mapping[str, Any]) -> None:
     """Raise ConfigError for each switch that transformers obeys and this package does not have."""
     only = {  # key: (the one supported value, which is also its meaning when absent, in words)
@@ -171,14 +177,23 @@ def _refuse_other_mathematics(d: Mapping[str, Any]) -> None:
     if d.get("model_type") is None and any(d.get(key) for key in ("num_experts", "num_local_experts")):
         raise ConfigError("config: num_experts is given without a model_type; supported: dense models")
 
-    layer_types = d.get("layer_types")
-    if layer_types is None:
-        slides = d.get("use_sliding_window") and d.get("sliding_window") is not None
-        first = d.get("max_window_layers", 28)
-        if slides and not (isinstance(first, int) and first >= d.get("num_hidden_layers", 0)):
+
+def _refuse_sliding_layers(d: Mapping[str, Any], layers: int) -> None:
+    """Raise ConfigError where some layer would see only a window of the positions before it."""
+    types = d.get("layer_types")
+    if types is not None:  # it decides alone
+        if not isinstance(types, list) or cast("list[Any]", types).count("full_attention") != len(
+            cast("list[Any]", types)
+        ):
+            raise _unsupported("layer_types", cast("object", types), '"full_attention" for every layer')
+        if len(cast("list[Any]", types)) != layers:
+            raise _unsupported(
+                "layer_types", cast("object", types), f'"full_attention" for each of the {layers} layers'
+            )
+    elif d.get("use_sliding_window") and d.get("sliding_window") is not None:
+        first = d.get("max_window_layers", 28)  # the class default of transformers
+        if not isinstance(first, int) or first < layers:
             raise _unsupported("use_sliding_window", True, "false: every layer attends to all positions before it")
-    elif layer_types != ["full_attention"] * d.get("num_hidden_layers", 0):
-        raise _unsupported("layer_types", layer_types, '"full_attention" for each of num_hidden_layers')
 
 
 def _rope_theta(d: Mapping[str, Any]) -> float:
@@ -202,6 +217,6 @@ def _rope_theta(d: Mapping[str, Any]) -> float:
     if not thetas:
         # transformers would fall back to 10,000, which is wrong for every released checkpoint
         raise ConfigError("config: rope_theta is missing (looked for rope_theta and rope_parameters.rope_theta)")
-    if any(theta != thetas[0] for theta in thetas):
+    if any(theta != thetas[0] for theta in thetas[1:]):
         raise ConfigError(f"config: rope_theta is given more than once, with different values: {thetas}")
     return thetas[0]

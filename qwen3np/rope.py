@@ -19,8 +19,9 @@ def inverse_frequencies(config: Config, numerics: Numerics = FLOAT32) -> Array:
     (compute_default_rope_parameters in models/qwen3/modeling_qwen3.py).
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=numerics.dtype) / numerics.dtype.type(config.head_dim)
+    base = numerics.dtype.type(config.rope_theta)
     # NumPy's float32 power is off by an ulp too often; torch's is almost always the float64 one, rounded
-    powers = np.power(config.rope_theta, exponents, dtype=np.float64).astype(numerics.dtype)
+    powers = np.power(base, exponents, dtype=np.float64).astype(numerics.dtype)
     return 1 / powers
 
 
