@@ -1,0 +1,144 @@
+"""A name -> a folder: a checkpoint on this disk, or one of the Hugging Face Hub."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from qwen3np.checkpoint import CheckpointError
+
+# All that is read of a checkpoint. Repositories may hold the same weights in other formats beside them
+# (consolidated.safetensors, onnx/, *.bin, *.gguf).
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+# The older form of tokenizer.json, needed only where that is missing.
+VOCABULARY_FILES = ["vocab.json", "merges.txt"]
+
+# What cannot be a Hub id: it starts like a path, or has a second slash, a backslash or a colon.
+_PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True) -> Path:
+    """Return the folder of a checkpoint; a Hub id is downloaded first.
+
+    An existing folder is returned as it is, and `revision` means nothing then. A Hub id (`Qwen/Qwen3-0.6B`)
+    is fetched by huggingface_hub into its cache: only `FILES`, at `revision` (a branch, tag or commit; None
+    is `main`). What the cache holds is not transferred again, and serves alone where the Hub does not answer.
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are obeyed by huggingface_hub itself.
+
+    `progress` shows bars on stderr if that is a terminal.
+
+    Raises CheckpointError: one line that says why there is no folder, and what to do.
+    """
+    name, folder = os.fspath(name_or_path), os.path.expanduser(name_or_path)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.isfile(folder):
+        raise CheckpointError(f"{name} is a file: give the folder that holds it")
+    if isinstance(name_or_path, os.PathLike) or _PATH.match(name):
+        raise CheckpointError(f"there is no folder {name}: give one that exists, or a Hub id such as Qwen/Qwen3-0.6B")
+    try:
+        return _download(name, revision, quiet=not (progress and sys.stderr.isatty()))
+    except CheckpointError:
+        raise
+    except Exception as error:  # its HTTP client differs between versions, and hf_xet has its own errors
+        raise CheckpointError(_explain(error, name, revision)) from error
+
+
+def _download(name: str, revision: str | None, *, quiet: bool) -> Path:
+    from huggingface_hub import (
+        constants,
+        model_info,
+        snapshot_download,  # pyright: ignore[reportUnknownVariableType]  # a bare `dict` in its signature
+    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):  # left alone, some of its bars are drawn into files too
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+
+    try:
+        # snapshot_download asks this too, but without a timeout.
+        info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:
+        with suppress(LocalEntryNotFoundError):
+            cached = snapshot_download(name, revision=revision, allow_patterns=FILES, local_files_only=True)
+            if not _missing(os.listdir(cached)):
+                return Path(cached)
+        raise
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+    if missing := _missing(files):
+        raise CheckpointError(
+            f"{name} on {constants.ENDPOINT} has no {missing}: give a repository (or a revision) with the "
+            "weights as transformers saves them in safetensors; .bin and .gguf cannot be read"
+        )
+    patterns = FILES if "tokenizer.json" in files else FILES + VOCABULARY_FILES
+    bar = NoBar if quiet else None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+
+
+def _missing(files: Collection[str]) -> str | None:
+    """Name a file without which `files` are no checkpoint."""
+    if "config.json" not in files:
+        return "config.json"
+    if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
+        return "model.safetensors"
+    return None
+
+
+def _explain(error: BaseException, name: str, revision: str | None) -> str:
+    """Put an error of huggingface_hub into one line that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # the reason why it had to be in the cache
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    log_in = "set HF_TOKEN or run `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return f"{name!r} is neither a folder nor a Hub id such as Qwen/Qwen3-0.6B"
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return (
+            f"there is neither a folder {name} nor a model {name} on {hub}: check the spelling "
+            f"(owner/name, such as Qwen/Qwen3-0.6B); if it is private, {log_in}"
+        )
+    if status in (401, 403):
+        return f"{hub} refuses access to {name} ({status}): accept its licence on {hub}/{name}, then {log_in}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision}: give a branch, a tag or a commit of {hub}/{name}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"{name} is not complete in the cache {cache}, and HF_HUB_OFFLINE is set: "
+            "run once without it to download the rest, or give a folder"
+        )
+    if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+        return (
+            f"cannot write {name} into the cache {cache} ({error.strerror}): "
+            "make room there, or set HF_HOME to a folder on another disk"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{name} is not complete in the cache {cache}, and downloading it from {hub} failed ({reason}): "
+        "check the connection and run it again (files that arrived whole are kept), or give a folder"
+    )

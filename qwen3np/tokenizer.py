@@ -1,0 +1,229 @@
+"""Text <-> token ids: Qwen3's byte-level BPE, run by the `tokenizers` library, and the checkpoint's chat template."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+
+from qwen3np.chat import render_chat
+from qwen3np.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# How Qwen3's tokenizer.json splits text before BPE; a folder with vocab.json and merges.txt alone does not say it.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Byte-level BPE writes each byte as one visible character: itself where Latin-1 shows it, else the next from U+0100.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
+
+# The names under which templates see special tokens (transformers' special_tokens_map).
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a checkpoint folder; its files are read at first use."""
+
+    folder: Path
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of `path`: tokenizer.json, else vocab.json + merges.txt; CheckpointError without them."""
+        folder = Path(path)
+        files = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+        if not (files["tokenizer.json"] or (files["vocab.json"] and files["merges.txt"])):
+            raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
+        return cls(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens written in it become their ids, none are added.
+
+        ValueError for lone surrogates, which no UTF-8 and so no token can write.
+        """
+        backend = self._backend
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
+
+    def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; ids that the tokenizer does not know (the model's padding) have none.
+
+        Bytes that are not UTF-8 become U+FFFD. ValueError for anything that is no token id.
+        """
+        return self._backend.decode([_token_id(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def stream(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> Iterator[str]:
+        """The text of `ids` in pieces, each given out as soon as it is whole; together they equal `decode`.
+
+        Incomplete UTF-8 waits for its rest: it becomes U+FFFD when it can no longer be completed.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            if piece := decoder.decode(self._bytes(_token_id(i), skip_special_tokens)):
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def token_to_id(self, name: str) -> int | None:
+        """The id of the token written `name` (added tokens as they read, others in byte-level form), or None."""
+        return self._backend.token_to_id(name)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that `skip_special_tokens` drops, with their ids (`<think>` and `<tool_call>` are not special)."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of entries, added tokens included (the model's own vocabulary may be padded beyond it)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """`messages` as the text the model was trained on: `chat.render_chat` with the checkpoint's own template.
+
+        Of several templates the one named "tool_use" serves calls with tools, "default" the others. ValueError
+        without a template, and as in `render_chat`.
+        """
+        templates = self._chat_templates
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
+            found = f"only the chat templates {sorted(templates)}" if templates else "no chat template"
+            raise ValueError(f"{self.folder}: {found}; a chat needs chat_template.jinja in this folder")
+        tokens = {name: _content(self._config[name]) for name in _NAMED if self._config.get(name) is not None}
+        return render_chat(
+            templates[name],
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=enable_thinking,
+            **tokens | kwargs,
+        )
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders
+
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            return self._from_vocab_and_merges()
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise CheckpointError(f"{file}: the decoder is {backend.decoder}, where Qwen3 has ByteLevel")
+        # What a training run may have saved: encode would silently cut or pad.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def _from_vocab_and_merges(self) -> tokenizers.Tokenizer:
+        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+
+        vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
+        try:
+            backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{vocab} with {merges.name}: not a BPE vocabulary: {error}") from error
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        config = self.folder / "tokenizer_config.json"
+        try:
+            added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{config}: no usable added_tokens_decoder: {error!r}") from error
+        backend.add_tokens([token for _, token in sorted(added.items())])
+        for i, token in added.items():
+            if backend.token_to_id(token.content) != i:
+                raise CheckpointError(f"{config}: {token.content} has id {i}, which {vocab.name} does not lead to")
+        return backend
+
+    def _bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        """The bytes of one token, as the library's ByteLevel decoder reads them."""
+        token = self._backend.id_to_token(token_id)
+        if token is None or (skip_special_tokens and token in self.special_tokens):
+            return b""
+        try:
+            return bytes([_BYTE_OF[character] for character in token])
+        except KeyError:  # an added token in plain text
+            return token.encode()
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        file = self.folder / "tokenizer_config.json"
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(_read(file))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{file}: not a JSON object")
+        return cast("dict[str, Any]", config)
+
+    @cached_property
+    def _chat_templates(self) -> dict[str, str]:
+        """Name -> template: files of their own win over tokenizer_config.json, as in transformers."""
+        files = {file.stem: file for file in self.folder.glob("additional_chat_templates/*.jinja")}
+        if (file := self.folder / "chat_template.jinja").is_file():
+            files["default"] = file
+        if files:
+            return {name: _read(file) for name, file in files.items()}
+        found: Any = self._config.get("chat_template") or {}
+        if isinstance(found, str):
+            return {"default": found}
+        try:
+            return {entry["name"]: entry["template"] for entry in found}
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template") from error
+
+
+def _token_id(value: SupportsIndex) -> int:
+    try:
+        token_id = operator.index(value)
+    except TypeError:
+        token_id = -1
+    if not 0 <= token_id < 2**32:  # what the library's ids can hold
+        raise ValueError(f"not a token id: {value!r}")
+    return token_id
+
+
+def _content(token: Any) -> Any:
+    """The text of a token in tokenizer_config.json, which is that text or an object around it."""
+    return cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
