@@ -1,0 +1,41 @@
+"""Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
+
+from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.checkpoint import (
+    CheckpointError,
+    Weights,
+    count_parameters,
+    init_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+from qwen3np.config import Config, ConfigError
+from qwen3np.conversation import Conversation
+from qwen3np.generate import generate, stop_at, stream
+from qwen3np.loading import Model, load
+from qwen3np.model import forward
+from qwen3np.scoring import score
+from qwen3np.tokenizer import Tokenizer
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "ContextOverflowError",
+    "Conversation",
+    "KVCache",
+    "Model",
+    "Tokenizer",
+    "Weights",
+    "count_parameters",
+    "forward",
+    "generate",
+    "init_weights",
+    "load",
+    "read_checkpoint",
+    "save_checkpoint",
+    "score",
+    "stop_at",
+    "stream",
+]
+__version__ = "0.1.0"

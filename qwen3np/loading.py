@@ -1,0 +1,129 @@
+"""A folder or a Hub name -> a Model: config, weights, tokenizer and generation defaults together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qwen3np.cache import KVCache
+from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint
+from qwen3np.config import Config, ConfigError, read_json
+from qwen3np.generate import Batch, Ids, generate, stream
+from qwen3np.hub import resolve
+from qwen3np.model import forward
+from qwen3np.numerics import FLOAT32, Array
+from qwen3np.tokenizer import Tokenizer
+
+DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory. The methods only forward to the functions of the same name."""
+
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer | None  # None where the folder has none; everything on ids still works
+    generation_config: Mapping[str, Any]
+
+    def forward(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Any) -> Array:
+        """Return logits; see qwen3np.forward."""
+        return forward(self.weights, self.config, input_ids, cache, **options)
+
+    def generate(self, input_ids: Ids | Batch, **options: Any) -> tuple[list[int] | list[list[int]], KVCache]:
+        """Return new ids and the cache; see qwen3np.generate. What options leave out, generation_config.json gives."""
+        return generate(self.weights, self.config, input_ids, **(self.generation_defaults() | options))
+
+    def stream(self, input_ids: Ids, **options: Any) -> Iterator[int]:
+        """Yield new ids; see qwen3np.stream. What options leave out, generation_config.json gives."""
+        return stream(self.weights, self.config, input_ids, **(self.generation_defaults() | options))
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
+
+        Its filters count only with do_sample, as in transformers; without it decoding is greedy. The stop ids come
+        from config.json where generation_config.json has none.
+        """
+        given = {key: value for key, value in self.generation_config.items() if value is not None}
+        eos: int | list[int] | tuple[int, ...] = given.get("eos_token_id", self.config.eos_token_id)
+        defaults: dict[str, Any] = {
+            "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+            "stop_ids": (eos,) if isinstance(eos, int) else tuple(eos),
+            "temperature": 0.0,
+        }
+        if given.get("do_sample"):
+            defaults["temperature"] = given.get("temperature", 1.0)
+            defaults |= {key: given[key] for key in ("top_k", "top_p", "min_p") if key in given}
+        if "repetition_penalty" in given:
+            defaults["repetition_penalty"] = given["repetition_penalty"]
+        return defaults
+
+
+def load(
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    weights_dtype: str = "auto",
+    progress: bool = True,
+) -> Model:
+    """Load a checkpoint from a folder, or from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B").
+
+    weights_dtype "bfloat16" maps the file: ready at once, in the memory of the file. "float32" makes one float32 copy:
+    twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory that is free.
+    The result of a forward does not depend on it. progress shows bars on stderr for what takes more than a second.
+
+    Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint.
+    """
+    if weights_dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, bfloat16, float32")
+    if name_or_path is None:
+        raise CheckpointError("no checkpoint given: name a folder, or a Hub id such as Qwen/Qwen3-0.6B")
+    folder = resolve(name_or_path, revision=revision, progress=progress)
+    config, weights = read_checkpoint(folder)
+    generation_config: dict[str, Any] = {}
+    if (folder / "generation_config.json").exists():
+        try:
+            generation_config = read_json(folder / "generation_config.json")
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+
+    float32_bytes = sum(4 * tensor.size for tensor in weights.values())
+    if weights_dtype == "float32" or (weights_dtype == "auto" and float32_bytes <= available_memory() / 2):
+        weights = _copied(weights, progress)
+    elif weights_dtype == "bfloat16" and any(tensor.itemsize > 2 for tensor in weights.values()):
+        raise CheckpointError(f"{folder}: holds float32 weights, which cannot be mapped as bfloat16; use auto")
+    return Model(config, weights, tokenizer, generation_config)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can be used without swapping, as the system estimates it; 0 if it cannot say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:  # macOS and other Unix systems: no estimate of what is free, so a part of what there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
+    """Return float32 copies of mapped weights."""
+    from tqdm import tqdm
+
+    total = sum(tensor.size for tensor in weights.values())
+    copies: dict[str, Array] = {}
+    with tqdm(total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=not progress) as bar:
+        for name, tensor in weights.items():
+            copies[name] = FLOAT32.widen(tensor) if tensor.dtype != np.float32 else np.array(tensor)
+            cast("Any", bar).update(copies[name].nbytes)
+    return copies

@@ -1,0 +1,64 @@
+"""How likely a text is: the log-probability of each of its tokens, in windows where it is longer than the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qwen3np.cache import KVCache
+from qwen3np.checkpoint import Weights
+from qwen3np.config import Config
+from qwen3np.model import checked_ids, forward
+from qwen3np.numerics import Array, precision
+from qwen3np.sampling import log_probabilities
+
+CHUNK = 128  # positions whose logits (V each) are in memory at once
+
+
+def score(
+    weights: Weights,
+    config: Config,
+    input_ids: Sequence[int],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    numerics: str = "float32",
+    progress: Callable[[int], object] | None = None,
+) -> Array:
+    """Return log p(token | what comes before it in its window) for every token but the first: (N - 1,) float64.
+
+    The first window covers `window` tokens (the model's context if None); each further one begins `stride` tokens
+    later (half a window if None) and scores only what no window has scored yet. So a token sees at least
+    window - stride tokens, and a text that fits into one window gets exactly the log-probabilities of one forward.
+    progress is told how many tokens were scored. The perplexity of the text is exp(-mean of the result).
+
+    Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context.
+    """
+    ids = checked_ids(input_ids, config)[0]
+    context = config.max_position_embeddings
+    window = min(context, max(len(ids), 2)) if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    if len(ids) < 2:
+        raise ValueError("score: the text has one token; at least two are needed, since the first is only context")
+    if not 0 < stride < window <= context:
+        raise ValueError(f"score: 0 < stride < window <= context must hold: {stride}, {window}, {context}")
+
+    cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
+    result = np.empty(len(ids) - 1)
+    scored, start = 1, 0  # tokens before `scored` have their log-probability, or are the first
+    while scored < len(ids):
+        end = min(start + window, len(ids))
+        cache.lengths[0] = 0
+        if scored - 1 > start:  # context alone: its logits are not wanted
+            forward(weights, config, ids[start : scored - 1], cache, numerics=numerics, last_only=True)
+        while scored < end:
+            chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
+            logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
+            targets = ids[scored : scored + len(chunk)]
+            result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]
+            scored += len(chunk)
+            if progress:
+                progress(len(chunk))
+        start += stride
+    return result
