@@ -1,0 +1,5 @@
+"""`python -m qwen3np` is the command `qwen3np`."""
+
+from qwen3np.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""The command line: text goes to stdout, all else to stderr; `error: ...` and status 2 when it cannot be done."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from qwen3np import __version__
+from qwen3np.commands import chat, generate, info, score
+
+COMMANDS = {"generate": generate, "chat": chat, "score": score, "info": info}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line. Ends the process with status 2 after an error, 130 after Ctrl-C."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    parser = argparse.ArgumentParser(prog="qwen3np", description="Qwen3 in NumPy.")
+    parser.add_argument("--version", action="version", version=f"qwen3np {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        text, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", f"example: {command.EXAMPLE}"
+        subparser = subparsers.add_parser(name, help=command.HELP, description=text, epilog=epilog)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
