@@ -1,0 +1,48 @@
+"""Print what loading a checkpoint as mapped bfloat16 costs, and the peak memory of one forward of 32 tokens.
+
+    python benchmarks/footprint.py FOLDER
+
+Linux: memory is read from /proc. The process that measures does nothing else before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import qwen3np
+
+
+def memory(name: str) -> int:
+    """Return a value of this process from /proc/self/status, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    """Measure and print a JSON object."""
+    folder = Path(sys.argv[1])
+    file = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    before, began = memory("VmRSS"), time.perf_counter()
+    model = qwen3np.load(folder, weights_dtype="bfloat16", progress=False)
+    seconds, after = time.perf_counter() - began, memory("VmRSS")
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 32)
+    model.forward(ids)
+    result = {
+        "file_bytes": file,
+        "load_seconds": round(seconds, 4),
+        "load_resident_growth_bytes": after - before,
+        "forward_peak_bytes": memory("VmHWM"),
+        "forward_peak_over_file": round(memory("VmHWM") / file, 4),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
