@@ -1,0 +1,53 @@
+"""Fixtures that several test files share, and how hypothesis draws."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawing import trained_like
+from hypothesis import HealthCheck, settings
+
+from qwen3np.config import Config
+
+# The same examples in every run. `--hypothesis-profile=fresh` draws new ones.
+settings.register_profile(
+    "fresh", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile("reproducible", settings.get_profile("fresh"), derandomize=True)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of official config.json files and published figures."""
+    if "QWEN3NP_DATA" not in os.environ:
+        pytest.skip("the official Qwen3 files are not here: set QWEN3NP_DATA to their folder")
+    return Path(os.environ["QWEN3NP_DATA"])
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    """A model that tells apart what is equal by chance in others: Dh is not D / H, G is 3, nothing is a square."""
+    return Config(
+        vocab_size=101,
+        hidden_size=40,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1e6,
+        max_position_embeddings=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def weights(config) -> dict[str, np.ndarray]:
+    """Weights of that model as after training; read-only, as those of a mapped checkpoint are."""
+    weights = trained_like(config, 0)
+    for tensor in weights.values():
+        tensor.setflags(write=False)
+    return weights

@@ -1,0 +1,56 @@
+"""What tests draw from: small configs over every switch of the mathematics, weights as after training, ids."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from qwen3np.checkpoint import init_weights
+from qwen3np.config import Config
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def draw_config(rng: np.random.Generator) -> Config:
+    """Draw a small dense config: tied or not, G from 1 to 8, Dh other than D / H, theta from 1e4 to 1e7."""
+    kv_heads = int(rng.integers(1, 4))
+    heads = kv_heads * int(rng.integers(1, 9))
+    hidden_size = 8 * int(rng.integers(3, 13))
+    head_dims = [dh for dh in (4, 6, 8, 16, 32) if dh * heads != hidden_size]
+    return Config(
+        vocab_size=int(rng.integers(64, 257)),
+        hidden_size=hidden_size,
+        intermediate_size=int(rng.integers(24, 161)),
+        num_hidden_layers=int(rng.integers(1, 5)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=int(rng.choice(head_dims)),
+        rope_theta=float(10 ** rng.uniform(4, 7)),
+        rms_norm_eps=float(rng.choice([1e-6, 1e-5, 1e-3])),
+        max_position_embeddings=1024,
+        attention_bias=bool(rng.integers(2)),
+        tie_word_embeddings=bool(rng.integers(2)),
+    )
+
+
+def trained_like(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """Return float32 weights as they are after training: norm weights other than 1, matrices scaled by their inputs."""
+    return init_weights(config, seed, trained_like=True)
+
+
+def draw_ids(rng: np.random.Generator, config: Config, *shape: int) -> np.ndarray:
+    """Draw token ids of this shape."""
+    return rng.integers(0, config.vocab_size, shape)
+
+
+def relative(x: np.ndarray, truth: np.ndarray) -> float:
+    """Return the relative L2 distance of x from the truth."""
+    x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
+    return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
+
+
+def round_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round float32 numbers to bfloat16, ties to even, with integers alone: x plus just under half of the last bit."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1
+    return ((bits + 0x7FFF + odd) & 0xFFFF0000).view(np.float32)

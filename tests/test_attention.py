@@ -1,0 +1,158 @@
+"""attend, the attention of one sequence: what softmax(q kᵀ) v must satisfy, and a loop over single queries."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from drawing import SEEDS, round_bfloat16
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3np.attention import attend
+from qwen3np.numerics import PRECISIONS, precision
+
+FLOAT64 = precision("float64")
+NAMES = st.sampled_from(list(PRECISIONS))
+
+
+def draw(seed, name="float64"):
+    """Return q (H, S, Dh), k and v (K, T, Dh), in the dtype of this precision, and the generator."""
+    rng, numerics = np.random.default_rng(seed), precision(name)
+    kv_heads, group, new = (int(n) for n in rng.integers(1, (4, 5, 7)))
+    total, head_dim = new + int(rng.integers(0, 6)), 2 * int(rng.integers(1, 9))
+    sizes = (kv_heads * group, new, head_dim), (kv_heads, total, head_dim), (kv_heads, total, head_dim)
+    q, k, v = (numerics.round(rng.standard_normal(size).astype(numerics.dtype)) for size in sizes)
+    return q, k, v, rng
+
+
+def by_heads(context, heads):
+    """(S, H * Dh) -> (H, S, Dh)."""
+    return np.swapaxes(context.reshape(len(context), heads, -1), 0, 1)
+
+
+@given(SEEDS)
+def test_matches_one_query_at_a_time(seed):
+    q, k, v, _ = draw(seed)
+    context, scores, probs = attend(q, k, v, FLOAT64)
+    heads, new, dh = q.shape
+    total, group = k.shape[1], heads // len(k)
+    assert (context.dtype, scores.dtype, probs.dtype) == (np.float64,) * 3
+    for h, s in np.ndindex(heads, new):
+        visible = total - new + s + 1
+        products = [math.fsum(q[h, s] * key) / math.sqrt(dh) for key in k[h // group, :visible]]
+        exps = [math.exp(p - max(products)) for p in products]
+        shares = [e / math.fsum(exps) for e in exps]
+        out = [math.fsum(p * x for p, x in zip(shares, lane, strict=False)) for lane in v[h // group].T]
+        np.testing.assert_allclose(scores[h, s, :visible], products, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(probs[h, s, :visible], shares, rtol=1e-13)
+        np.testing.assert_allclose(context[s, h * dh : (h + 1) * dh], out, rtol=0, atol=1e-14)
+
+
+@given(SEEDS, NAMES)
+def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
+    q, k, v, rng = draw(seed, name)
+    new, total = q.shape[1], k.shape[1]
+    before = attend(q, k, v, precision(name))
+    s = int(rng.integers(0, new))
+    later = slice(total - new + s + 1, None)  # what query s must not see
+    k, v = k.copy(), v.copy()
+    k[:, later], v[:, later] = 100 * rng.standard_normal(k[:, later].shape), 1e30
+    after = attend(q, k, v, precision(name))
+    np.testing.assert_array_equal(after[0][: s + 1], before[0][: s + 1])
+    for a, b in zip(after[1:], before[1:], strict=True):
+        np.testing.assert_array_equal(a[:, : s + 1], b[:, : s + 1])
+
+
+@given(SEEDS, NAMES)
+def test_probabilities_sum_to_1_and_are_0_where_hidden(seed, name):
+    q, k, v, _ = draw(seed, name)
+    _, scores, probs = attend(q, k, v, precision(name))
+    _, new, total = probs.shape
+    hidden = np.arange(total) > np.arange(total - new, total)[:, None]
+    np.testing.assert_array_equal(scores == -np.inf, np.broadcast_to(hidden, probs.shape))
+    assert not probs[:, hidden].any()
+    assert probs.min() >= 0
+    tolerance = {"float64": 1e-15, "float32": 3e-7, "bfloat16": 2**-8}[name]
+    np.testing.assert_allclose(probs.sum(-1), 1, atol=tolerance)
+
+
+@given(SEEDS, st.floats(-1000, 1000))
+def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(seed, size):
+    q, k, v, rng = draw(seed)
+    # the same vector added to every key adds one number to all scores of a query
+    vector = size * rng.standard_normal((len(k), 1, k.shape[-1])) / math.sqrt(k.shape[-1])
+    context, _, probs = attend(q, k, v, FLOAT64)
+    moved = attend(q, k + vector, v, FLOAT64)
+    np.testing.assert_allclose(moved[2], probs, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(moved[0], context, rtol=0, atol=1e-11)
+
+
+@given(SEEDS, NAMES)
+def test_one_visible_key_returns_its_value(seed, name):
+    q, k, v, _ = draw(seed, name)
+    context, _, _ = attend(q[:, :1], k[:, :1], v[:, :1], precision(name))
+    values = np.repeat(v[:, 0], len(q) // len(v), axis=0)  # (H, Dh)
+    np.testing.assert_array_equal(context, values.reshape(1, -1))
+
+
+@given(SEEDS)
+def test_output_lies_in_the_convex_hull_of_the_visible_values(seed):
+    q, k, v, rng = draw(seed)
+    context = by_heads(attend(q, k, v, FLOAT64)[0], len(q))
+    directions = np.concatenate([np.eye(v.shape[-1]), rng.standard_normal((20, v.shape[-1]))])
+    values, outputs = np.repeat(v @ directions.T, len(q) // len(v), axis=0), context @ directions.T
+    for s in range(q.shape[1]):  # in no direction beyond the farthest value
+        seen = values[:, : v.shape[1] - q.shape[1] + s + 1]
+        assert np.all(outputs[:, s] <= seen.max(1) + 1e-13)
+        assert np.all(outputs[:, s] >= seen.min(1) - 1e-13)
+
+
+@given(SEEDS)
+def test_grouped_heads_equal_repeated_keys_and_values(seed):
+    q, k, v, _ = draw(seed)
+    group = len(q) // len(k)
+    repeated = attend(q, np.repeat(k, group, axis=0), np.repeat(v, group, axis=0), FLOAT64)
+    for grouped, truth in zip(attend(q, k, v, FLOAT64), repeated, strict=True):
+        np.testing.assert_allclose(grouped, truth, rtol=0, atol=1e-14)
+
+
+@given(SEEDS, NAMES)
+def test_a_permutation_of_the_groups_permutes_the_output(seed, name):
+    q, k, v, rng = draw(seed, name)
+    p = rng.permutation(len(k))
+    moved = q.reshape(len(k), -1, *q.shape[1:])[p].reshape(q.shape)
+    context, _, _ = attend(q, k, v, precision(name))
+    groups = by_heads(context, len(k))
+    np.testing.assert_array_equal(by_heads(attend(moved, k[p], v[p], precision(name))[0], len(k)), groups[p])
+
+
+@given(SEEDS)
+def test_queries_one_by_one_equal_queries_together(seed):
+    q, k, v, _ = draw(seed)
+    context, _, _ = attend(q, k, v, FLOAT64)
+    earlier = k.shape[1] - q.shape[1]
+    for s in range(q.shape[1]):
+        end = earlier + s + 1
+        alone, _, _ = attend(q[:, s : s + 1], k[:, :end], v[:, :end], FLOAT64)
+        np.testing.assert_allclose(alone[0], context[s], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dh", [6, 16, 128])
+def test_bfloat16_rounds_product_scaling_softmax_and_context(dh):
+    rng, r, numerics = np.random.default_rng(dh), round_bfloat16, precision("bfloat16")
+    # small whole numbers: the sums are exact in any order, so that only the roundings are seen
+    q, k = rng.integers(-3, 4, (4, 5, dh)).astype(np.float32), rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)
+    v = rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)
+    q[:, -1] += 11
+    context, scores, probs = attend(q, k, v, numerics)
+    hidden = np.arange(9) > np.arange(4, 9)[:, None]
+    products = r(np.einsum("hsd,htd->hst", q, np.repeat(k, 2, 0)))
+    truth = np.where(hidden, -np.inf, r((products * np.float64(dh**-0.5)).astype(np.float32)))
+    np.testing.assert_array_equal(scores, truth)
+    exps = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+    truth = r((exps / exps.sum(-1, keepdims=True)).astype(np.float32))
+    np.testing.assert_array_equal(probs, truth)
+    truth = r(np.einsum("hst,htd->shd", probs.astype(np.float64), np.repeat(v, 2, 0)).astype(np.float32))
+    np.testing.assert_array_equal(context, truth.reshape(5, -1))

@@ -1,0 +1,432 @@
+"""Checkpoints: files go to and from the safetensors library, and broken ones are told apart before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from drawing import SEEDS, draw_config, draw_ids, trained_like
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3np import CheckpointError, ConfigError, forward, init_weights, read_checkpoint, save_checkpoint
+from qwen3np.checkpoint import weight_shapes
+from qwen3np.numerics import BFLOAT16
+
+DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+
+
+def assert_same_bits(weights, truth):
+    assert weights.keys() == truth.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == truth[name].dtype, name
+        assert tensor.shape == truth[name].shape, name
+        assert tensor.tobytes() == truth[name].tobytes(), name
+
+
+def write(path, header, data=b""):
+    """Write a safetensors file by hand; header may be bytes that are no header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    """One layer: 14 tensors, few enough for an error to list a problem with each."""
+    return replace(config, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    return trained_like(config, 0)
+
+
+@pytest.fixture
+def folder(tmp_path, config, weights):
+    """A good checkpoint, in bfloat16."""
+    save_checkpoint(tmp_path / "good", config, weights, dtype=BFLOAT16)
+    return tmp_path / "good"
+
+
+def problems(folder):
+    """Return the message of the CheckpointError that reading this folder raises, behind the folder's name."""
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(folder)
+    assert str(error.value).startswith(str(folder))
+    return str(error.value)[len(str(folder)) :]
+
+
+def save_shards(folder, config, weights, count):
+    """Write weights as transformers does when they are large: shards, and an index that says which tensor is where."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    weight_map = {}
+    for n in range(count):
+        name = f"model-{n + 1:05}-of-{count:05}.safetensors"
+        shard = dict(list(weights.items())[n::count])
+        safetensors.numpy.save_file(shard, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_names_and_shapes_are_those_of_transformers(config):
+    """Qwen3ForCausalLM(...).state_dict() of this config, written down."""
+    shapes = {
+        "model.embed_tokens.weight": (101, 40),
+        "model.layers.0.self_attn.q_proj.weight": (96, 40),
+        "model.layers.0.self_attn.q_proj.bias": (96,),
+        "model.layers.0.self_attn.k_proj.weight": (32, 40),
+        "model.layers.0.self_attn.k_proj.bias": (32,),
+        "model.layers.0.self_attn.v_proj.weight": (32, 40),
+        "model.layers.0.self_attn.v_proj.bias": (32,),
+        "model.layers.0.self_attn.o_proj.weight": (40, 96),
+        "model.layers.0.self_attn.o_proj.bias": (40,),
+        "model.layers.0.self_attn.q_norm.weight": (16,),
+        "model.layers.0.self_attn.k_norm.weight": (16,),
+        "model.layers.0.mlp.gate_proj.weight": (56, 40),
+        "model.layers.0.mlp.up_proj.weight": (56, 40),
+        "model.layers.0.mlp.down_proj.weight": (40, 56),
+        "model.layers.0.input_layernorm.weight": (40,),
+        "model.layers.0.post_attention_layernorm.weight": (40,),
+        "model.norm.weight": (40,),
+        "lm_head.weight": (101, 40),
+    }
+    assert weight_shapes(replace(config, attention_bias=True)) == shapes
+    plain = {name: shape for name, shape in shapes.items() if not name.endswith("bias")}
+    assert weight_shapes(config) == plain
+    del plain["lm_head.weight"]
+    assert weight_shapes(replace(config, tie_word_embeddings=True)) == plain
+
+
+@given(SEEDS, st.sampled_from(list(DTYPES.values())))
+@settings(max_examples=10)
+def test_saved_and_read_are_the_same_bits(tmp_path_factory, seed, dtype):
+    config = draw_config(np.random.default_rng(seed))
+    weights, folder = trained_like(config, seed), tmp_path_factory.mktemp("saved") / "new" / "folder"
+    save_checkpoint(folder, config, weights, dtype=dtype)
+    again, read = read_checkpoint(folder)
+    assert again == config
+    assert_same_bits(read, {name: w.astype(dtype) for name, w in weights.items()})
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path, config, weights):
+    mixed = {name: w.astype(list(DTYPES.values())[n % 3]) for n, (name, w) in enumerate(weights.items())}
+    save_checkpoint(tmp_path / "mixed", config, mixed)
+    assert_same_bits(read_checkpoint(tmp_path / "mixed")[1], mixed)
+    assert_same_bits(safetensors.numpy.load_file(tmp_path / "mixed" / "model.safetensors"), mixed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype):
+    save_checkpoint(tmp_path / "saved", config, weights, dtype=DTYPES[dtype])
+    file = tmp_path / "saved" / "model.safetensors"
+    assert_same_bits(safetensors.numpy.load_file(file), {name: w.astype(DTYPES[dtype]) for name, w in weights.items()})
+    with safetensors.safe_open(file, "np") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {dtype}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_safetensors_library_saved_is_read(tmp_path, config, weights, dtype):
+    truth = {name: w.astype(DTYPES[dtype]) for name, w in weights.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    safetensors.numpy.save_file(truth, tmp_path / "model.safetensors")
+    assert_same_bits(read_checkpoint(tmp_path)[1], truth)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_torch_reads_and_writes_the_same_files(tmp_path, config, weights, dtype):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    ours = {name: w.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, w in weights.items()}
+    save_checkpoint(tmp_path / "ours", config, ours)
+    theirs = load_file(tmp_path / "ours" / "model.safetensors")
+    for name, w in weights.items():
+        assert torch.equal(theirs[name], torch.from_numpy(w.copy()).to(getattr(torch, dtype)))
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    (tmp_path / "theirs.safetensors").replace(tmp_path / "ours" / "model.safetensors")
+    assert_same_bits(read_checkpoint(tmp_path / "ours")[1], ours)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shards_are_one_checkpoint(tmp_path, config, weights, count):
+    truth = {name: w.astype(BFLOAT16) for name, w in weights.items()}
+    save_shards(tmp_path / "shards", config, truth, count)
+    again, read = read_checkpoint(tmp_path / "shards")
+    assert again == config
+    assert_same_bits(read, truth)
+
+
+def test_tensors_are_read_only_views_of_the_mapped_file(folder, config, weights):
+    _, read = read_checkpoint(folder)
+    maps = set()
+    for tensor in read.values():
+        assert not tensor.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            tensor[...] = 0
+        base = tensor
+        while isinstance(base, np.ndarray):
+            base = base.base
+        maps.add(base.obj if isinstance(base, memoryview) else base)
+    (mapped,) = maps  # one map, and every tensor a part of it
+    assert isinstance(mapped, mmap.mmap)
+    ids = draw_ids(np.random.default_rng(0), config, 5)
+    rounded = {name: w.astype(BFLOAT16) for name, w in weights.items()}
+    np.testing.assert_array_equal(forward(read, config, ids), forward(rounded, config, ids))
+
+
+def test_tensors_need_no_alignment(tmp_path, config, weights):
+    """The header of another writer may have any length."""
+    save_checkpoint(tmp_path / "good", config, weights)
+    file = tmp_path / "good" / "model.safetensors"
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    for extra in (1, 2, 4):
+        file.write_bytes(struct.pack("<Q", length + extra) + raw[8 : 8 + length] + b" " * extra + raw[8 + length :])
+        _, read = read_checkpoint(tmp_path / "good")
+        assert_same_bits(read, weights)
+        for ids in ([3], [3, 1, 4]):
+            np.testing.assert_array_equal(forward(read, config, ids), forward(weights, config, ids))
+
+
+def test_a_stored_head_is_left_out_where_the_config_ties_it(tmp_path, config, weights):
+    tied = replace(config, tie_word_embeddings=True)
+    (tmp_path / "config.json").write_text(json.dumps(tied.to_dict()))
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")  # with lm_head.weight
+    _, read = read_checkpoint(tmp_path)
+    assert_same_bits(read, {name: w for name, w in weights.items() if name != "lm_head.weight"})
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path, config, weights):
+    wrong = dict(weights)
+    for name in ("mlp.up_proj", "self_attn.q_norm"):
+        del wrong[f"model.layers.0.{name}.weight"]
+    wrong["model.layers.0.self_attn.q_proj.bias"] = np.zeros(96, np.float32)
+    wrong["model.layers.0.self_attn.k_norm.weight"] = np.ones(17, np.float32)
+    wrong["model.layers.0.mlp.down_proj.weight"] = wrong["model.layers.0.mlp.down_proj.weight"].T.copy()
+    wrong["model.norm.weight"] = np.ones(40, np.int8)
+    folder = tmp_path / "wrong"
+    weight_map = save_shards(folder, config, wrong, 2)
+    weight_map["model.layers.0.self_attn.q_norm.weight"] = "cut.safetensors"
+    header = {"model.layers.0.self_attn.q_norm.weight": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}
+    write(folder / "cut.safetensors", header, bytes(63))
+    weight_map["model.layers.0.input_layernorm.weight"] = "model-00009-of-00002.safetensors"
+    weight_map["model.layers.0.post_attention_layernorm.weight"] = "../elsewhere.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    told = problems(folder)
+    for part in (
+        "model.layers.0.mlp.up_proj.weight: missing",
+        "model.layers.0.self_attn.q_proj.bias: extra",
+        "model.layers.0.self_attn.k_norm.weight: shape (17,), but the config asks for (16,)",
+        "model.layers.0.mlp.down_proj.weight: shape (56, 40), but the config asks for (40, 56)",
+        "model.norm.weight: dtype I8; supported: BF16, F16, F32",
+        "model.layers.0.self_attn.q_norm.weight: cut.safetensors is truncated",
+        "model-00009-of-00002.safetensors: missing",
+        "model.layers.0.post_attention_layernorm.weight: model.safetensors.index.json puts it into '../elsewhere",
+    ):
+        assert part in told
+    for name in ("lm_head", "model.embed_tokens", "model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"):
+        assert f"{name}.weight: " not in told
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(folder, config):
+    (folder / "config.json").write_text(json.dumps(replace(config, num_hidden_layers=4).to_dict()))
+    told = problems(folder)
+    assert told.count(": missing") == 20
+    assert told.endswith(f"... and {3 * 11 - 20} more")
+
+
+def test_a_long_list_begins_with_the_cause(folder, config):
+    (folder / "config.json").write_text(json.dumps(replace(config, num_hidden_layers=28).to_dict()))
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors: truncated" in problems(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path, config, weights):
+    weight_map = save_shards(tmp_path / "twice", config, weights, 2)
+    first, second = sorted(set(weight_map.values()))
+    shard = safetensors.numpy.load_file(tmp_path / "twice" / first)
+    safetensors.numpy.save_file(
+        shard | {"lm_head.weight": weights["lm_head.weight"], "model.embed_tokens.weight": weights["lm_head.weight"]},
+        tmp_path / "twice" / second,
+    )
+    assert "model.embed_tokens.weight: in more than one file" in problems(tmp_path / "twice")
+
+
+def test_an_index_is_held_against_its_shards(tmp_path, config, weights):
+    folder = tmp_path / "shards"
+    weight_map = save_shards(folder, config, weights, 2)
+    first, second = sorted(set(weight_map.values()))
+    name = next(name for name, shard in weight_map.items() if shard == first)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {name: second}}))
+    assert f"{name}: not in {second}, where {index.name} puts it" in problems(folder)
+    (folder / second).unlink()
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"{second}: missing, though {index.name} names it" in problems(folder)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "", "..", 7, None])
+def test_an_index_does_not_lead_out_of_the_folder(tmp_path, config, weights, shard):
+    weight_map = save_shards(tmp_path / "shards", config, weights, 1)
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "shards" / "sub").mkdir()
+    safetensors.numpy.save_file(weights, tmp_path / "shards" / "sub" / "model.safetensors")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": shard}}))
+    told = f"model.norm.weight: {index.name} puts it into {shard!r}, which is not the name of a file in the folder"
+    assert told in problems(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "{"])
+def test_an_index_that_is_none(tmp_path, config, weights, content):
+    save_shards(tmp_path / "shards", config, weights, 1)
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        read_checkpoint(tmp_path / "shards")
+
+
+def test_what_is_no_checkpoint_folder(tmp_path, config):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        read_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*only safetensors"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", struct.pack("<Q", 1), struct.pack("<Q", 2**64 - 1) + b"{}"])
+def test_a_file_too_short_for_its_header(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    assert f"model.safetensors: truncated: {len(content)} bytes, too few for its header" in problems(folder)
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff\x00", b"{", b"[" * 100_000, b"[]", b"null"])
+def test_a_header_that_is_none(folder, header):
+    write(folder / "model.safetensors", header)
+    assert "model.safetensors: the header is not" in problems(folder)
+
+
+GOOD = {"dtype": "F32", "shape": [40], "data_offsets": [0, 160]}
+ENTRIES = [
+    (7, "malformed"),
+    ({}, "malformed"),
+    (GOOD | {"shape": 40}, "malformed"),
+    (GOOD | {"shape": [-40]}, "malformed"),
+    (GOOD | {"shape": [40.0]}, "malformed"),
+    (GOOD | {"data_offsets": [0]}, "malformed"),
+    (GOOD | {"data_offsets": [-160, 0]}, "malformed"),
+    (GOOD | {"data_offsets": ["0", "160"]}, "malformed"),
+    (GOOD | {"dtype": "F8_E4M3"}, "dtype F8_E4M3; supported"),
+    (GOOD | {"dtype": None}, "malformed"),
+    (GOOD | {"dtype": ["F32"]}, "malformed"),
+    (GOOD | {"data_offsets": [0, 159]}, "159 bytes in model.safetensors do not make F32 (40,)"),
+    (GOOD | {"data_offsets": [160, 0]}, "bytes in model.safetensors do not make F32 (40,)"),
+    (GOOD | {"data_offsets": [80, 240]}, "is truncated"),
+    (GOOD | {"shape": [2**62, 2**62]}, "do not make"),
+    (GOOD | {"shape": [0], "data_offsets": [160, 160]}, "shape (0,), but the config asks for (40,)"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message"), ENTRIES)
+def test_an_entry_that_cannot_be(folder, entry, message):
+    write(folder / "model.safetensors", {"model.norm.weight": entry}, bytes(160))
+    told = problems(folder)
+    assert message in told
+    assert "model.norm.weight: " in told
+    assert "model.norm.weight: missing" not in told
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_a_damaged_header_is_told_or_harmless(config, weights, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    save_checkpoint(folder, config, weights)
+    file = folder / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 1, header, header // 2]))])
+    try:
+        _, read = read_checkpoint(folder)
+    except CheckpointError:
+        return
+    assert {name: tensor.shape for name, tensor in read.items()} == weight_shapes(config)
+
+
+def test_saving_never_replaces_a_checkpoint(folder, config, weights):
+    for removed in ("config.json", "model.safetensors"):  # half of a checkpoint is one too
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+            save_checkpoint(folder, config, weights)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        (folder / removed).unlink()
+    save_checkpoint(folder, config, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "model.norm.weight: missing"),
+        (
+            {"model.norm.weight": np.ones(41, np.float32)},
+            "model.norm.weight: shape (41,), but the config asks for (40,)",
+        ),
+        ({"model.norm.weight": np.ones(40)}, "model.norm.weight: dtype float64; supported: bfloat16, float16, float32"),
+        ({"model.norm.bias": np.ones(40, np.float32)}, "model.norm.bias: extra"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_saved(tmp_path, config, weights, change, message):
+    wrong = {name: w for name, w in (dict(weights) | change).items() if w is not None}
+    with pytest.raises(CheckpointError) as error:
+        save_checkpoint(tmp_path / "new", config, wrong)
+    assert message in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
+    resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the disk is full in the middle of the tensors
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "new", config, weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "new").iterdir())
+    save_checkpoint(tmp_path / "new", config, weights)
+    assert_same_bits(read_checkpoint(tmp_path / "new")[1], weights)
+
+
+@given(SEEDS)
+@settings(max_examples=10)
+def test_new_weights_are_those_a_training_run_starts_with(seed):
+    config = replace(draw_config(np.random.default_rng(seed)), initializer_range=0.05)
+    weights = init_weights(config, seed)
+    assert_same_bits(init_weights(config, seed), weights)
+    assert {name: w.shape for name, w in weights.items()} == weight_shapes(config)
+    for name, w in weights.items():
+        assert w.dtype == np.float32
+        if w.ndim == 2:
+            assert abs(w.std() / 0.05 - 1) < 5 / np.sqrt(2 * w.size)
+            assert abs(w.mean()) < 5 * 0.05 / np.sqrt(w.size)
+            assert not np.array_equal(w, init_weights(config, seed + 1)[name])
+        else:
+            np.testing.assert_array_equal(w, 0 if name.endswith("bias") else 1)
+    for name, w in init_weights(config, seed, trained_like=True).items():
+        assert np.unique(w).size > w.size // 2, name  # nothing is constant
+    assert len({w.flat[0] for w in weights.values() if w.ndim == 2}) == sum(w.ndim == 2 for w in weights.values())

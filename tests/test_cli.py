@@ -1,0 +1,259 @@
+"""The command line, driven as its users drive it: arguments, pipes, and a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from random_checkpoint import write_random_checkpoint
+
+from qwen3np import forward, generate, load
+from qwen3np.cli import main
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "a folder with ünïcode"
+    write_random_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder, progress=False)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Run a command on the checkpoint and return its stdout; stderr is in run.stderr, the status in run.status."""
+
+    def run(command, *arguments, model=folder):
+        run.status = 0
+        try:
+            main([command, *arguments, *(["--model", str(model)] if model else [])])
+        except SystemExit as end:
+            run.status = end.code
+        out, run.stderr = capsys.readouterr()
+        return out
+
+    return run
+
+
+def greedy(model, text, count):
+    ids = model.tokenizer.encode(text)
+    return generate(model.weights, model.config, ids, max_new_tokens=count, stop_ids=[257])[0]
+
+
+def process(*arguments, **options):
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, "-m", "qwen3np", *arguments], capture_output=True, env=environment, check=False, **options
+    )
+
+
+def test_generate_prints_the_greedy_text(run, model):
+    out = run("generate", "--temperature", "0", "--max-new-tokens", "12", PROMPT)
+    assert out == model.tokenizer.decode(greedy(model, PROMPT, 12), skip_special_tokens=True) + "\n"
+    assert re.fullmatch(r"\[prompt 24 tokens in .* s; answer 12 tokens, .* tokens/s\]\n", run.stderr)
+
+
+def test_generate_reads_stdin_and_files(run, monkeypatch, tmp_path):
+    expected = run("generate", "--max-new-tokens", "6", PROMPT)
+    (tmp_path / "prompt").write_text(PROMPT)
+    assert run("generate", "--max-new-tokens", "6", "--file", str(tmp_path / "prompt")) == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert run("generate", "--max-new-tokens", "6") == expected
+
+
+def test_generate_several_prompts(run):
+    prompts = [PROMPT, "One", "Two, three"]
+    singles = [run("generate", "--max-new-tokens", "9", prompt) for prompt in prompts]
+    assert run("generate", "--max-new-tokens", "9", *prompts) == "".join(singles)
+
+
+def test_generate_json(run, model):
+    lines = run("generate", "--json", "--top-logprobs", "3", "--max-new-tokens", "5", PROMPT, "Hi").splitlines()
+    for line, prompt in zip(lines, (PROMPT, "Hi"), strict=True):
+        result = json.loads(line)
+        ids = model.tokenizer.encode(prompt)
+        assert (result["prompt"], result["prompt_ids"], result["ids"]) == (prompt, ids, greedy(model, prompt, 5))
+        logits = forward(model.weights, model.config, ids + result["ids"][:-1], numerics="float64")[0]
+        for row, token, logprob, top in zip(
+            logits[len(ids) - 1 :], result["ids"], result["logprobs"], result["top_logprobs"], strict=True
+        ):
+            expected = row - math.log(np.exp(row).sum())
+            assert logprob == pytest.approx(expected[token], abs=1e-4)  # float32 logits of size 10; measured: 4e-6
+            assert [entry["id"] for entry in top] == np.argsort(-expected)[:3].tolist()
+            assert top[0]["logprob"] == logprob  # greedy
+        assert result["finish_reason"] == "length"
+        assert result["timings"].keys() == {"load_seconds", "prompt_seconds", "generation_seconds"}
+
+
+def test_generate_stops_before_a_stop_string(run, model):
+    text = run("generate", "--temperature", "1.2", "--seed", "5", "--max-new-tokens", "60", PROMPT)[:-1]
+    stop = text[10:13]  # three characters: three tokens of this byte-level vocabulary, or more
+    out = run("generate", "--temperature", "1.2", "--seed", "5", "--max-new-tokens", "60", "--stop", stop, PROMPT)
+    assert out == text[: text.index(stop)] + "\n"
+    count = int(re.search(r"answer (\d+) tokens", run.stderr)[1])
+    assert count < 60  # and it ended there
+    line = run("generate", "--temperature", "1.2", "--seed", "5", "--stop", stop, "--json", PROMPT)
+    assert json.loads(line)["finish_reason"] == "stop"
+
+
+def test_generate_chat_applies_the_template(run):
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = run("generate", "--max-new-tokens", "8", text)
+    assert run("generate", "--chat", "--system", "Be brief.", "--max-new-tokens", "8", "Hi") == expected
+
+
+def test_score(run, model, tmp_path):
+    text = "Colourless green ideas sleep — furiously. " * 3
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = model.tokenizer.encode(text)
+    logits = forward(model.weights, model.config, ids, numerics="float64")[0, :-1]
+    logprobs = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
+    result = json.loads(run("score", "--json", str(tmp_path / "text")))
+    assert result["logprobs"][0] is None
+    np.testing.assert_allclose(result["logprobs"][1:], logprobs, atol=1e-4)  # float32; measured: 1e-5
+    assert result["perplexity"] == pytest.approx(math.exp(-logprobs.mean()), rel=1e-5)
+    out = run("score", str(tmp_path / "text"), "--window", "40", "--stride", "10")
+    assert "40 tokens, every 10" in out
+    assert f"{len(ids)} tokens" not in run.stderr
+
+
+def test_info(run, model):
+    out = run("info")
+    unique = sum(tensor.size for tensor in model.weights.values())
+    assert f"{unique:,} unique" in out
+    assert f"{2 * 4 * 3 * 64 * 1000 * 4:,} bytes per 1,000 positions in float32" in out  # k and v, L, K, Dh
+    assert "bfloat16" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--top-p", "1.5", "x"), "top_p must be a number in (0, 1], got 1.5"),
+        (("generate", "--temperature", "-1", "x"), "temperature must be a finite number >= 0 (0 is greedy), got -1.0"),
+        (("generate", "--file", "nowhere", "x"), "a prompt and --file are given; one of them is enough"),
+        (("generate", "--file", "nowhere"), "No such file or directory"),
+        (("generate", "--think", "on", "x"), "--system and --think belong to --chat"),
+        (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
+        (("generate", "--stop", "", "x"), "stop strings must not be empty"),
+        (("generate", "x" * 40000), "prompt 0 has 40000 tokens; the context of this model is 32768"),
+        (("score", "nowhere"), "No such file or directory"),
+    ],
+)
+def test_errors_are_one_line(run, arguments, message):
+    assert run(*arguments) == ""
+    assert run.status == 2
+    assert re.fullmatch(r"error: .*\n", run.stderr)
+    assert message in run.stderr
+
+
+def test_errors_of_checkpoints(run, folder, tmp_path):
+    assert run("generate", "x", model=tmp_path / "nowhere") == ""
+    assert (run.status, run.stderr.count("\n")) == (2, 1)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    run("info", model=tmp_path)
+    assert "config.json: no such file" in run.stderr
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    run("info", model=tmp_path)
+    assert "truncated" in run.stderr
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    run("generate", "x", model=tmp_path)
+    assert "no tokenizer.json" in run.stderr
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    run("generate", "--file", str(tmp_path / "latin1"))
+    assert "not UTF-8: unexpected end of data at byte 3" in run.stderr
+
+
+def test_utf8_whatever_the_locale(folder):
+    arguments = ("generate", "--model", str(folder), "--max-new-tokens", "40", "--temperature", "0")
+    done = process(*arguments, "Wörld ∑ 🎉")
+    assert done.returncode == 0, done.stderr
+    model = load(folder, progress=False)
+    expected = model.tokenizer.decode(greedy(model, "Wörld ∑ 🎉", 40), skip_special_tokens=True)
+    assert done.stdout.decode() == expected + "\n"
+    assert b"\x1b" not in done.stdout
+    assert process(*arguments, input="Wörld ∑ 🎉".encode()).stdout == done.stdout
+
+
+def test_chat_from_a_pipe(folder, tmp_path):
+    saved = tmp_path / "saved.json"
+    lines = ["Hello", "/think sideways"]
+    done = process("chat", "--model", str(folder), "--max-new-tokens", "5", input="\n".join(lines).encode())
+    assert done.returncode == 2
+    assert b"/think sideways is not a command" in done.stderr
+    lines = ["/system Be brief.", "Hello", "Again", f"/save {saved}", "/reset", f"/load {saved}", "More", ""]
+    done = process(
+        *("chat", "--model", str(folder), "--max-new-tokens", "5", "--temperature", "0"),
+        input="\n".join(lines).encode(),
+    )
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert done.stderr.decode().count("context") == 3
+    assert b"Loaded 5 messages." in done.stderr
+    saved.write_text("{}")
+    assert (
+        b"not a saved conversation" in process("chat", "--model", str(folder), input=f"/load {saved}".encode()).stderr
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_chat_in_a_terminal_survives_ctrl_c(folder, tmp_path):
+    import pty
+
+    endless = shutil.copytree(folder, tmp_path / "endless")
+    (endless / "generation_config.json").write_text('{"eos_token_id": []}')
+    parent, child = pty.openpty()
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "qwen3np", "chat", "--model", str(endless), "--max-new-tokens", "20000"],
+        **{"stdin": child, "stdout": child, "stderr": child, "start_new_session": True},
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(child)
+    seen = b""
+
+    def until(pattern):
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, seen)):
+            assert time.monotonic() < deadline, seen
+            if select.select([parent], [], [], 1)[0]:
+                seen += os.read(parent, 65536)
+        seen = seen[found.end() :]
+
+    until(b"> ")
+    os.write(parent, b"Hello\n")
+    until(b"(?s)Hello\r\n.{60}")  # in the middle of an answer
+    os.write(parent, b"\x03")
+    until(rb"\[\d+ tokens, [\d.]+ tokens/s, context \d+ of 32768\]")
+    until(b"> ")
+    os.write(parent, b"/reset\n")
+    until(b"(?s)forgotten.*> ")
+    time.sleep(0.5)  # a Ctrl-C between the prompt and readline's first look at the keyboard waits for the next key
+    os.write(parent, b"\x03")
+    until(b"(?s)Ctrl-D leaves.*> ")
+    os.write(parent, b"\x04")
+    assert chat.wait(30) == 0
+    os.close(parent)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folder):
+    command = f'"{sys.executable}" -m qwen3np generate --model "{folder}" --max-new-tokens 300 x | head -c 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert b"Traceback" not in done.stderr
+    assert b"error" not in done.stderr

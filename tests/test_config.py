@@ -1,0 +1,266 @@
+"""Config, held against the official config.json files and what each key is documented to mean."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from drawing import SEEDS, draw_config
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from qwen3np import Config, ConfigError, count_parameters, init_weights
+
+OFFICIAL = {  # Qwen/Qwen3-0.6B
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def without(*keys, **changes):
+    return {key: value for key, value in OFFICIAL.items() if key not in keys} | changes
+
+
+def official(data):
+    """Yield the name and the contents of every official config.json."""
+    files = sorted(data.glob("checkpoints/*/config.json"))
+    assert len(files) >= 14
+    return [(file.parent.name, json.loads(file.read_text())) for file in files]
+
+
+def test_every_official_dense_config_is_read_as_it_stands(data):
+    dense = [(name, d) for name, d in official(data) if d["model_type"] == "qwen3"]
+    assert len(dense) == 11
+    for name, d in dense:
+        config = Config.from_file(data / "checkpoints" / name)
+        for key, value in asdict(config).items():
+            assert value == (d[key] if key != "eos_token_id" else (d[key],)), (name, key)
+
+
+def test_every_official_mixture_of_experts_is_refused_by_its_model_type(data):
+    sparse = [d for _, d in official(data) if d["model_type"] != "qwen3"]
+    assert len(sparse) == 3
+    for d in sparse:
+        with pytest.raises(ConfigError, match='model_type = "qwen3_moe" is not supported; supported: qwen3'):
+            Config.from_dict(d)
+
+
+def test_parameters_of_every_official_dense_config(data):
+    published = json.loads((data / "param_counts.json").read_text())
+    for name, d in official(data):
+        if d["model_type"] == "qwen3":
+            counts = count_parameters(Config.from_dict(d))
+            assert counts["unique"] == counts["active"] == published[name]["total_params"], name
+            assert counts["non_embedding"] == published[name]["non_embedding"], name
+
+
+def test_parameters_of_the_smallest_with_its_tied_head_counted_twice():
+    counts = {"total": 751_632_384, "unique": 596_049_920, "non_embedding": 440_467_456, "active": 596_049_920}
+    assert count_parameters(Config.from_dict(OFFICIAL)) == counts
+
+
+@given(SEEDS)
+def test_parameters_are_those_of_the_weights(seed):
+    config = draw_config(np.random.default_rng(seed))
+    counts, weights = count_parameters(config), init_weights(config, 0)
+    embedding = weights["model.embed_tokens.weight"].size
+    assert counts["unique"] == counts["active"] == sum(w.size for w in weights.values())
+    assert counts["total"] == counts["unique"] + (embedding if config.tie_word_embeddings else 0)
+    assert counts["non_embedding"] == counts["total"] - 2 * embedding
+
+
+THETA = {"rope_theta": 1000000.0}
+SAME = {
+    "as transformers 5 writes it": without(
+        "rope_theta", "rope_scaling", "torch_dtype", rope_parameters={"rope_type": "default", **THETA}, dtype="bfloat16"
+    )
+    | {"layer_types": ["full_attention"] * 28},
+    "theta in both places": without(rope_parameters=THETA),
+    "theta in rope_scaling": without("rope_theta", rope_scaling={"type": "default", **THETA}),
+    "rope_scaling of the default type": without(rope_scaling={"rope_type": "default"}),
+    "a window that is switched off": without(sliding_window=4096, max_window_layers=20),
+    "a window that begins behind the last layer": without(sliding_window=4096, use_sliding_window=True),
+    "a window without a size": without(use_sliding_window=True, max_window_layers=0),
+    "full attention over a window": without(
+        sliding_window=4096, use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 28
+    ),
+    "no model_type": without("model_type", "hidden_act"),
+    "unknown keys": without(pad_token_id=3, note="x", partial_rotary_factor=1.0),
+    "eos as a list": without(eos_token_id=[151645]),
+}
+
+
+@pytest.mark.parametrize("d", SAME.values(), ids=SAME.keys())
+def test_other_spellings_of_the_same_config(d):
+    assert Config.from_dict(d) == Config.from_dict(OFFICIAL)
+
+
+def test_defaults_are_those_of_transformers():
+    d = without("attention_bias", "tie_word_embeddings", "rms_norm_eps", "head_dim", "eos_token_id", hidden_size=2048)
+    config = Config.from_dict(d)
+    assert (config.attention_bias, config.tie_word_embeddings, config.rms_norm_eps) == (False, False, 1e-6)
+    assert config.head_dim == 2048 // 16
+    assert config.eos_token_id == ()
+    assert Config.from_dict(without(num_key_value_heads=None)).num_key_value_heads == 16
+    assert Config.from_dict(without(eos_token_id=[3, 0])).eos_token_id == (3, 0)
+    assert Config.from_dict(without(head_dim=None)).head_dim == 1024 // 16
+
+
+@given(SEEDS, st.lists(st.integers(0, 10**6), max_size=3))
+def test_round_trip(seed, eos):
+    config = draw_config(np.random.default_rng(seed))
+    config = Config(**{**asdict(config), "eos_token_id": tuple(eos)})
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+UNSUPPORTED = [  # what is changed, and what the message must say: key, value, what is supported
+    ({"model_type": "llama"}, 'model_type = "llama"', "qwen3"),
+    ({"hidden_act": "gelu"}, 'hidden_act = "gelu"', "silu"),
+    ({"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}', "bfloat16, float16 or float32"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5", "1.0"),
+    ({"is_causal": False}, "is_causal = false", "true"),
+    ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 27}, "use_sliding_window = true", "false"),
+    ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types = [", "full_attention"),
+    ({"layer_types": ["full_attention"] * 27}, "layer_types = [", "full_attention"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_scaling.rope_type = "yarn"', "default"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 'rope_scaling.type = "linear"', "default"),
+    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor = 4.0", "default"),
+    ({"rope_scaling": "yarn"}, 'rope_scaling = "yarn"', "null or an object"),
+    (
+        {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor = 0.5",
+        "def",
+    ),
+    ({"rope_theta": 0}, "rope_theta = 0", "above 0"),
+    ({"rope_theta": "1e6"}, 'rope_theta = "1e6"', "finite numbers"),
+    ({"rope_theta": float("inf")}, "rope_theta = Infinity", "finite"),
+    ({"rope_theta": float("nan")}, "rope_theta = NaN", "finite"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06", "above 0"),
+    ({"head_dim": 127}, "head_dim = 127", "even"),
+    ({"num_key_value_heads": 5}, "num_key_value_heads = 5", "divisor of num_attention_heads (16)"),
+    ({"head_dim": None, "hidden_size": 1001}, "head_dim = null", "explicit"),
+    ({"hidden_size": 1024.0}, "hidden_size = 1024.0", "whole numbers from 1"),
+    ({"vocab_size": "151936"}, 'vocab_size = "151936"', "whole numbers"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers = 0", "from 1"),
+    ({"num_attention_heads": True}, "num_attention_heads = true", "whole numbers"),
+    ({"attention_bias": 1}, "attention_bias = 1", "true and false"),
+    ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings = "yes"', "true and false"),
+    ({"eos_token_id": [1, -2]}, "eos_token_id = -2", "whole numbers from 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "what", "supported"), UNSUPPORTED, ids=[case[1] for case in UNSUPPORTED])
+def test_an_unsupported_value_is_refused_with_key_value_and_what_is_supported(change, what, supported):
+    with pytest.raises(ConfigError) as error:
+        Config.from_dict(without(**change))
+    said, offered = str(error.value).split("; supported: ")
+    assert what in said
+    assert supported in offered
+
+
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+
+
+@pytest.mark.parametrize("key", [*SIZES, "num_key_value_heads"])
+def test_a_missing_size_is_named(key):
+    with pytest.raises(ConfigError, match=f"{key} is missing"):
+        Config.from_dict(without(key))
+
+
+@pytest.mark.parametrize("change", [{}, {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": None}])
+def test_a_missing_theta_is_an_error(change):
+    with pytest.raises(ConfigError, match="rope_theta is missing"):
+        Config.from_dict(without("rope_theta", **change))
+
+
+def test_two_thetas_are_an_error():
+    with pytest.raises(ConfigError, match=r"different values: \[1000000, 10000.0\]"):
+        Config.from_dict(without(rope_parameters={"rope_theta": 1e4}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_theta", "type", "x"]), inner),
+    max_leaves=5,
+)
+KEYS = sorted({*OFFICIAL, "layer_types", "rope_parameters", "num_experts", "is_causal", "quantization_config"})
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+@settings(max_examples=200)
+@example({"layer_types": ["full_attention"], "num_hidden_layers": "1"})
+@example({"layer_types": ["full_attention"], "num_hidden_layers": None})
+@example({"use_sliding_window": True, "sliding_window": 4096, "num_hidden_layers": "1"})
+@example({"layer_types": [], "num_hidden_layers": 10**30})
+def test_whatever_the_values_are_it_is_a_config_or_a_config_error(changes):
+    with contextlib.suppress(ConfigError):
+        config = Config.from_dict(without(**changes))
+        assert Config.from_dict(config.to_dict()) == config
+
+
+def test_from_file_reads_a_file_or_its_folder(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(OFFICIAL))
+    assert Config.from_file(file) == Config.from_file(str(tmp_path)) == Config.from_dict(OFFICIAL)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{'a': 1}", r"config\.json: not JSON: .*line 1 column 2"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "config"),
+        (b"[1, 2]", "holds a JSON list, not an object"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_told_with_its_name(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Config.from_file(tmp_path)
+
+
+def test_a_folder_without_config_is_told_with_its_name(tmp_path):
+    with pytest.raises(ConfigError, match=rf"{tmp_path.name}.config\.json: no such file"):
+        Config.from_file(tmp_path)
+
+
+def test_an_unsupported_value_is_told_with_its_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(without(hidden_act="gelu")))
+    with pytest.raises(ConfigError, match=rf'{tmp_path.name}.*hidden_act = "gelu"'):
+        Config.from_file(tmp_path)
+
+
+def test_a_config_cannot_be_changed_or_made_wrong(config):
+    with pytest.raises(AttributeError):
+        config.hidden_size = 3
+    with pytest.raises(ConfigError, match="head_dim = 15"):
+        Config(**{**asdict(config), "head_dim": 15})

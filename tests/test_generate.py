@@ -1,0 +1,259 @@
+"""Generation against a loop that knows neither cache nor batch: argmax of an uncached forward, one token at a time."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import threadpoolctl
+from drawing import draw_config, draw_ids, relative, trained_like
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3np import ContextOverflowError, KVCache, forward, generate, stop_at, stream
+
+module = sys.modules["qwen3np.generate"]  # the package's attribute of this name is the function
+
+
+def naive(weights, config, ids, count, stop_ids=()):
+    """Greedy decoding that computes everything anew for each token."""
+    new = []
+    while len(new) < count and not (new and new[-1] in stop_ids):
+        new.append(int(np.argmax(forward(weights, config, [*ids, *new])[0, -1])))
+    return new
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many positions each call of forward computed: the real one runs."""
+    sizes = []
+
+    def counting(weights, config, input_ids, *args, **kwargs):
+        sizes.append(np.size(input_ids))
+        return forward(weights, config, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", counting)
+    return sizes
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
+def test_greedy_is_the_naive_loop(seed, length, count):
+    rng = np.random.default_rng(seed)
+    config = draw_config(rng)
+    weights = trained_like(config, seed)
+    ids = draw_ids(rng, config, length).tolist()
+    new, cache = generate(weights, config, ids, max_new_tokens=count)
+    assert new == naive(weights, config, ids, count)
+    assert list(stream(weights, config, ids, max_new_tokens=count)) == new
+    assert cache.lengths.tolist() == [length + count - 1]
+
+
+def test_stops_after_the_stop_id(weights, config):
+    free = naive(weights, config, [1, 2, 3], 20)
+    stop = free[7]
+    expected = free[: free.index(stop) + 1]
+    assert generate(weights, config, [1, 2, 3], max_new_tokens=20, stop_ids=[100, stop])[0] == expected
+
+
+def test_ragged_batch_is_single_runs(weights, config, computed):
+    rng = np.random.default_rng(5)
+    prompts = [draw_ids(rng, config, n).tolist() for n in (3, 17, 1, 9, 30, 2, 11, 6)]
+    # stop ids that end some sequences early and leave others alone
+    free = [naive(weights, config, prompt, 12) for prompt in prompts]
+    stop_ids = {free[0][2], free[3][5]}
+    singles = [naive(weights, config, prompt, 12, stop_ids) for prompt in prompts]
+    assert len({len(single) for single in singles}) > 1
+    new, cache = generate(weights, config, prompts, max_new_tokens=12, stop_ids=stop_ids)
+    assert new == singles
+    # each prompt once, then each token but the last of each: a sequence that has ended costs nothing
+    assert sum(computed) == sum(map(len, prompts)) + sum(len(single) - 1 for single in singles)
+    assert cache.lengths.tolist() == [len(p) + len(s) - 1 for p, s in zip(prompts, singles, strict=True)]
+
+
+def test_a_batch_of_arrays(weights, config):
+    prompts = draw_ids(np.random.default_rng(0), config, 2, 5)
+    assert generate(weights, config, prompts, max_new_tokens=3)[0] == [
+        naive(weights, config, prompt, 3) for prompt in prompts
+    ]
+
+
+def test_five_turns_pay_for_each_token_once(weights, config, computed):
+    rng = np.random.default_rng(1)
+    ids, cache = [], None
+    for _ in range(5):
+        ids += draw_ids(rng, config, 7).tolist()
+        expected = naive(weights, config, ids, 6)
+        new, cache = generate(weights, config, ids, max_new_tokens=6, cache=cache)
+        assert new == expected
+        ids += new
+    assert sum(computed) == len(ids) - 1  # the last token of all was never an input
+
+
+def test_an_edit_is_paid_for_from_the_edit_on(weights, config, computed):
+    ids = draw_ids(np.random.default_rng(2), config, 40).tolist()
+    _, cache = generate(weights, config, ids, max_new_tokens=5)
+    edited = [*ids[:25], (ids[25] + 1) % config.vocab_size, *ids[26:]]
+    computed.clear()
+    assert generate(weights, config, edited, max_new_tokens=5, cache=cache)[0] == naive(weights, config, edited, 5)
+    assert computed == [15, 1, 1, 1, 1]
+
+
+def test_the_same_prompt_again_computes_its_last_token(weights, config, computed):
+    ids = [1, 2, 3, 4]
+    first, cache = generate(weights, config, ids, max_new_tokens=3)
+    computed.clear()
+    assert generate(weights, config, ids, max_new_tokens=3, cache=cache)[0] == first
+    assert computed == [1, 1, 1]
+
+
+def test_long_prompts_go_in_pieces(weights, config, computed, monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
+    ids = draw_ids(np.random.default_rng(3), config, 30).tolist()
+    seen = []
+    new, _ = generate(weights, config, ids, max_new_tokens=2, progress=seen.append)
+    assert computed[:4] == [8, 8, 8, 6] == seen
+    assert new == naive(weights, config, ids, 2)
+
+
+@pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16"])
+def test_precisions(weights, config, numerics):
+    logits = forward(weights, config, [5, 6, 7], numerics=numerics)
+    new, cache = generate(weights, config, [5, 6, 7], max_new_tokens=1, numerics=numerics)
+    assert new == [int(np.argmax(logits[0, -1]))]
+    assert str(cache.k.dtype) == numerics
+
+
+def test_sampling_is_the_seed_s(weights, config):
+    settings = {"max_new_tokens": 25, "temperature": 1.5, "top_k": 40, "top_p": 0.95}
+    runs = []
+    for threads in (1, 2):
+        with threadpoolctl.threadpool_limits(threads):
+            runs.append(generate(weights, config, [1, 2, 3], seed=7, **settings)[0])
+    assert runs[0] == runs[1]
+    assert generate(weights, config, [1, 2, 3], seed=8, **settings)[0] != runs[0]
+    assert generate(weights, config, [1, 2, 3], **settings)[0] != runs[0]
+    # what else is in the batch does not matter
+    assert generate(weights, config, [[9, 9], [1, 2, 3]], seed=7, **settings)[0][1] == runs[0]
+
+
+def test_interrupt_leaves_a_usable_cache(weights, config, monkeypatch):
+    ids = [4, 5, 6]
+    expected = naive(weights, config, ids, 10)
+    cache = KVCache.allocate(config, 1, 20)
+    calls = 0
+
+    def interrupted(weights, config, *args, trace=None, **kwargs):
+        nonlocal calls
+        calls += 1
+
+        def strike(name, array):
+            if calls == 4 and name == "model.layers.1.mlp.act":
+                raise KeyboardInterrupt
+
+        return forward(weights, config, *args, trace=strike, **kwargs)
+
+    monkeypatch.setattr(module, "forward", interrupted)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        kept.extend(token for token in stream(weights, config, ids, max_new_tokens=10, cache=cache))
+    kept = []
+    calls = 0
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012  what came before it is kept
+        for token in stream(weights, config, ids, max_new_tokens=10, cache=cache):
+            kept.append(token)
+    assert kept == expected[: len(kept)]
+    assert len(kept) >= 3
+    assert (
+        list(stream(weights, config, ids + kept, max_new_tokens=10 - len(kept), cache=cache)) == expected[len(kept) :]
+    )
+
+
+def test_a_cache_that_is_too_small_grows(weights, config):
+    ids = [1, 2, 3]
+    cache = KVCache.allocate(config, 1, 4)
+    assert list(stream(weights, config, ids, max_new_tokens=12, cache=cache)) == naive(weights, config, ids, 12)
+    assert cache.max_length >= 14
+
+
+def test_the_end_of_the_context_is_the_end(weights, config):
+    ids = draw_ids(np.random.default_rng(4), config, config.max_position_embeddings - 2).tolist()
+    new, cache = generate(weights, config, ids, max_new_tokens=50)
+    assert len(new) == 3  # two more fit, and one follows them
+    assert cache.lengths.tolist() == [config.max_position_embeddings]
+
+
+def test_bad_input(weights, config):
+    long = [1] * (config.max_position_embeddings + 1)
+    with pytest.raises(ContextOverflowError, match=r"prompt 0 has 257 tokens.* 256"):
+        generate(weights, config, long, max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate(weights, config, [1], max_new_tokens=0)
+    for empty in ([], [[1], []]):
+        with pytest.raises(ValueError, match="empty"):
+            generate(weights, config, empty, max_new_tokens=1)
+    with pytest.raises(ValueError, match="outside the vocabulary: 0 to 100"):
+        generate(weights, config, [3, 101], max_new_tokens=1)
+    with pytest.raises(ValueError, match="top_p"):
+        generate(weights, config, [1], max_new_tokens=1, top_p=1.5)
+    with pytest.raises(ValueError, match="temperature"):
+        stream(weights, config, [1], max_new_tokens=1, temperature=-1)
+    with pytest.raises(ValueError, match="one sequence"):
+        stream(weights, config, [[1], [2]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="holds 2 sequences, but input_ids has 1"):
+        generate(weights, config, [1], max_new_tokens=1, cache=KVCache.allocate(config, 2, 8))
+
+
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30), max_size=8),
+)
+def test_stop_strings_in_any_pieces(text, stops, cuts):
+    cuts = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    found = [text.find(stop) for stop in stops if stop in text]
+    assert "".join(stop_at(pieces, stops)) == text[: min(found, default=len(text))]
+
+
+def test_stop_strings_hold_back_only_what_could_be_one():
+    assert list(stop_at(["ab", "x", "y\n", "\nz"], ["\n\n"])) == ["ab", "x", "y"]
+    assert list(stop_at(["ab", "\n", "c", "\n"], ["\n\n"])) == ["ab", "\nc", "\n"]
+    with pytest.raises(ValueError, match="empty"):
+        list(stop_at(["a"], [""]))
+
+
+@pytest.mark.oracle
+def test_greedy_against_transformers():
+    import torch
+    from oracle import model_of
+
+    rng = np.random.default_rng(11)
+    for seed in range(5):
+        config = draw_config(rng)
+        weights = trained_like(config, seed)
+        ids = draw_ids(rng, config, 20).tolist()
+        model = model_of(config, weights, "float32")
+        free = generate(weights, config, ids, max_new_tokens=24)[0]
+        for stop_ids in ([], [free[9], free[15]]):
+            with torch.no_grad():
+                theirs = model.generate(
+                    torch.tensor([ids]),
+                    max_new_tokens=24,
+                    do_sample=False,
+                    eos_token_id=stop_ids or None,
+                    pad_token_id=0,
+                )
+            ours = generate(weights, config, ids, max_new_tokens=24, stop_ids=stop_ids)[0]
+            assert ours == theirs[0, len(ids) :].tolist()
+
+
+def test_prefix_logits_are_those_of_a_plain_forward(weights, config):
+    """What a kept prefix leads to, to float32 rounding (measured: 1e-6)."""
+    ids = draw_ids(np.random.default_rng(6), config, 50).tolist()
+    _, cache = generate(weights, config, ids[:30], max_new_tokens=10)
+    cache.reserve(50)
+    assert cache.keep_prefix(0, ids) == 30
+    logits = forward(weights, config, ids[30:], cache)
+    assert relative(logits, forward(weights, config, ids)[:, 30:]) < 3e-6

@@ -1,0 +1,326 @@
+"""Every number held against transformers' own Qwen3, eager. `pytest -m oracle -s` prints the figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from drawing import draw_config, draw_ids, relative, round_bfloat16, trained_like
+from threadpoolctl import threadpool_limits
+
+from qwen3np import Config, KVCache, forward
+from qwen3np.attention import attend
+from qwen3np.linear import linear
+from qwen3np.mlp import swiglu
+from qwen3np.norm import rms_norm
+from qwen3np.numerics import BFLOAT16, ignore, precision, silu, softmax
+from qwen3np.rope import inverse_frequencies, rotary_tables, rotate
+
+pytestmark = pytest.mark.oracle
+STEPS = 8
+N = precision("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    module = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
+    with threadpool_limits(1):  # models this small only lose time to more
+        yield module
+
+
+def prefill_and_decode(weights, config, ids, numerics):
+    """Return the logits (B, S, V) when the last STEPS of the S ids are fed one by one, through a KVCache."""
+    cache = KVCache.allocate(config, len(ids), ids.shape[1])
+    parts = np.split(ids, range(ids.shape[1] - STEPS, ids.shape[1]), axis=1)
+    return np.concatenate([forward(weights, config, part, cache, numerics=numerics) for part in parts], axis=1)
+
+
+@pytest.fixture(scope="module")
+def drawn(oracle):
+    """Figures of 64 drawn models, as arrays: see the tests that follow."""
+    figures = []
+    for seed in range(64):
+        rng = np.random.default_rng(seed)
+        config = draw_config(rng)
+        weights = trained_like(config, seed)
+        prompt = 504 if seed % 8 == 0 else int(rng.integers(16, 257))
+        ids = draw_ids(rng, config, 1, prompt + STEPS)
+        ours = prefill_and_decode(weights, config, ids, "float32")
+        theirs = oracle.prefill_and_decode(oracle.model_of(config, weights), ids, STEPS)
+        truth = forward(weights, config, ids, numerics="float64")
+        with oracle.Float64():
+            their_truth = oracle.run(oracle.model_of(config, weights, "float64"), ids)
+        decode = range(prompt, prompt + STEPS)
+        figures.append(
+            {
+                "prefill": relative(ours[:, :prompt], theirs[:, :prompt]),
+                "decode": [relative(ours[:, i], theirs[:, i]) for i in decode],
+                "their decode error": [relative(theirs[:, i], truth[:, i]) for i in decode],
+                "error ratio": relative(ours, truth) / relative(theirs, truth),
+                "float64": relative(truth, their_truth),
+            }
+        )
+    return {key: np.array([row[key] for row in figures]) for key in figures[0]}
+
+
+def test_float32(drawn):
+    prefill, decode, theirs, ratio = (drawn[key] for key in ("prefill", "decode", "their decode error", "error ratio"))
+    print(f"\n{len(prefill)} drawn models, float32 logits, relative L2 against transformers float32 eager")
+    print(f"prefill           max {prefill.max():.2e}  median {np.median(prefill):.2e}")
+    print(f"{decode.size} decode steps  max {decode.max():.2e}  median {np.median(decode):.2e}")
+    for i in zip(*np.nonzero(decode > 3e-6), strict=True):
+        print(f"  model {i[0]}, step {i[1]}: {decode[i]:.2e}; transformers itself is {theirs[i]:.2e} from float64")
+    print(f"error against float64, ours / theirs: max {ratio.max():.3f}  median {np.median(ratio):.3f}")
+    assert prefill.max() <= 3e-6
+    # A single position can be so ill-conditioned that transformers' own float32 is farther than that from the truth.
+    assert np.all(decode <= np.maximum(3e-6, 1.5 * theirs))
+    assert ratio.max() <= 1.5
+
+
+def test_float64(drawn):
+    """With its casts to float32 made casts to float64, transformers gives our float64 logits."""
+    worst = drawn["float64"].max()
+    print(f"\nfloat64 logits, relative L2 against transformers wholly in float64: max {worst:.2e}")
+    assert worst <= 2e-14  # measured 3e-15 to 9e-15
+
+
+def test_rotary_tables(oracle):
+    """Inverse frequencies are transformers', but for a few an ulp away: torch's float32 power is not exact."""
+    torch, modeling = oracle.torch, oracle.modeling_qwen3
+
+    def rotary(config):
+        return modeling.Qwen3RotaryEmbedding(oracle.Qwen3Config(**config.to_dict()))
+
+    configs = [draw_config(np.random.default_rng(seed)) for seed in range(400)]
+    away = np.abs(np.concatenate([ulps(inverse_frequencies(c), rotary(c).inv_freq.numpy()) for c in configs]))
+    print(f"\ninverse frequencies of {len(configs)} drawn configs: {np.count_nonzero(away)} of {len(away)} differ")
+    assert away.max() <= 1
+    assert np.count_nonzero(away) <= 0.02 * len(away)  # measured 1 of 2,704; 1.1 % where heads are as large as 128
+
+    positions = np.arange(40_960)[None]
+    for theta in (1e6, 5e6, 1e7):  # of the released checkpoints
+        config = replace(MODELS["tied"], rope_theta=theta)
+        lanes = np.flatnonzero(inverse_frequencies(config) != rotary(config).inv_freq.numpy())
+        assert len(lanes) <= 1
+        print(f"theta {theta:.0e}, head_dim 128: lanes {lanes} of 64; in the others, to position {positions.max()}:")
+        for dtype in ("float32", "bfloat16"):
+            theirs = rotary(config)(torch.zeros(1, dtype=getattr(torch, dtype)), torch.from_numpy(positions))
+            for ours, table in zip(rotary_tables(config, positions, precision(dtype)), theirs, strict=True):
+                error = np.delete(ours[0, 0] - oracle.array(table)[0, :, :64], lanes, axis=1)
+                share, most = np.mean(error != 0), np.abs(error).max()
+                print(f"  {dtype}: {share:.1e} of the entries differ, by {most:.1e} at most")
+                # torch's float32 cosine and sine are an ulp off now and then; a bfloat16 tie then falls the other way
+                assert most <= (2**-24 if dtype == "float32" else 2**-8)
+                assert share <= (0.1 if dtype == "float32" else 1e-5)
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+MODELS = {
+    # head_dim ** -0.5 is no power of two, so that the rounding of the scaled scores shows
+    "tied": Config(
+        vocab_size=2000,
+        hidden_size=192,
+        intermediate_size=520,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    ),
+    "untied_bias": Config(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=700,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=160,
+        rope_theta=5e6,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+    ),
+}
+
+
+def ulps(x, y):
+    """Return how many float32 numbers lie between positive ones."""
+    return x.view(np.int32).astype(np.int64) - y.view(np.int32)
+
+
+def bfloat16_weights(config, seed):
+    return {name: w.astype(BFLOAT16) for name, w in trained_like(config, seed).items()}
+
+
+def steps(x):
+    """Number bfloat16 values (and nothing finer) in their order, so that neighbours differ by 1."""
+    rounded = x.astype(BFLOAT16)
+    np.testing.assert_array_equal(rounded.astype(np.float32), x)
+    bits = rounded.view(np.int16).astype(np.int64)
+    return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def each_from_theirs(theirs, weights, config, ids, start):
+    """Yield (kind, name, our value, theirs): each point by our function, from transformers' own inputs to it."""
+
+    def project(name, x):
+        y = linear(theirs[x], weights[f"{name}.weight"], weights.get(f"{name}.bias"), N)
+        return "matrix product", name, y, theirs[name]
+
+    def normalise(name, x):
+        x = theirs[x].reshape(theirs[name].shape)
+        y = rms_norm(x, weights[f"{name}.weight"], config.rms_norm_eps, N)
+        return "norm", name, y, theirs[name]
+
+    def elementwise(name, y):
+        return "elementwise", name, y, theirs[name]
+
+    x = "model.embed_tokens"
+    yield elementwise(x, N.widen(weights[f"{x}.weight"][ids]))
+    tables = rotary_tables(config, np.broadcast_to(start + np.arange(ids.shape[1]), ids.shape), N)
+    for layer in range(config.num_hidden_layers):
+        at, attn, mlp = (f"model.layers.{layer}{part}" for part in ("", ".self_attn.", ".mlp."))
+        yield normalise(f"{at}.input_layernorm", x)
+        yield from (project(f"{attn}{name}_proj", f"{at}.input_layernorm") for name in "qkv")
+        for name in "qk":
+            yield normalise(f"{attn}{name}_norm", f"{attn}{name}_proj")
+            yield elementwise(f"{attn}{name}_rope", rotate(np.swapaxes(theirs[f"{attn}{name}_norm"], 1, 2), tables, N))
+
+        q, k, v = (theirs[attn + name] for name in ("q_rope", "keys", "values"))
+        visible = np.isfinite(theirs[f"{attn}scores"])
+        _, scores, _ = each_attended(q, k, v)
+        yield "scaled product", f"{attn}scores", scores[visible], theirs[f"{attn}scores"][visible]
+        # With the identity as keys, the product inside attend is its queries: here transformers' product, unchanged.
+        q = np.pad(theirs[f"{attn}product"], [(0, 0)] * 3 + [(0, config.head_dim - k.shape[2])])
+        context, scores, probs = each_attended(q, np.broadcast_to(np.eye(*k.shape[2:]), k.shape), v)
+        yield elementwise(f"{attn}scores", scores)
+        yield "softmax", f"{attn}probs", probs[visible], theirs[f"{attn}probs"][visible]
+        fed = np.swapaxes((probs == theirs[f"{attn}probs"]).all(-1), 1, 2)  # (B, S, H): where V met the same numbers
+        context, truth = (y.reshape(*fed.shape, -1)[fed] for y in (context, theirs[f"{attn}context"]))
+        yield "matrix product", f"{attn}context", context, truth
+
+        yield project(f"{attn}o_proj", f"{attn}context")
+        yield elementwise(f"{at}.attn_residual", N.round(theirs[x] + theirs[f"{attn}o_proj"]))
+        yield normalise(f"{at}.post_attention_layernorm", f"{at}.attn_residual")
+        yield from (project(f"{mlp}{name}_proj", f"{at}.post_attention_layernorm") for name in ("gate", "up"))
+        yield elementwise(f"{mlp}act", activation(theirs[f"{mlp}gate_proj"], theirs[f"{mlp}up_proj"]))
+        yield project(f"{mlp}down_proj", f"{mlp}act")
+        yield elementwise(at, N.round(theirs[f"{at}.attn_residual"] + theirs[f"{mlp}down_proj"]))
+        x = at
+    yield normalise("model.norm", x)
+    head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    yield "matrix product", "lm_head", linear(theirs["model.norm"], head, None, N), theirs["lm_head"]
+
+
+def each_attended(q, k, v):
+    """Return contexts, scores and probabilities of a batch."""
+    return [np.stack(y) for y in zip(*(attend(*sequence, N) for sequence in zip(q, k, v, strict=True)), strict=True)]
+
+
+def activation(gate, up):
+    """Return silu(gate) * up by our swiglu, whose matrices take gate and up apart and change nothing."""
+    size = gate.shape[-1]
+    gate_proj, up_proj = np.split(np.eye(2 * size, dtype=np.float32), 2)
+    matrices = {"gate_proj.weight": gate_proj, "up_proj.weight": up_proj, "down_proj.weight": np.eye(size)}
+    return swiglu(np.concatenate((gate, up), -1), matrices, "", N, ignore)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_steps(oracle, name):
+    """A prefill and decode steps, each step of the arithmetic fed transformers' own input to it."""
+    config, weights = MODELS[name], bfloat16_weights(MODELS[name], 0)
+    ids = draw_ids(np.random.default_rng(0), config, 2, config.head_dim)
+    points = []
+    oracle.prefill_and_decode(oracle.model_of(config, weights, "bfloat16"), ids, STEPS, points)
+
+    limits = {  # the share of the elements that may differ, and by how many steps
+        "elementwise": (0, 0),
+        "matrix product": (5e-4, 1),  # another order of summation: measured 5e-5
+        "scaled product": (5e-4, 2),  # the same: 3e-5; scaling moves the leading digits and can make two steps of one
+        "norm": (5e-5, 2),  # a float32 mean, likewise: 6e-6; the weight can make two steps of one
+        "softmax": (5e-5, 1),  # a float32 sum, likewise, and another exp: 1.5e-5
+    }
+    figures = {kind: [] for kind in limits}
+    start = 0
+    for theirs in points:
+        new = theirs["model.embed_tokens"].shape[1]
+        for kind, point, ours, truth in each_from_theirs(theirs, weights, config, ids[:, start : start + new], start):
+            away = np.abs(steps(ours) - steps(truth))
+            # A sum that cancels keeps the float32 noise of its terms, which can be many steps of the small result.
+            far = away > limits[kind][1]
+            beyond = np.abs(ours[far] - truth[far]).max(initial=0)
+            noise = beyond / np.abs(truth[np.isfinite(truth)]).max()
+            assert noise <= 5e-7, point  # measured 1.2e-7
+            figures[kind].append((away.size, np.count_nonzero(away), noise))
+        start += new
+    print(f"\n{name}, bfloat16, prefill {len(ids)} x {ids.shape[1] - STEPS} and {STEPS} decode steps")
+    for kind, (share, most) in limits.items():
+        sizes, counts, noise = zip(*figures[kind], strict=True)
+        size, count = sum(sizes), sum(counts)
+        print(f"{kind:15}{size:>9} elements, {count:>4} differ: {count / size:.1e}, by at most {most} steps", end="")
+        print(f", or by {max(noise):.0e} of the largest" if max(noise) else "")
+        assert count <= share * size
+
+
+def test_bfloat16_silu_of_every_number(oracle):
+    x = np.arange(2**16, dtype=np.uint16).view(BFLOAT16).astype(np.float32)
+    x = x[np.isfinite(x)]
+    theirs = oracle.torch.nn.functional.silu(oracle.torch.from_numpy(x).bfloat16())
+    np.testing.assert_array_equal(N.round(silu(x)), oracle.array(theirs))
+
+
+@pytest.mark.parametrize("size", [6, 64, 128, 1024, 2560])
+def test_bfloat16_norm(oracle, size):
+    """Exact where the squares add up exactly, in whatever order; elsewhere as near as another order allows."""
+    rng = np.random.default_rng(size)
+    weight = round_bfloat16(np.exp(0.4 * rng.standard_normal(size)))
+    module = oracle.modeling_qwen3.Qwen3RMSNorm(size).bfloat16().requires_grad_(False)
+    module.weight.copy_(oracle.torch.from_numpy(weight))
+    shape = (1_000_000 // size, size)
+    for x, share in ((rng.integers(-60, 61, shape), 0), (rng.standard_normal(shape), 1e-4)):
+        x = round_bfloat16(x)
+        theirs = oracle.array(module(oracle.torch.from_numpy(x).bfloat16()))
+        away = np.abs(steps(rms_norm(x, weight, 1e-6, N)) - steps(theirs))
+        print(f"\nnorm over {size}: {np.count_nonzero(away)} of {away.size} differ, by {away.max()} steps", end="")
+        assert np.count_nonzero(away) <= share * away.size  # measured 3e-5: equal elements of a row flip together
+        assert away.max() <= 2
+
+
+def test_bfloat16_softmax(oracle):
+    """Its float32 sums and its exp are not torch's to the last bit, so a tie now and then falls the other way."""
+    rng = np.random.default_rng(0)
+    for size in (16, 64, 512):
+        x = round_bfloat16(2 * rng.standard_normal((1_000_000 // size, size)))
+        tensor = oracle.torch.from_numpy(x).bfloat16()
+        theirs = oracle.torch.nn.functional.softmax(tensor, dim=-1, dtype=oracle.torch.float32).bfloat16()
+        away = np.abs(steps(N.round(softmax(x))) - steps(oracle.array(theirs)))
+        print(f"\nsoftmax over {size}: {np.count_nonzero(away)} of {away.size} differ, by {away.max()} steps", end="")
+        assert np.count_nonzero(away) <= 5e-5 * away.size  # measured 1.5e-5
+        assert away.max() <= 1
+
+
+def test_bfloat16_logits(oracle):
+    """Whole models in bfloat16: much nearer to transformers' bfloat16 than that is to the truth, and as good."""
+    figures = []
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        config = draw_config(rng)
+        weights = bfloat16_weights(config, seed)
+        ids = draw_ids(rng, config, 1, int(rng.integers(1, 257)) + STEPS)
+        ours = prefill_and_decode(weights, config, ids, "bfloat16")
+        theirs = oracle.prefill_and_decode(oracle.model_of(config, weights, "bfloat16"), ids, STEPS)
+        truth = forward(weights, config, ids, numerics="float64")
+        error = relative(theirs, truth)
+        figures.append((relative(ours, theirs) / error, relative(ours, truth) / error, error))
+    apart, error, theirs = np.array(figures).T
+    print(f"\n{len(figures)} drawn models, bfloat16 logits, {np.count_nonzero(apart == 0)} bit for bit transformers'")
+    print(f"transformers bfloat16 from float64, relative L2: median {np.median(theirs):.1e}; in units of that:")
+    print(f"  ours from theirs:  median {np.median(apart):.3f}  max {apart.max():.3f}")
+    print(f"  ours from float64: median {np.median(error):.3f}  max {error.max():.3f}")
+    # Over some hundred positions one bit that fell the other way reaches many others, so the worst is no small number.
+    assert np.median(apart) <= 0.3  # measured 0.03 to 0.13
+    assert apart.max() <= 0.8  # measured 0.6
+    assert error.max() <= 1.05  # measured 1.01
