@@ -65,13 +65,23 @@ class KVCache:
         return self.k.shape[3]
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """Return a cache of these sequences alone, in this order. It shares memory: what it writes is written here."""
+        """Return a cache of these sequences alone, in this order. It shares memory: what it writes is written here.
+
+        Raises ValueError for a sequence that is named twice.
+        """
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
         return KVCache(self.k, self.v, self.ids, self.lengths, self.rows[list(rows)])
 
     def reserve(self, max_length: int) -> None:
-        """Make room for max_length positions in each sequence, by moving to larger arrays if need be."""
+        """Make room for max_length positions in each sequence, by moving to larger arrays if need be.
+
+        Raises ValueError for a selection, which would no longer share its memory.
+        """
         if max_length <= self.max_length:
             return
+        if self.batch_size < len(self.lengths):
+            raise ValueError("cache: a selection cannot grow; reserve on the cache it was made from")
         used = int(self.lengths.max())
         for name, axis in (("k", 3), ("v", 3), ("ids", 1)):
             old: Array = getattr(self, name)

@@ -11,7 +11,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -123,9 +124,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
         elif (tensor := stored[name]) is not None and tensor.shape != shape:
             problems.append(f"{name}: shape {tensor.shape}, but the config asks for {shape}")
     if problems:
-        unique = list(dict.fromkeys(problems))
-        rest = [f"... and {len(unique) - _LISTED} more"] if len(unique) > _LISTED else []
-        raise CheckpointError(f"{folder}: not a usable checkpoint: " + "; ".join([*unique[:_LISTED], *rest]))
+        raise CheckpointError(f"{folder}: not a usable checkpoint: {_listed(list(dict.fromkeys(problems)))}")
     return config, {name: cast("Array", stored[name]) for name in expected}
 
 
@@ -158,14 +157,16 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
             begin, end = end, end + math.prod(shape) * stored.itemsize
             header[name] = {"dtype": names[stored], "shape": shape, "data_offsets": [begin, end]}
     if problems:
-        raise CheckpointError(f"{folder}: not saved: " + "; ".join(problems[:_LISTED]))
+        raise CheckpointError(f"{folder}: not saved: {_listed(problems)}")
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    aside = folder / f"{_SINGLE}.part"
+    parts = {folder / f"{name}.part": folder / name for name in ("config.json", _SINGLE)}
+    config_part, weights_part = parts
     try:
-        with aside.open("wb") as file:
+        config_part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with weights_part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in shapes:
                 # a view as bytes: NumPy's buffer protocol has no format for bfloat16
@@ -173,10 +174,17 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
                 file.write(tensor.view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, folder / _SINGLE)
+        for part, whole in parts.items():
+            os.replace(part, whole)
     finally:
-        aside.unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """Put problems into one line, the first of them if they are many."""
+    rest = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "; ".join([*problems[:_LISTED], *rest])
 
 
 def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
@@ -209,7 +217,7 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if length > size - 8:
             problems.append(f"{path.name}: truncated: {size} bytes, too few for its header")
             return {}
         try:
@@ -222,6 +230,7 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         problems.append(f"{path.name}: the header is not an object")
         return {}
     tensors: dict[str, Array | None] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, entry in cast("dict[str, Any]", header).items():
         if name == "__metadata__":
             continue
@@ -242,4 +251,11 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         else:
             flat = np.frombuffer(mapped, _DTYPES[dtype], math.prod(shape), 8 + length + begin)
             tensors[name] = flat.reshape(shape)
+            spans.append((begin, end, name))
+    # the format leaves neither holes nor overlaps: where there are some, an offset is wrong
+    for (_, end, before), (begin, _, name) in pairwise(sorted(spans)):
+        if begin < end:
+            problems.append(f"{name}: overlaps {before} in {path.name}")
+    if len(spans) == len(tensors) and sum(end - begin for begin, end, _ in spans) != size - 8 - length:
+        problems.append(f"{path.name}: holds bytes that belong to no tensor")
     return tensors

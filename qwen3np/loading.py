@@ -93,7 +93,7 @@ def load(
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+    tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
 
     float32_bytes = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32" or (weights_dtype == "auto" and float32_bytes <= available_memory() / 2):

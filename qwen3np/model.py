@@ -111,7 +111,7 @@ def checked_ids(input_ids: ArrayLike, config: Config) -> Array:
     if ids.size == 0:
         raise ValueError("input_ids: empty; a prompt needs at least one token")
     if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"input_ids: dtype {ids.dtype}; token ids are integers")
+        raise ValueError(f"input_ids: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
     outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
     if len(outside):
         row, column = outside[0]

@@ -37,15 +37,19 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder; its files are read at first use."""
 
     folder: Path
+    model_vocab_size: int | None = None  # of the model it belongs to, to notice when it does not
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of `path`: tokenizer.json, else vocab.json + merges.txt; CheckpointError without them."""
+    def from_folder(cls, path: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of `path`: tokenizer.json, else vocab.json + merges.txt; CheckpointError without them.
+
+        Its first use raises CheckpointError for broken files, and for more entries than `model_vocab_size`.
+        """
         folder = Path(path)
         files = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
         if not (files["tokenizer.json"] or (files["vocab.json"] and files["merges.txt"])):
             raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
-        return cls(folder)
+        return cls(folder, model_vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens written in it become their ids, none are added.
@@ -122,6 +126,16 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
+        backend = self._from_files()
+        size = backend.get_vocab_size(with_added_tokens=True)
+        if self.model_vocab_size is not None and size > self.model_vocab_size:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer has {size} entries, the model's vocabulary {self.model_vocab_size}: "
+                "they do not belong together"
+            )
+        return backend
+
+    def _from_files(self) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders
 

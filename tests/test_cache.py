@@ -269,3 +269,11 @@ def test_allocate(config):
     for wrong in ({"batch_size": 0}, {"max_length": 0}, {"batch_size": -1}, {"dtype": np.float16}, {"dtype": int}):
         with pytest.raises(ValueError, match=r"^KVCache: "):
             KVCache.allocate(config, **wrong)
+
+
+def test_a_selection_neither_grows_nor_holds_a_sequence_twice(config):
+    cache = KVCache.allocate(config, 3, 4)
+    with pytest.raises(ValueError, match="a selection cannot grow"):
+        cache.select([0, 2]).reserve(5)
+    with pytest.raises(ValueError, match=r"selected twice: \[1, 1\]"):
+        cache.select([1, 1])

@@ -430,3 +430,20 @@ def test_new_weights_are_those_a_training_run_starts_with(seed):
     for name, w in init_weights(config, seed, trained_like=True).items():
         assert np.unique(w).size > w.size // 2, name  # nothing is constant
     assert len({w.flat[0] for w in weights.values() if w.ndim == 2}) == sum(w.ndim == 2 for w in weights.values())
+
+
+def test_overlaps_and_holes_are_told(folder, config, weights):
+    save_file = safetensors.numpy.save_file
+    save_file(weights, folder / "model.safetensors")
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    shifted = json.loads(json.dumps(header))
+    begin, end = shifted["model.norm.weight"]["data_offsets"]
+    first = end - begin  # onto another tensor of the same size, or a part of a larger one
+    shifted["model.norm.weight"]["data_offsets"] = [0, first] if begin else [first, 2 * first]
+    write(folder / "model.safetensors", shifted, data)
+    told = problems(folder)
+    assert "overlaps" in told
+    write(folder / "model.safetensors", header, data + bytes(8))
+    assert "model.safetensors: holds bytes that belong to no tensor" in problems(folder)

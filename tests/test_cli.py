@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from random_checkpoint import write_random_checkpoint
 
-from qwen3np import forward, generate, load
+from qwen3np import Config, forward, generate, init_weights, load, save_checkpoint
 from qwen3np.cli import main
 
 PROMPT = "The capital of France is"
@@ -174,6 +174,13 @@ def test_errors_of_checkpoints(run, folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     run("generate", "x", model=tmp_path)
     assert "no tokenizer.json" in run.stderr
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    small = Config.from_dict(config | {"vocab_size": 200})
+    save_checkpoint(tmp_path / "small", small, init_weights(small, 0))
+    shutil.copy(folder / "tokenizer.json", tmp_path / "small")
+    run("generate", "x", model=tmp_path / "small")
+    assert "the tokenizer has 258 entries, the model's vocabulary 200: they do not belong together" in run.stderr
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     run("generate", "--file", str(tmp_path / "latin1"))
     assert "not UTF-8: unexpected end of data at byte 3" in run.stderr
