@@ -1,0 +1,25 @@
+"""The README's Python examples run as printed, and print what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from random_checkpoint import write_random_checkpoint
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples(tmp_path, capsys):
+    write_random_checkpoint(tmp_path / "random-qwen3")
+    names = {"folder": tmp_path / "random-qwen3"}
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, names)
+        printed = capsys.readouterr().out
+        for line in re.findall(r"^print\(.*\) +# (.*)$", example, re.MULTILINE):
+            assert line + "\n" in printed
+        _, _, below = README.partition(example)
+        for line in re.findall(r"\A```\n+((?:    .*\n)*)", below)[0].splitlines():
+            assert line.strip() in ("...", *(shown.strip() for shown in printed.splitlines()))
