@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from drawing import trained_like
 from hypothesis import HealthCheck, settings
 
+from qwen3np import forward
 from qwen3np.config import Config
 
 # The same examples in every run. `--hypothesis-profile=fresh` draws new ones.
@@ -51,3 +53,16 @@ def weights(config) -> dict[str, np.ndarray]:
     for tensor in weights.values():
         tensor.setflags(write=False)
     return weights
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many positions each forward of a generation computed; it is the real one that runs."""
+    sizes: list[int] = []
+
+    def counting(weights, config, input_ids, *args, **kwargs):
+        sizes.append(np.size(input_ids))
+        return forward(weights, config, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["qwen3np.generate"], "forward", counting)
+    return sizes

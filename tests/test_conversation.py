@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
-import numpy as np
 import pytest
 from random_checkpoint import write_random_checkpoint
 
-from qwen3np import Conversation, forward, generate, load
+from qwen3np import Conversation, generate, load
 
-module = sys.modules["qwen3np.generate"]
 OPTIONS = {"max_new_tokens": 9, "temperature": 1.0, "seed": 4}
 STOP = 257  # <|im_end|>
 
@@ -20,18 +16,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat") / "checkpoint"
     write_random_checkpoint(folder)
     return load(folder, progress=False)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    sizes = []
-
-    def counting(weights, config, input_ids, *args, **kwargs):
-        sizes.append(np.size(input_ids))
-        return forward(weights, config, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", counting)
-    return sizes
 
 
 def user(model, text):

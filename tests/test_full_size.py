@@ -13,7 +13,7 @@ import pytest
 from drawing import relative
 from random_checkpoint import write_random_checkpoint
 
-from qwen3np import KVCache, forward, generate, load
+from qwen3np import KVCache, generate, load
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "人工智能的历史"]
@@ -100,13 +100,16 @@ def test_greedy_tokens_are_those_of_transformers(folder, model):
 
 
 @pytest.mark.oracle
-def test_logits_are_those_of_transformers(folder, model, ids):
+def test_logits_are_as_near_to_float64_as_those_of_transformers(folder, model, ids):
     import torch
     from transformers import Qwen3ForCausalLM
 
     theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids[None])).logits[0].numpy()
-    distance = relative(forward(model.weights, model.config, ids)[0], expected)
-    print(f"relative L2 of the logits at the 0.6B size: {distance:.2e}")
-    assert distance <= 3e-6
+    ours, truth = model.forward(ids)[0], model.forward(ids, numerics="float64")[0]
+    error, their_error = relative(ours, truth), relative(expected, truth)
+    print(f"logits at the 0.6B size: ours from theirs {relative(ours, expected):.2e}")
+    print(f"from float64: ours {error:.2e}, theirs {their_error:.2e}, ratio {error / their_error:.3f}")
+    assert error <= 1.5 * their_error  # measured: 1.10 to 1.18
+    assert relative(ours, expected) <= 4.5e-6  # over four draws of ids: 2.8e-6 to 3.5e-6

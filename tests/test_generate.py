@@ -24,19 +24,6 @@ def naive(weights, config, ids, count, stop_ids=()):
     return new
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """How many positions each call of forward computed: the real one runs."""
-    sizes = []
-
-    def counting(weights, config, input_ids, *args, **kwargs):
-        sizes.append(np.size(input_ids))
-        return forward(weights, config, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", counting)
-    return sizes
-
-
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
 def test_greedy_is_the_naive_loop(seed, length, count):
     rng = np.random.default_rng(seed)
