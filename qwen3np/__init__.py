@@ -11,9 +11,10 @@ from qwen3np.checkpoint import (
 )
 from qwen3np.config import Config, ConfigError
 from qwen3np.conversation import Conversation
-from qwen3np.generate import generate, stop_at, stream
+from qwen3np.generate import generate, steps, stop_at, stream
 from qwen3np.loading import Model, load
 from qwen3np.model import forward
+from qwen3np.sampling import SamplingParameters, log_probabilities
 from qwen3np.scoring import score
 from qwen3np.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ __all__ = [
     "Conversation",
     "KVCache",
     "Model",
+    "SamplingParameters",
     "Tokenizer",
     "Weights",
     "count_parameters",
@@ -32,9 +34,11 @@ __all__ = [
     "generate",
     "init_weights",
     "load",
+    "log_probabilities",
     "read_checkpoint",
     "save_checkpoint",
     "score",
+    "steps",
     "stop_at",
     "stream",
 ]

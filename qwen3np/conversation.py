@@ -57,7 +57,7 @@ class Conversation:
         """Add a user message and yield the ids of the answer as they come; both stay in the conversation.
 
         options are those of qwen3np.generate, over the checkpoint's own defaults. An answer that is cut off (the
-        caller stops listening, or interrupts) stays as far as it came.
+        caller stops listening, or interrupts) stays as far as it came; without one the message is dropped again.
         """
         self.messages.append({"role": "user", "content": text})
         model, settings = self.model, self.model.generation_defaults() | dict(options or {})
@@ -70,17 +70,18 @@ class Conversation:
             for token in model.stream(ids, cache=self.cache, progress=progress, **settings):
                 answer.append(token)
                 yield token
-        except ValueError:
-            if not answer:  # refused: as if it had not been asked
-                self.messages.pop()
-            raise
         finally:
             if answer:
                 self._remember(answer, settings["stop_ids"])
+            else:  # refused, or interrupted before the first token: as if it had not been asked
+                self.messages.pop()
 
     def _remember(self, answer: list[int], stop_ids: Collection[int]) -> None:
-        said = answer[:-1] if answer[-1] in stop_ids else answer
-        self.messages.append({"role": "assistant", "content": self.tokenizer.decode(said)})
+        said = self.tokenizer.decode(answer[:-1] if answer[-1] in stop_ids else answer)
+        message: dict[str, Any] = {"role": "assistant", "content": said}
+        if (self.opens_thinking or said.startswith("<think>")) and "</think>" not in said:  # cut off while reasoning
+            message |= {"content": "", "reasoning_content": said.removeprefix("<think>").strip()}
+        self.messages.append(message)
         self._ids = self._ids + answer
         self._text += self.tokenizer.decode(answer)
 

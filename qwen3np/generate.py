@@ -10,16 +10,17 @@ import numpy as np
 from qwen3np.cache import ContextOverflowError, KVCache
 from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
-from qwen3np.model import checked_ids, forward
+from qwen3np.model import checked_sequence, forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import SamplingParameters, sample
 
 Ids: TypeAlias = Sequence[int]
 Batch: TypeAlias = Sequence[Sequence[int]]
 
-# Long prompts go through the model in pieces: large enough to be bound by arithmetic, small enough that what lies
-# between the layers stays small beside the weights.
-PREFILL_CHUNK = 512
+# Long prompts go through the model in pieces: enough positions to be bound by arithmetic, and few enough that the
+# attention scores of a head, positions times all positions before them, stay at some megabytes.
+PREFILL_CHUNK = 256
+CHUNK_SCORES = 1 << 20
 
 
 class Step(NamedTuple):
@@ -61,13 +62,6 @@ def generate(
     leaves no room in config.max_position_embeddings.
     """
     batch, single = _as_batch(input_ids)
-    sampling = SamplingParameters(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
     if cache is None:
         cache = new_cache(config, batch, max_new_tokens, numerics)
     new: list[list[int]] = [[] for _ in batch]
@@ -77,9 +71,15 @@ def generate(
         batch,
         cache,
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=SamplingParameters(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
+        stop=_stop(stop_ids),
         seed=seed,
-        stop=lambda new: new[-1] in stop_ids,
         numerics=numerics,
         progress=progress,
     ):
@@ -111,28 +111,34 @@ def stream(
     batch, single = _as_batch(input_ids)
     if not single:
         raise ValueError("stream: takes one sequence of ids; generate takes a batch")
-    sampling = SamplingParameters(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    if cache is None:
-        cache = new_cache(config, batch, max_new_tokens, numerics)
     found = steps(
         weights,
         config,
         batch,
-        cache,
+        new_cache(config, batch, max_new_tokens, numerics) if cache is None else cache,
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=SamplingParameters(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
+        stop=_stop(stop_ids),
         seed=seed,
-        stop=lambda new: new[-1] in stop_ids,
         numerics=numerics,
         progress=progress,
     )
     return (step.id for step in found)
+
+
+def _stop(stop_ids: Collection[int]) -> Callable[[list[int]], bool]:
+    """Return the rule that a sequence ends after one of these ids."""
+    try:
+        ids = frozenset(stop_ids)
+    except TypeError:
+        raise ValueError(f"stop_ids must be a collection of ids, got {stop_ids!r}") from None
+    return lambda new: new[-1] in ids
 
 
 def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str = "float32") -> KVCache:
@@ -165,7 +171,7 @@ def steps(
     if len(batch) == 0:
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
     context = config.max_position_embeddings
-    prompts = [checked_ids(prompt, config)[0].tolist() for prompt in batch]
+    prompts = [checked_sequence(prompt, config) for prompt in batch]
     for row, prompt in enumerate(prompts):
         if len(prompt) > context:
             raise ContextOverflowError(
@@ -178,12 +184,15 @@ def steps(
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
 
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed}")
+    generators = [np.random.default_rng(seed) for _ in prompts]
+
     def run() -> Iterator[Step]:
         logits = [
             _prefill(weights, config, prompt, cache.select([row]), numerics, progress)
             for row, prompt in enumerate(prompts)
         ]
-        generators = [np.random.default_rng(seed) for _ in prompts]
         new: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         while active:
@@ -203,6 +212,11 @@ def steps(
     return run()
 
 
+def chunk_length(start: int) -> int:
+    """Return how many positions from start on go through the model together."""
+    return min(PREFILL_CHUNK, max(16, CHUNK_SCORES // (start + 1)))
+
+
 def _prefill(
     weights: Weights,
     config: Config,
@@ -214,7 +228,7 @@ def _prefill(
     """Bring the cache of one sequence up to ids, computing only what it lacks; return the last logits (V,)."""
     start = cache.keep_prefix(0, ids[:-1])  # the last token is always computed: its logits are needed
     while True:
-        chunk = ids[start : start + PREFILL_CHUNK]
+        chunk = ids[start : start + chunk_length(start)]
         logits = forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
         start += len(chunk)
         if progress:

@@ -47,8 +47,8 @@ class Model:
     def generation_defaults(self) -> dict[str, Any]:
         """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
 
-        Its filters count only with do_sample, as in transformers; without it decoding is greedy. The stop ids come
-        from config.json where generation_config.json has none.
+        Its filters count only with do_sample, as in transformers, and those it leaves out are off; without do_sample
+        decoding is greedy. The stop ids come from config.json where generation_config.json has none.
         """
         given = {key: value for key, value in self.generation_config.items() if value is not None}
         eos: int | list[int] | tuple[int, ...] = given.get("eos_token_id", self.config.eos_token_id)
@@ -89,7 +89,7 @@ def load(
     generation_config: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
         try:
-            generation_config = read_json(folder / "generation_config.json")
+            generation_config = _checked(read_json(folder / "generation_config.json"))
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
@@ -101,6 +101,21 @@ def load(
     elif weights_dtype == "bfloat16" and any(tensor.itemsize > 2 for tensor in weights.values()):
         raise CheckpointError(f"{folder}: holds float32 weights, which cannot be mapped as bfloat16; use auto")
     return Model(config, weights, tokenizer, generation_config)
+
+
+def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config if what is read of it is of the right type. Raises ConfigError, which names the key."""
+    numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    for key, value in generation_config.items():
+        if value is None:
+            continue
+        if key in numbers and type(value) not in (int, float):
+            raise ConfigError(f"{key} = {value!r} is not a number")
+        if key == "eos_token_id":
+            ids: list[Any] = [value] if isinstance(value, (int, float)) else list(value)
+            if not all(type(token) is int for token in ids):
+                raise ConfigError(f"{key} = {value!r} is neither a token id nor a list of them")
+    return generation_config
 
 
 def available_memory() -> int:
@@ -122,7 +137,9 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
 
     total = sum(tensor.size for tensor in weights.values())
     copies: dict[str, Array] = {}
-    with tqdm(total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=not progress) as bar:
+    with tqdm(
+        total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
+    ) as bar:
         for name, tensor in weights.items():
             copies[name] = FLOAT32.widen(tensor) if tensor.dtype != np.float32 else np.array(tensor)
             cast("Any", bar).update(copies[name].nbytes)

@@ -98,6 +98,13 @@ def block(
     return x
 
 
+def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
+    """Return the ids of one sequence as a list. Raises ValueError as checked_ids, and for more than one sequence."""
+    if np.ndim(ids) != 1:
+        raise ValueError(f"input_ids: a sequence must be a flat list of ids, not an array of shape {np.shape(ids)}")
+    return checked_ids(ids, config)[0].tolist()
+
+
 def checked_ids(input_ids: ArrayLike, config: Config) -> Array:
     """Return input_ids as an integer array (B, S). Raises ValueError, which says what is wrong and where."""
     try:
@@ -107,7 +114,7 @@ def checked_ids(input_ids: ArrayLike, config: Config) -> Array:
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2:
-        raise ValueError(f"input_ids: shape {ids.shape}; expected (B, S) or (S,)")
+        raise ValueError(f"input_ids: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
     if ids.size == 0:
         raise ValueError("input_ids: empty; a prompt needs at least one token")
     if not np.issubdtype(ids.dtype, np.integer):

@@ -9,7 +9,8 @@ import numpy as np
 from qwen3np.cache import KVCache
 from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
-from qwen3np.model import checked_ids, forward
+from qwen3np.generate import chunk_length
+from qwen3np.model import checked_sequence, forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import log_probabilities
 
@@ -35,14 +36,18 @@ def score(
 
     Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context.
     """
-    ids = checked_ids(input_ids, config)[0]
+    ids = np.array(checked_sequence(input_ids, config) if len(input_ids) else [])
     context = config.max_position_embeddings
     window = min(context, max(len(ids), 2)) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     if len(ids) < 2:
-        raise ValueError("score: the text has one token; at least two are needed, since the first is only context")
+        raise ValueError(
+            f"score: the text has {len(ids)} tokens; at least two are needed, since the first is only context"
+        )
     if not 0 < stride < window <= context:
-        raise ValueError(f"score: 0 < stride < window <= context must hold: {stride}, {window}, {context}")
+        raise ValueError(
+            f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
+        )
 
     cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
     result = np.empty(len(ids) - 1)
@@ -50,10 +55,11 @@ def score(
     while scored < len(ids):
         end = min(start + window, len(ids))
         cache.lengths[0] = 0
-        if scored - 1 > start:  # context alone: its logits are not wanted
-            forward(weights, config, ids[start : scored - 1], cache, numerics=numerics, last_only=True)
+        while (at := start + int(cache.lengths[0])) < scored - 1:  # context alone: its logits are not wanted
+            chunk = ids[at : min(at + chunk_length(at - start), scored - 1)]
+            forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
         while scored < end:
-            chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
+            chunk = ids[scored - 1 : min(scored - 1 + min(CHUNK, chunk_length(scored - start)), end - 1)]
             logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
             targets = ids[scored : scored + len(chunk)]
             result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]

@@ -143,7 +143,7 @@ class Tokenizer:
         if not file.is_file():
             return self._from_vocab_and_merges()
         try:
-            backend = Backend.from_file(str(file))
+            backend = Backend.from_buffer(file.read_bytes())
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
         if not isinstance(backend.decoder, decoders.ByteLevel):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3np.loading import Model, load
+from qwen3np.generate import stop_at
+from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import PRECISIONS
 from qwen3np.tokenizer import Tokenizer
 
@@ -34,20 +38,26 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how the text goes on, and when it ends."""
     group = parser.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="end after N tokens")
+    tokens = f"end after N tokens (without a default of the checkpoint: {DEFAULT_MAX_NEW_TOKENS})"
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=tokens)
+    group.add_argument("--stop-id", type=int, action="append", metavar="ID", help="end after this id (repeatable)")
+    group.add_argument(
+        "--stop", type=text, action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: off)")
     group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that make up P")
     group.add_argument("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
-    group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text, for each prompt anew")
 
 
 def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of qwen3np.generate: the flags over the checkpoint's defaults."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "numerics")
     given = {name: getattr(arguments, name) for name in names}
-    return model.generation_defaults() | {name: value for name, value in given.items() if value is not None}
+    options = model.generation_defaults() | {name: value for name, value in given.items() if value is not None}
+    return options | ({"stop_ids": tuple(arguments.stop_id)} if arguments.stop_id else {})
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
@@ -55,22 +65,59 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     model = load(arguments.model, revision=arguments.revision, weights_dtype=arguments.weights_dtype)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model}: has no tokenizer.json (nor vocab.json with merges.txt); text needs one")
+    size, stops = model.tokenizer.vocab_size, model.generation_defaults()["stop_ids"]
+    if any(token >= size for token in stops):
+        raise ValueError(
+            f"{arguments.model}: the tokenizer has {size} entries, but the model ends its answers with {stops}: "
+            "they do not belong together"
+        )
     return model, model.tokenizer
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file. Raises ValueError where it is not UTF-8."""
+def text(argument: str) -> str:
+    """Return an argument of the command line as the UTF-8 text it is, whatever the locale took it for."""
+    return utf8(os.fsencode(argument), "argument")
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, or of stdin for "-", as it is. Raises ValueError where it is not UTF-8."""
+    return utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), path)
+
+
+def utf8(data: bytes, where: str) -> str:
+    """Return the text of bytes that come from `where`. Raises ValueError where they are not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer: a stop id, or a stop string, which may be spread over several tokens."""
+
+    tokenizer: Tokenizer
+    ids: Collection[int]
+    strings: Collection[str]
+
+    def reached(self, new: list[int]) -> bool:
+        """Whether the newest of these ids ends the answer."""
+        # every token that says something is a byte or more, so a stop string lies within this many tokens
+        width = 4 + max((len(string.encode()) for string in self.strings), default=0)
+        tail = self.tokenizer.decode(new[-width:], skip_special_tokens=True) if self.strings else ""
+        return new[-1] in self.ids or any(string in tail for string in self.strings)
+
+    def text(self, ids: Iterator[int]) -> Iterator[str]:
+        """Return the text of an answer, piece by piece, without what ended it."""
+        said = (token for token in ids if token not in self.ids)
+        return stop_at(self.tokenizer.stream(said, skip_special_tokens=True), self.strings)
 
 
 def progress_bar(total: int | None, what: str) -> Any:
-    """Return a tqdm bar on stderr that counts tokens; it shows only when they take more than a second."""
+    """Return a tqdm bar on stderr that counts tokens, where that is a terminal; it goes when it is closed."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="tok", delay=1, leave=False)
+    return tqdm(total=total, desc=what, unit="tok", leave=False, disable=None)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

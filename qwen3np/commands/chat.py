@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3np.commands import (
+    Ends,
     add_computation,
     add_generation,
     add_model,
@@ -20,6 +21,8 @@ from qwen3np.commands import (
     load_model,
     progress_bar,
     read_text,
+    text,
+    utf8,
 )
 from qwen3np.conversation import Conversation
 
@@ -37,7 +40,7 @@ Ctrl-C stops an answer, Ctrl-D leaves."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
     parser.add_argument("--think", choices=("on", "off"), help="reasoning before the answer")
     parser.add_argument("--hide-thinking", action="store_true", help="do not show the reasoning")
     add_generation(parser)
@@ -50,81 +53,108 @@ def run(arguments: argparse.Namespace) -> None:
     model, _ = load_model(arguments)
     conversation = Conversation(model)
     conversation.set_system(arguments.system)
-    chat = _Chat(conversation, arguments, generation_options(model, arguments))
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):  # line editing and history, where the system has it
-            import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        _say("Ask something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    chat = Chat(conversation, arguments, generation_options(model, arguments))
+    if not sys.stdin.isatty():
+        for line in sys.stdin.buffer:
+            chat.take(utf8(line, "stdin"))
+        return
+    with contextlib.suppress(ImportError):  # line editing and history, where the system has it
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
+    _say("Ask something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
-            line = input("> " if interactive else "").strip()
-            if line.startswith("/"):
-                chat.command(*line[1:].partition(" ")[::2])
-            elif line:
-                chat.answer(line)
+            if not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            chat.take(input("> " if sys.stdout.isatty() else ""))
         except KeyboardInterrupt:
             _say("\nCtrl-D leaves.")
         except EOFError:
-            if interactive:
-                _say("")
+            _say("")
             return
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             _say(f"error: {' '.join(str(error).split())}")
-            if not interactive:
-                raise
 
 
-class _Chat:
+class Chat:
     """The terminal's side of a conversation."""
 
     def __init__(self, conversation: Conversation, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+        """Take the switches from the command line."""
         self.conversation = conversation
         self.options = options
+        self.ends = Ends(conversation.tokenizer, options["stop_ids"], arguments.stop)
         self.hide_thinking: bool = arguments.hide_thinking
         self.thinking = None if arguments.think is None else arguments.think == "on"
 
-    def answer(self, text: str) -> None:
-        """Print the answer to a message as it comes, and on stderr what it cost. Ctrl-C ends it where it is."""
-        conversation, stop_ids = self.conversation, self.options["stop_ids"]
+    def take(self, line: str) -> None:
+        """Do what a line asks for: a command if it begins with a slash, else an answer."""
+        line = line.strip()
+        if line.startswith("/"):
+            self.command(*line[1:].partition(" ")[::2])
+        elif line:
+            self.answer(line)
+
+    def answer(self, message: str) -> None:
+        """Print the answer to a message as it comes, and on stderr what it cost. In a terminal, Ctrl-C ends it."""
+        conversation, context = self.conversation, self.conversation.model.config.max_position_embeddings
         bar = progress_bar(None, "prompt")
+        began = time.perf_counter()
         times: list[float] = []
-        reply = conversation.reply(text, options=self.options, progress=bar.update, enable_thinking=self.thinking)
+        ids: list[int] = []
+        reply = conversation.reply(message, options=self.options, progress=bar.update, enable_thinking=self.thinking)
 
         def timed() -> Iterator[int]:
             for token in reply:
                 bar.close()
                 times.append(time.perf_counter())
-                if token not in stop_ids:
-                    yield token
+                ids.append(token)
+                yield token
 
-        with contextlib.closing(bar), contextlib.closing(reply), contextlib.suppress(KeyboardInterrupt):
-            for piece in self.shown(conversation.tokenizer.stream(timed(), skip_special_tokens=True)):
-                print(piece, end="", flush=True)
-        print(_style("0"))
-        used = 0 if conversation.cache is None else int(conversation.cache.lengths[0])
-        rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s, " if len(times) > 1 else ""
-        _say(f"[{len(times)} tokens, {rate}context {used} of {conversation.model.config.max_position_embeddings}]")
+        interrupts = [KeyboardInterrupt] if sys.stdin.isatty() else []
+        try:
+            with contextlib.suppress(*interrupts), contextlib.closing(bar), contextlib.closing(reply):
+                for piece in self.shown(self.ends.text(timed())):
+                    print(piece, end="", flush=True)
+        finally:
+            print(_style("0"), flush=True)
+        if not ids:
+            _say("[interrupted before the answer began; the message is dropped]")
+            return
+        cost = f"{len(ids)} tokens, first after {times[0] - began:.1f} s"
+        if len(ids) > 1:
+            cost += f", then {(len(ids) - 1) / (times[-1] - times[0]):.1f} tokens/s"
+        if conversation.cache is not None:
+            cost += f"; context {conversation.cache.lengths[0]} of {context}"
+        if len(ids) == self.options["max_new_tokens"] and not self.ends.reached(ids):
+            cost += "; cut at --max-new-tokens"
+        _say(f"[{cost}]")
 
     def shown(self, pieces: Iterator[str]) -> Iterator[str]:
         """Yield what is to be printed of an answer: the reasoning dimmed, or left out."""
-        thinking = None
+        thinking: bool | None = None
         for piece in pieces:
+            rest = piece
             if thinking is None:  # some templates open the reasoning themselves, at the end of the prompt
                 thinking = self.conversation.opens_thinking
-                if thinking and not self.hide_thinking:
-                    yield _style("2")
-            if piece == "<think>":
-                thinking, piece = True, _style("2") + piece
-            if not (thinking and self.hide_thinking):
-                yield piece
-            if piece == "</think>":
-                thinking = False
-                yield _style("0")
+                yield _style("2") if thinking and not self.hide_thinking else ""
+            while rest:
+                before, marker, rest = rest.partition("</think>" if thinking else "<think>")
+                if not (thinking and self.hide_thinking):
+                    yield before
+                if marker:
+                    thinking = not thinking
+                    if not self.hide_thinking:
+                        yield _style("2") + marker if thinking else marker + _style("0")
 
     def command(self, name: str, argument: str) -> None:
         """Do what a line that begins with a slash asks for. Raises ValueError for what is not known."""
-        conversation = self.conversation
+        conversation, argument = self.conversation, argument.strip()
+        if name in ("save", "load", "think") and not argument:
+            raise ValueError(f"/{name} needs {'on or off' if name == 'think' else 'a file'}")
         if name == "reset":
             conversation.reset()
             _say("The conversation is forgotten.")
@@ -133,16 +163,20 @@ class _Chat:
             _say("The system message is set." if argument else "There is no system message now.")
         elif name == "think" and argument in ("on", "off"):
             self.thinking = argument == "on"
-            _say(f"Reasoning is {argument}.")
-        elif name == "save" and argument:
-            aside = Path(f"{argument}.part")  # written aside, so that no earlier file is lost half way
-            text = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1)
-            aside.write_text(text + "\n", encoding="utf-8")
-            os.replace(aside, argument)
+            _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
+        elif name == "save":
+            file = Path(argument).expanduser()
+            aside = file.with_name(f"{file.name}.part")  # written aside, so that no earlier file is lost half way
+            content = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1)
+            aside.write_text(content + "\n", encoding="utf-8")
+            os.replace(aside, file)
             _say(f"Saved {len(conversation.messages)} messages.")
-        elif name == "load" and argument:
-            conversation.messages = _messages(Path(argument))
-            _say(f"Loaded {len(conversation.messages)} messages.")
+        elif name == "load":
+            messages = _messages(Path(argument).expanduser())
+            if messages:  # the template refuses what is no conversation
+                conversation.tokenizer.apply_chat_template(messages)
+            conversation.messages = messages
+            _say(f"Loaded {len(messages)} messages.")
         elif name == "help":
             _say(COMMANDS)
         else:
@@ -152,9 +186,9 @@ class _Chat:
 def _messages(path: Path) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]]
     try:
-        messages = json.loads(read_text(path))["messages"]
-        good = all({"role", "content"} <= message.keys() for message in messages)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        messages = json.loads(read_text(str(path)))["messages"]
+        good = type(messages) is list and all(type(message) is dict for message in messages)
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         good, messages = False, []
     if not good:
         raise ValueError(f"{path}: not a saved conversation")

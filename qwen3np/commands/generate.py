@@ -7,14 +7,15 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qwen3np.commands import (
+    Ends,
     add_computation,
     add_generation,
     add_model,
@@ -22,8 +23,9 @@ from qwen3np.commands import (
     load_model,
     progress_bar,
     read_text,
+    text,
 )
-from qwen3np.generate import Step, new_cache, steps, stop_at
+from qwen3np.generate import Step, new_cache, steps
 from qwen3np.sampling import SamplingParameters, log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -33,14 +35,14 @@ HELP = "continue a text, or several at once"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text to continue (default: read stdin)")
-    parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
+    parser.add_argument("prompts", nargs="*", type=text, metavar="PROMPT", help="a text to continue (default: stdin)")
+    parser.add_argument("--file", metavar="F", help="read the prompt from a file, less its last line break")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
-    parser.add_argument("--system", metavar="TEXT", help="a system message (with --chat)")
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message (with --chat)")
     parser.add_argument("--think", choices=("on", "off"), help="reasoning before the answer (with --chat)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line: ids, text, logprobs, timings")
-    parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="with --json: the N likeliest ids too")
+    top = "with --json: the N likeliest ids of each step, before temperature and filters"
+    parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help=top)
     add_generation(parser)
     add_model(parser)
     add_computation(parser)
@@ -48,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation of each prompt as it comes, or as JSON when it is whole."""
-    texts = _prompts(arguments)
+    inputs = _prompts(arguments)
     began = time.perf_counter()
     model, tokenizer = load_model(arguments)
     if arguments.chat:
-        texts = [_as_chat(tokenizer, text, arguments) for text in texts]
-    prompts = [tokenizer.encode(text) for text in texts]
+        inputs = [_as_chat(tokenizer, message, arguments) for message in inputs]
+    prompts = [tokenizer.encode(prompt) for prompt in inputs]
     options = generation_options(model, arguments)
-    ends = _Ends(tokenizer, options["stop_ids"], arguments.stop)
+    ends = Ends(tokenizer, options["stop_ids"], arguments.stop)
     filters = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     loaded = time.perf_counter()
     with progress_bar(sum(map(len, prompts)), "prompt") as bar:
@@ -76,14 +78,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     rows = _by_row(chain([first], found), len(prompts), arguments.top_logprobs if arguments.json else None)
     count = 0
-    for text, prompt, tokens in zip(texts, prompts, rows, strict=True):
+    for given, prompt, tokens in zip(inputs, prompts, rows, strict=True):
         answer: list[_Token] = []
         pieces = ends.text(_collected(tokens, answer))
         if arguments.json:
-            continuation = "".join(pieces)
+            with progress_bar(options["max_new_tokens"], "answer") as bar:
+                continuation = "".join(_counted(pieces, bar))
             ids = [token.id for token in answer]
             result = {
-                "prompt": text,
+                "prompt": given,
                 "prompt_ids": prompt,
                 "text": continuation,
                 "ids": ids,
@@ -113,44 +116,23 @@ def run(arguments: argparse.Namespace) -> None:
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if not arguments.chat and (arguments.system or arguments.think):
         raise ValueError("--system and --think belong to --chat")
-    if arguments.file is not None:
-        if arguments.prompts:
-            raise ValueError("a prompt and --file are given; one of them is enough")
-        return [read_text(arguments.file)]
+    if arguments.top_logprobs < 0 or (arguments.top_logprobs and not arguments.json):
+        raise ValueError(f"--top-logprobs {arguments.top_logprobs} must be 0 or more, and belongs to --json")
+    if arguments.prompts and arguments.file is not None:
+        raise ValueError("a prompt and --file are given; one of them is enough")
     if arguments.prompts:
         return arguments.prompts
-    if sys.stdin.isatty():
+    if arguments.file is None and sys.stdin.isatty():
         raise ValueError("no prompt: give it as an argument, with --file, or on stdin")
-    return [sys.stdin.read()]
+    return [read_text(arguments.file or "-").removesuffix("\n").removesuffix("\r")]
 
 
-def _as_chat(tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> str:
-    messages = [{"role": "user", "content": text}]
+def _as_chat(tokenizer: Tokenizer, message: str, arguments: argparse.Namespace) -> str:
+    messages = [{"role": "user", "content": message}]
     if arguments.system:
         messages.insert(0, {"role": "system", "content": arguments.system})
     thinking = None if arguments.think is None else arguments.think == "on"
     return tokenizer.apply_chat_template(messages, enable_thinking=thinking)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """What ends an answer: a stop id, or a stop string, which may be spread over several tokens."""
-
-    tokenizer: Tokenizer
-    ids: Collection[int]
-    strings: Collection[str]
-
-    def reached(self, new: list[int]) -> bool:
-        """Whether the newest of these ids ends the answer."""
-        # every token that says something is a byte or more, so a stop string lies within this many tokens
-        width = 4 + max((len(text.encode()) for text in self.strings), default=0)
-        tail = self.tokenizer.decode(new[-width:]) if self.strings else ""
-        return new[-1] in self.ids or any(text in tail for text in self.strings)
-
-    def text(self, ids: Iterator[int]) -> Iterator[str]:
-        """Return the text of an answer, piece by piece, without what ended it."""
-        said = (token for token in ids if token not in self.ids)
-        return stop_at(self.tokenizer.stream(said, skip_special_tokens=True), self.strings)
 
 
 @dataclass(frozen=True)
@@ -181,6 +163,12 @@ def _by_row(found: Iterator[Step], rows: int, top: int | None) -> list[Iterator[
             yield newest
 
     return [row_tokens(row) for row in range(rows)]
+
+
+def _counted(pieces: Iterator[str], bar: Any) -> Iterator[str]:
+    for piece in pieces:
+        bar.update()
+        yield piece
 
 
 def _collected(tokens: Iterator[_Token], answer: list[_Token]) -> Iterator[int]:

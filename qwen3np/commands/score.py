@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
-from pathlib import Path
+
+import numpy as np
 
 from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_text, table
 from qwen3np.scoring import score
@@ -28,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the log-likelihood of the tokens after the first, and their perplexity."""
-    text = sys.stdin.read() if arguments.text == "-" else read_text(Path(arguments.text))
+    text = read_text(arguments.text)
     model, tokenizer = load_model(arguments)
     ids = tokenizer.encode(text)
-    window = arguments.window or min(DEFAULT_WINDOW, model.config.max_position_embeddings)
-    stride = arguments.stride or max(window // 2, 1)
+    default = min(DEFAULT_WINDOW, model.config.max_position_embeddings)
+    window = default if arguments.window is None else arguments.window
+    stride = max(window // 2, 1) if arguments.stride is None else arguments.stride
     with progress_bar(len(ids), "scored") as bar:
         logprobs = score(
             model.weights,
@@ -44,17 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
             progress=bar.update,
         )
     total = float(logprobs.sum())
-    perplexity = math.exp(-total / len(logprobs))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(-total / len(logprobs)))
     if arguments.json:
         result = {"ids": ids, "logprobs": [None, *logprobs.tolist()], "log_likelihood": total}
         result |= {"perplexity": perplexity, "window": window, "stride": stride}
         print(json.dumps(result))
         return
     rows = [
-        ("tokens", f"{len(ids):,}, of which {len(logprobs):,} are scored (the first is only context)"),
+        ("tokens", f"{len(ids):,}, of which the first is only context"),
         ("log-likelihood", f"{total:.6f} (natural logarithm)"),
         ("perplexity", f"{perplexity:.6f} a token"),
-        ("bits per byte", f"{-total / math.log(2) / len(text.encode()):.6f}"),
         ("windows", f"{window:,} tokens, every {stride:,}"),
     ]
     print(table(rows))
