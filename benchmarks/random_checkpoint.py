@@ -36,7 +36,7 @@ CHATML = (
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json without merges: a token for each byte, and the two ends of a ChatML message."""
+    """Write a tokenizer.json without merges: a token for each byte, and the marks of chats and reasoning."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,6 +44,7 @@ def write_byte_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
 

@@ -184,7 +184,7 @@ def test_errors_of_checkpoints(run, folder, tmp_path):
     save_checkpoint(tmp_path / "small", small, init_weights(small, 0))
     shutil.copy(folder / "tokenizer.json", tmp_path / "small")
     run("generate", "x", model=tmp_path / "small")
-    assert "the tokenizer has 258 entries, the model's vocabulary 200: they do not belong together" in run.stderr
+    assert "the tokenizer has 260 entries, the model's vocabulary 200: they do not belong together" in run.stderr
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     run("generate", "--file", str(tmp_path / "latin1"))
     assert "not UTF-8: unexpected end of data at byte 3" in run.stderr

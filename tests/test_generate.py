@@ -243,3 +243,39 @@ def test_prefix_logits_are_those_of_a_plain_forward(weights, config):
     assert cache.keep_prefix(0, ids) == 30
     logits = forward(weights, config, ids[30:], cache)
     assert relative(logits, forward(weights, config, ids)[:, 30:]) < 3e-6
+
+
+def test_each_filter_is_passed_on(weights, config):
+    """One step at a time, chosen by the filters from logits that a plain forward gives."""
+    ids = [1, 2, 3, 3, 7, 7, 9]
+    logits = forward(weights, config, ids)[0, -1].astype(np.float64)
+    order = np.argsort(-logits)
+
+    def drawn(**filters):
+        return {
+            generate(weights, config, ids, max_new_tokens=1, temperature=5.0, seed=seed, **filters)[0][0]
+            for seed in range(40)
+        }
+
+    everything = drawn()
+    assert len(everything) > 5
+    assert drawn(top_k=2) == set(order[:2].tolist())
+    p = np.exp((logits - logits.max()) / 5)
+    likely = set(np.flatnonzero(p >= 0.8).tolist())
+    assert drawn(min_p=0.8) <= likely
+    p = np.sort(p / p.sum())[::-1]
+    count = int(np.searchsorted(np.cumsum(p), 0.2)) + 1
+    assert drawn(top_p=0.2) <= set(order[:count].tolist())
+
+
+def test_the_repetition_penalty_counts_the_prompt(weights, config):
+    differ = 0
+    for seed in range(5):
+        ids = draw_ids(np.random.default_rng(seed), config, 80).tolist()  # most of the 101 ids
+        logits = forward(weights, config, ids)[0, -1].astype(np.float64)
+        penalised = logits.copy()
+        penalised[ids] = np.where(logits < 0, logits * 1.7, logits / 1.7)[ids]
+        new = generate(weights, config, ids, max_new_tokens=1, repetition_penalty=1.7)[0]
+        assert new == [int(np.argmax(penalised))]
+        differ += new != [int(np.argmax(logits))]
+    assert differ

@@ -1,0 +1,92 @@
+"""load: what comes from generation_config.json, which copy is made, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from random_checkpoint import write_random_checkpoint
+
+from qwen3np import CheckpointError, forward, generate, load
+from qwen3np import loading as module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_random_checkpoint(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def configure(folder, **generation_config):
+    (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return load(folder, progress=False)
+
+
+def test_defaults_are_those_of_generation_config(folder):
+    sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01}
+    model = configure(folder, **sampling, do_sample=True, eos_token_id=[5, 7], max_new_tokens=11)
+    assert model.generation_defaults() == {**sampling, "stop_ids": (5, 7), "max_new_tokens": 11}
+    model = configure(folder, **sampling, do_sample=False, eos_token_id=9, repetition_penalty=1.1, pad_token_id=None)
+    expected = {"temperature": 0.0, "stop_ids": (9,), "max_new_tokens": 2048, "repetition_penalty": 1.1}
+    assert model.generation_defaults() == expected
+    (folder / "generation_config.json").unlink()
+    expected = {"temperature": 0.0, "stop_ids": (257,), "max_new_tokens": 2048}  # config.json's
+    assert load(folder, progress=False).generation_defaults() == expected
+
+
+def test_generate_and_stream_take_them_and_arguments_override(folder):
+    model = configure(folder, do_sample=True, temperature=1.5, top_k=50, max_new_tokens=9, eos_token_id=[])
+    explicit = {"temperature": 1.5, "top_k": 50, "seed": 3}
+    expected = generate(model.weights, model.config, [1, 2], max_new_tokens=9, **explicit)[0]
+    assert model.generate([1, 2], seed=3)[0] == list(model.stream([1, 2], seed=3)) == expected
+    greedy = generate(model.weights, model.config, [1, 2], max_new_tokens=4)[0]
+    assert model.generate([1, 2], temperature=0, max_new_tokens=4)[0] == greedy
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "message"),
+    [
+        ({"max_new_tokens": "5"}, "max_new_tokens = '5' is not a number"),
+        ({"temperature": [1]}, r"temperature = \[1\] is not a number"),
+        ({"eos_token_id": 3.5}, "eos_token_id = 3.5 is neither a token id nor a list of them"),
+        ({"eos_token_id": "257"}, "eos_token_id = '257'"),
+        ({"eos_token_id": [1, "a"]}, "eos_token_id"),
+    ],
+)
+def test_a_generation_config_that_cannot_be(folder, generation_config, message):
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {message}"):
+        configure(folder, **generation_config)
+
+
+def test_the_copy(folder, monkeypatch):
+    for free, dtype in ((10**12, "float32"), (2 * 4 * 2_164_928 - 1, "bfloat16")):  # parameters of this checkpoint
+        monkeypatch.setattr(module, "available_memory", lambda free=free: free)
+        assert str(load(folder, progress=False).weights["model.norm.weight"].dtype) == dtype
+    mapped, copied = (load(folder, weights_dtype=name, progress=False) for name in ("bfloat16", "float32"))
+    assert str(mapped.weights["model.norm.weight"].dtype) == "bfloat16"
+    assert np.array_equal(mapped.forward([1, 2, 3]), copied.forward([1, 2, 3]))
+    assert np.array_equal(mapped.forward([1, 2, 3]), forward(mapped.weights, mapped.config, [1, 2, 3]))
+    with pytest.raises(ValueError, match="weights_dtype='int8' is unknown"):
+        load(folder, weights_dtype="int8")
+
+
+def test_a_folder_without_tokenizer_works_on_ids(folder):
+    (folder / "tokenizer.json").unlink()
+    model = load(folder, progress=False)
+    assert model.tokenizer is None
+    assert len(model.generate([1, 2], max_new_tokens=2, stop_ids=())[0]) == 2
+
+
+def test_available_memory_is_what_the_system_says():
+    lines = SimpleNamespace(**dict.fromkeys(("MemTotal", "MemAvailable"), 0))
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if hasattr(lines, name):
+                    setattr(lines, name, int(value.split()[0]) * 1024)
+    except FileNotFoundError:
+        pytest.skip("needs /proc/meminfo")
+    assert 0.5 * lines.MemAvailable < module.available_memory() <= lines.MemTotal
