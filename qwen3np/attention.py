@@ -37,7 +37,8 @@ def self_attention(
     """
 
     def project(y: Array, name: str) -> Array:
-        y = linear(y, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias"), numerics)
+        bias = weights[f"{prefix}{name}.bias"] if config.attention_bias else None
+        y = linear(y, weights[f"{prefix}{name}.weight"], bias, numerics)
         record(f"{prefix}{name}", y)
         return y
 
@@ -55,14 +56,17 @@ def self_attention(
     record(f"{prefix}q_rope", q)
     record(f"{prefix}k_rope", k)
 
-    attended: list[tuple[Array, Array, Array]] = []
+    contexts: list[Array] = []
+    steps: list[tuple[Array, Array]] = []
     for b in range(len(x)):  # sequences may have different lengths
         keys, values = (k[b], v[b]) if cache is None else cache[0].write(cache[1], b, k[b], v[b])
-        attended.append(attend(q[b], keys, values, numerics))
-    contexts, scores, probs = zip(*attended, strict=True)
+        context, *scores_and_probs = attend(q[b], keys, values, numerics)
+        contexts.append(context)
+        if record is not ignore:  # one sequence's scores alone are large; they are kept only for a trace
+            steps.append((scores_and_probs[0], scores_and_probs[1]))
     if record is not ignore:
-        record(f"{prefix}scores", _stack(scores, -np.inf))
-        record(f"{prefix}probs", _stack(probs, 0))
+        record(f"{prefix}scores", _stack([scores for scores, _ in steps], -np.inf))
+        record(f"{prefix}probs", _stack([probs for _, probs in steps], 0))
     context = np.stack(contexts)
     record(f"{prefix}context", context)
     return project(context, "o_proj")

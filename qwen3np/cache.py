@@ -16,7 +16,7 @@ class ContextOverflowError(ValueError):
     """More positions than there is room for. Nothing was written."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class KVCache:
     """Rotated keys and values of every layer, and the ids they belong to.
 
@@ -69,9 +69,10 @@ class KVCache:
 
         Raises ValueError for a sequence that is named twice.
         """
-        if len(set(rows)) < len(rows):
+        selected = self.rows[list(rows)]
+        if len(np.unique(selected)) < len(selected):
             raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
-        return KVCache(self.k, self.v, self.ids, self.lengths, self.rows[list(rows)])
+        return KVCache(self.k, self.v, self.ids, self.lengths, selected)
 
     def reserve(self, max_length: int) -> None:
         """Make room for max_length positions in each sequence, by moving to larger arrays if need be.

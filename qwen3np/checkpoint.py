@@ -140,6 +140,8 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
         if (folder / name).exists():
             raise CheckpointError(f"{folder}: already holds a checkpoint ({name}); choose a new folder")
     shapes = weight_shapes(config)
+    if config.tie_word_embeddings:  # as when reading: the embedding is the head
+        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     names = {stored: name for name, stored in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to know whose layout it is
     problems = [f"{name}: extra: no such tensor in this model" for name in weights.keys() - shapes.keys()]
@@ -169,13 +171,16 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
         with weights_part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in shapes:
+                with np.errstate(over="raise"):  # a value that float16 cannot hold
+                    tensor = np.ascontiguousarray(weights[name].astype(dtype or weights[name].dtype, copy=False))
                 # a view as bytes: NumPy's buffer protocol has no format for bfloat16
-                tensor = np.ascontiguousarray(weights[name].astype(dtype or weights[name].dtype, copy=False))
                 file.write(tensor.view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         for part, whole in parts.items():
             os.replace(part, whole)
+    except FloatingPointError:
+        raise CheckpointError(f"{folder}: not saved: a weight is too large for {np.dtype(dtype)}") from None
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -189,9 +194,9 @@ def _listed(problems: Sequence[str]) -> str:
 
 def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
     """Return the safetensors files of a folder, each with the tensors that the index, if there is one, puts there."""
-    if (folder / _SINGLE).exists():
+    if (folder / _SINGLE).is_file():
         return {folder / _SINGLE: None}
-    if not (folder / _INDEX).exists():
+    if not (folder / _INDEX).is_file():
         raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
     try:
         weight_map = read_json(folder / _INDEX).get("weight_map")

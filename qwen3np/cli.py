@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from qwen3np import __version__
 from qwen3np.commands import chat, generate, info, score
@@ -13,12 +14,20 @@ from qwen3np.commands import chat, generate, info, score
 COMMANDS = {"generate": generate, "chat": chat, "score": score, "info": info}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end with status 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help explains\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Ends the process with status 2 after an error, 130 after Ctrl-C."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
             stream.reconfigure(encoding="utf-8", errors="replace")
-    parser = argparse.ArgumentParser(prog="qwen3np", description="Qwen3 in NumPy.")
+    parser = _Parser(prog="qwen3np", description="Qwen3 in NumPy.")
     parser.add_argument("--version", action="version", version=f"qwen3np {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 
 class ConfigError(ValueError):
     """A config.json that cannot be read, or that asks for something this package does not do."""
@@ -42,7 +44,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check each value by itself, then those that must fit together."""
-        for field in fields(self):
+        for field in fields(self):  # NumPy's numbers become Python's, which leave the dtype of arrays alone
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
             check = _CHECKS[str(field.type)]
             check(field.name, getattr(self, field.name))
         if self.num_attention_heads % self.num_key_value_heads:

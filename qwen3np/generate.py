@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -132,6 +133,11 @@ def stream(
     return (step.id for step in found)
 
 
+def _check_count(max_new_tokens: int) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens!r}")
+
+
 def _stop(stop_ids: Collection[int]) -> Callable[[list[int]], bool]:
     """Return the rule that a sequence ends after one of these ids."""
     try:
@@ -143,6 +149,7 @@ def _stop(stop_ids: Collection[int]) -> Callable[[list[int]], bool]:
 
 def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str = "float32") -> KVCache:
     """Return an empty cache with room for each of these prompts and max_new_tokens more."""
+    _check_count(max_new_tokens)
     longest = max((len(prompt) for prompt in batch), default=0)
     length = max(min(longest + max_new_tokens, config.max_position_embeddings), 1)
     return KVCache.allocate(config, max(len(batch), 1), length, precision(numerics).storage)
@@ -166,8 +173,7 @@ def steps(
     Arguments and errors as in generate, errors before the first step; stop is given the new ids of a sequence and says
     whether they end it. After every step the cache holds each sequence without its newest token.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_count(max_new_tokens)
     if len(batch) == 0:
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
     context = config.max_position_embeddings
@@ -184,9 +190,10 @@ def steps(
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
 
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be a whole number from 0, got {seed}")
-    generators = [np.random.default_rng(seed) for _ in prompts]
+    try:
+        generators = [np.random.default_rng(seed) for _ in prompts]
+    except (ValueError, TypeError):
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}") from None
 
     def run() -> Iterator[Step]:
         logits = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from qwen3np.numerics import FLOAT32, Array, Numerics
@@ -28,16 +30,20 @@ def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = F
     else:
         step = block = TILE
 
-    def apply(start: int) -> None:
-        stop = min(start + step, outputs)
-        for a in range(start, stop, block):
-            b = min(a + block, stop)
-            part = np.require(
-                numerics.widen(w[a:b]), None, ["C", "A"]
-            )  # other layouts would not reach BLAS, or its bits
+    def pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+        """Cut into pieces of this size; a last piece of one row, which would have bits of its own, is joined."""
+        edges = [*range(start, stop, size), stop]
+        if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+            del edges[-2]
+        return list(pairwise(edges))
+
+    def apply(piece: tuple[int, int]) -> None:
+        for a, b in pieces(*piece, block):
+            # other layouts would not reach BLAS, or would have other bits
+            part = np.require(numerics.widen(w[a:b]), None, ["C", "A"])
             np.matmul(rows, np.transpose(part), out=y[:, a:b])
 
-    share(range(0, outputs, step), y.size * inputs, apply)
+    share(pieces(0, outputs, step), y.size * inputs, apply)
     if bias is not None:
         y += numerics.widen(bias)
     return numerics.round(y).reshape(*x.shape[:-1], outputs)

@@ -23,7 +23,7 @@ from qwen3np.tokenizer import Tokenizer
 DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A checkpoint in memory. The methods only forward to the functions of the same name."""
 
@@ -74,9 +74,10 @@ def load(
 ) -> Model:
     """Load a checkpoint from a folder, or from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B").
 
-    weights_dtype "bfloat16" maps the file: ready at once, in the memory of the file. "float32" makes one float32 copy:
-    twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory that is free.
-    The result of a forward does not depend on it. progress shows bars on stderr for what takes more than a second.
+    weights_dtype "bfloat16" maps the file as it is: ready at once, in the memory of the file. "float32" makes one
+    float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory
+    that is free. The result of a forward does not depend on it. progress shows bars on stderr, where that is a
+    terminal, for what takes more than a second.
 
     Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint.
     """
@@ -92,14 +93,13 @@ def load(
             generation_config = _checked(read_json(folder / "generation_config.json"))
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    names = ("vocab.json", "merges.txt")
+    has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
     tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
 
     float32_bytes = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32" or (weights_dtype == "auto" and float32_bytes <= available_memory() / 2):
         weights = _copied(weights, progress)
-    elif weights_dtype == "bfloat16" and any(tensor.itemsize > 2 for tensor in weights.values()):
-        raise CheckpointError(f"{folder}: holds float32 weights, which cannot be mapped as bfloat16; use auto")
     return Model(config, weights, tokenizer, generation_config)
 
 
@@ -111,6 +111,8 @@ def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in numbers and type(value) not in (int, float):
             raise ConfigError(f"{key} = {value!r} is not a number")
+        if key == "max_new_tokens" and type(value) is not int:
+            raise ConfigError(f"{key} = {value!r} is not a whole number")
         if key == "eos_token_id":
             ids: list[Any] = [value] if isinstance(value, (int, float)) else list(value)
             if not all(type(token) is int for token in ids):

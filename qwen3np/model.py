@@ -38,12 +38,12 @@ def forward(
     input_ids: (B, S) token ids, or (S,) read as B = 1. With a cache, sequence b goes on at position cache.lengths[b],
     its keys and values are added, and the lengths advance when all is done. numerics is "float32", "float64" or
     "bfloat16" (which rounds where transformers' eager bfloat16 does); logits are float32, or float64 for "float64".
-    trace is called once for each recorded point, in order, with its name and its array, which is the caller's to keep.
+    trace is called once for each recorded point, in order, with its name and its array, to keep but not to change.
 
     Raises ValueError for ids that are empty, out of range or no integers, and for a cache that does not match
     (ContextOverflowError when it is full); nothing is changed then.
     """
-    n, record = precision(numerics), trace or ignore
+    n, record = precision(numerics), ignore if trace is None else trace
     ids = checked_ids(input_ids, config)
     batch: int = ids.shape[0]
     new: int = ids.shape[1]
@@ -100,9 +100,10 @@ def block(
 
 def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
     """Return the ids of one sequence as a list. Raises ValueError as checked_ids, and for more than one sequence."""
+    checked = checked_ids(ids, config)
     if np.ndim(ids) != 1:
-        raise ValueError(f"input_ids: a sequence must be a flat list of ids, not an array of shape {np.shape(ids)}")
-    return checked_ids(ids, config)[0].tolist()
+        raise ValueError(f"input_ids: a sequence must be a flat list of ids, not an array of shape {checked.shape}")
+    return checked[0].tolist()
 
 
 def checked_ids(input_ids: ArrayLike, config: Config) -> Array:

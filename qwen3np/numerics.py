@@ -1,4 +1,4 @@
-"""The three precisions, and the only casts in the package.
+"""The three precisions, and how numbers get into them.
 
 - float32: the everyday precision.
 - float64: the truth to measure against; everything is computed in float64, from the upcast of the weights on.

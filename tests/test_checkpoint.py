@@ -447,3 +447,17 @@ def test_overlaps_and_holes_are_told(folder, config, weights):
     assert "overlaps" in told
     write(folder / "model.safetensors", header, data + bytes(8))
     assert "model.safetensors: holds bytes that belong to no tensor" in problems(folder)
+
+
+def test_a_weight_too_large_for_float16_is_not_saved(tmp_path, config, weights):
+    large = {name: tensor * np.float32(1e6) for name, tensor in weights.items()}
+    with pytest.raises(CheckpointError, match="too large for float16"):
+        save_checkpoint(tmp_path / "new", config, large, dtype=np.float16)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_head_that_the_config_ties_is_not_saved(tmp_path, config):
+    tied = replace(config, tie_word_embeddings=True)
+    weights = trained_like(tied, 0)
+    save_checkpoint(tmp_path / "new", tied, weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    assert_same_bits(read_checkpoint(tmp_path / "new")[1], weights)

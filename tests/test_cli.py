@@ -166,6 +166,14 @@ def test_errors_are_one_line(run, arguments, message):
     assert message in run.stderr
 
 
+@pytest.mark.parametrize("arguments", [("generate", "--max-new-tokens", "abc"), ("generate",), ("nothing",), ()])
+def test_errors_of_arguments_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert re.fullmatch(r"error: .*; qwen3np.* --help explains\n", capsys.readouterr().err)
+
+
 def test_errors_of_checkpoints(run, folder, tmp_path):
     assert run("generate", "x", model=tmp_path / "nowhere") == ""
     assert (run.status, run.stderr.count("\n")) == (2, 1)

@@ -105,10 +105,18 @@ def test_long_prompts_go_in_pieces(weights, config, computed, monkeypatch):
 
 @pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16"])
 def test_precisions(weights, config, numerics):
-    logits = forward(weights, config, [5, 6, 7], numerics=numerics)
-    new, cache = generate(weights, config, [5, 6, 7], max_new_tokens=1, numerics=numerics)
-    assert new == [int(np.argmax(logits[0, -1]))]
+    new, cache = generate(weights, config, [5, 6, 7], max_new_tokens=4, numerics=numerics)
     assert str(cache.k.dtype) == numerics
+    for count, token in enumerate(new):
+        logits = forward(weights, config, [5, 6, 7, *new[:count]], numerics=numerics)
+        assert token == int(np.argmax(logits[0, -1]))
+    # every step was computed in this precision: what the cache holds is what a forward alone would put there
+    whole = KVCache.allocate(config, 1, 8, cache.k.dtype)
+    forward(weights, config, [5, 6, 7, *new[:-1]], whole, numerics=numerics)
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.05}[numerics]
+    np.testing.assert_allclose(
+        cache.k[..., :6, :].astype(np.float64), whole.k[..., :6, :].astype(np.float64), rtol=0, atol=tolerance
+    )
 
 
 def test_sampling_is_the_seed_s(weights, config, monkeypatch):
@@ -171,7 +179,7 @@ def test_bad_input(weights, config):
     long = [1] * (config.max_position_embeddings + 1)
     with pytest.raises(ContextOverflowError, match=r"prompt 0 has 257 tokens.* 256"):
         generate(weights, config, long, max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number, at least 1, got 0"):
         generate(weights, config, [1], max_new_tokens=0)
     for empty in ([], [[1], []]):
         with pytest.raises(ValueError, match="empty"):

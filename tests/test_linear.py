@@ -68,6 +68,9 @@ def test_cutting_the_weights_changes_nothing_but_rounding(seed, rows, threads):
 
 # (rows, in, out): one token, a few, many; the last two hold more than one block
 SIZES = [(1, 40, 300), (7, 40, 300), (1, 512, 1100), (33, 512, 1100)]
+SIZES += [
+    (rows, inputs, outputs) for rows in (1, 5) for inputs, outputs in ((40, 9), (40, 33), (1024, 513), (300, 257))
+]
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)

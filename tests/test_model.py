@@ -286,3 +286,27 @@ def test_bad_input_is_refused_and_changes_nothing(weights, config, ids, message)
 def test_unknown_numerics(weights, config):
     with pytest.raises(ValueError, match="numerics='float16' is unknown; known: float32, float64, bfloat16"):
         forward(weights, config, [1], numerics="float16")
+
+
+def test_a_recorder_that_is_empty_at_first_records(weights, config):
+    class Points(dict):
+        __call__ = dict.__setitem__
+
+    points = Points()
+    forward(weights, config, [1, 2, 3], trace=points)
+    assert "lm_head" in points
+
+
+def test_the_config_alone_says_whether_there_are_biases(weights, config):
+    biased = replace(config, attention_bias=True)
+    with pytest.raises(KeyError, match=r"q_proj\.bias"):
+        forward(weights, biased, [1, 2, 3])
+    with_bias = trained_like(biased, 0)
+    without = {name: tensor for name, tensor in with_bias.items() if not name.endswith("bias")}
+    np.testing.assert_array_equal(forward(with_bias, config, [1, 2]), forward(without, config, [1, 2]))
+
+
+def test_numbers_of_numpy_in_a_config_change_nothing(weights, config):
+    same = replace(config, rms_norm_eps=np.float64(config.rms_norm_eps), head_dim=np.int64(config.head_dim))
+    assert same == config
+    np.testing.assert_array_equal(forward(weights, same, [1, 2]), forward(weights, config, [1, 2]))

@@ -56,7 +56,6 @@ def drawn(oracle):
             {
                 "prefill": relative(ours[:, :prompt], theirs[:, :prompt]),
                 "decode": [relative(ours[:, i], theirs[:, i]) for i in decode],
-                "their decode error": [relative(theirs[:, i], truth[:, i]) for i in decode],
                 "error ratio": relative(ours, truth) / relative(theirs, truth),
                 "float64": relative(truth, their_truth),
             }
@@ -65,16 +64,13 @@ def drawn(oracle):
 
 
 def test_float32(drawn):
-    prefill, decode, theirs, ratio = (drawn[key] for key in ("prefill", "decode", "their decode error", "error ratio"))
+    prefill, decode, ratio = (drawn[key] for key in ("prefill", "decode", "error ratio"))
     print(f"\n{len(prefill)} drawn models, float32 logits, relative L2 against transformers float32 eager")
     print(f"prefill           max {prefill.max():.2e}  median {np.median(prefill):.2e}")
     print(f"{decode.size} decode steps  max {decode.max():.2e}  median {np.median(decode):.2e}")
-    for i in zip(*np.nonzero(decode > 3e-6), strict=True):
-        print(f"  model {i[0]}, step {i[1]}: {decode[i]:.2e}; transformers itself is {theirs[i]:.2e} from float64")
     print(f"error against float64, ours / theirs: max {ratio.max():.3f}  median {np.median(ratio):.3f}")
     assert prefill.max() <= 3e-6
-    # A single position can be so ill-conditioned that transformers' own float32 is farther than that from the truth.
-    assert np.all(decode <= np.maximum(3e-6, 1.5 * theirs))
+    assert decode.max() <= 3e-6
     assert ratio.max() <= 1.5
 
 
@@ -254,13 +250,16 @@ def test_bfloat16_steps(oracle, name):
             beyond = np.abs(ours[far] - truth[far]).max(initial=0)
             noise = beyond / np.abs(truth[np.isfinite(truth)]).max()
             assert noise <= 5e-7, point  # measured 1.2e-7
-            figures[kind].append((away.size, np.count_nonzero(away), noise))
+            figures[kind].append((away.size, np.count_nonzero(away), away[~far].max(initial=0), noise))
         start += new
     print(f"\n{name}, bfloat16, prefill {len(ids)} x {ids.shape[1] - STEPS} and {STEPS} decode steps")
-    for kind, (share, most) in limits.items():
-        sizes, counts, noise = zip(*figures[kind], strict=True)
+    for kind, (share, _) in limits.items():
+        sizes, counts, most, noise = zip(*figures[kind], strict=True)
         size, count = sum(sizes), sum(counts)
-        print(f"{kind:15}{size:>9} elements, {count:>4} differ: {count / size:.1e}, by at most {most} steps", end="")
+        print(
+            f"{kind:15}{size:>9} elements, {count:>4} differ: {count / size:.1e}, by at most {max(most):.0f} steps",
+            end="",
+        )
         print(f", or by {max(noise):.0e} of the largest" if max(noise) else "")
         assert count <= share * size
 

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("head", "tied to the embedding" if config.tie_word_embeddings else "its own matrix"),
-        ("context", f"{config.max_position_embeddings:,} positions, rope_theta {config.rope_theta:,g}"),
+        ("context", f"{config.max_position_embeddings:,} positions, rope_theta {config.rope_theta:,.10g}"),
         ("norm epsilon", f"{config.rms_norm_eps:g}"),
         ("parameters", f"{count['total']:,} in total, {count['unique']:,} unique"),
         ("  non-embedding", f"{count['non_embedding']:,}"),
