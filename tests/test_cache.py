@@ -15,8 +15,8 @@ from qwen3np import ContextOverflowError, KVCache, forward
 from qwen3np.numerics import BFLOAT16, PRECISIONS
 
 # Relative L2: a product of another shape is summed in another order. 1.4e-15, 7.7e-7 and 1.4e-4 were measured; in
-# bfloat16 the order can tip a rounding, which is why there is more room.
-TOLERANCE = {"float64": 1e-14, "float32": 3e-6, "bfloat16": 0.01}
+# bfloat16 the order can tip single roundings, and this leaves room for a few of them.
+TOLERANCE = {"float64": 1e-14, "float32": 3e-6, "bfloat16": 1e-3}
 
 
 def snapshot(cache):

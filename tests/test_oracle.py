@@ -320,6 +320,6 @@ def test_bfloat16_logits(oracle):
     print(f"  ours from theirs:  median {np.median(apart):.3f}  max {apart.max():.3f}")
     print(f"  ours from float64: median {np.median(error):.3f}  max {error.max():.3f}")
     # Over some hundred positions one bit that fell the other way reaches many others, so the worst is no small number.
-    assert np.median(apart) <= 0.3  # measured 0.03 to 0.13
+    assert np.median(apart) <= 0.2  # measured 0.03 to 0.13
     assert apart.max() <= 0.8  # measured 0.6
     assert error.max() <= 1.05  # measured 1.01
