@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -34,21 +34,36 @@ def num_threads() -> int:
 
 
 def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> None:
-    """Run task on every part, on all threads where the work (multiply-adds of all parts together) is worth it."""
-    threads = min(num_threads(), len(parts)) if work >= WORTH_SHARING else 1
+    """Run task on every part, on all threads where the work (multiply-adds of all parts together) is worth it.
+
+    A task that shares in turn runs its parts itself: the threads have their work already. After an error no further
+    part begins, and the error comes out when those that had begun are done.
+    """
+    threads = min(num_threads(), len(parts)) if work >= WORTH_SHARING and not _here.sharing else 1
     left, lock = iter(parts), threading.Lock()
 
     def run() -> None:
-        while True:
-            with lock:
-                part = next(left, None)
-            if part is None:
-                return
-            task(part)
+        nonlocal left
+        outside, _here.sharing = _here.sharing, _here.sharing or threads > 1
+        try:
+            while True:
+                with lock:
+                    part = next(left, None)
+                if part is None:
+                    return
+                task(part)
+        except BaseException:
+            left = iter(())
+            raise
+        finally:
+            _here.sharing = outside
 
     with one_blas_thread():
         others = [_pool(os.getpid()).submit(run) for _ in range(threads - 1)]
-        run()
+        try:
+            run()
+        finally:
+            wait(others)
         for other in others:
             other.result()
 
@@ -59,6 +74,13 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(64, os.cpu_count() or 1), thread_name_prefix=f"qwen3np-{process}")
 
 
+class _Here(threading.local):
+    """What this thread is doing."""
+
+    sharing = False
+
+
+_here = _Here()
 _lock = threading.Lock()
 _holders = 0
 _limit: Any = None

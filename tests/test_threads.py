@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -34,6 +37,58 @@ def test_every_part_is_done_once_and_errors_come_out(threads, monkeypatch):
     assert sorted(done) == list(range(100))
     with pytest.raises(ZeroDivisionError):
         share(range(100), 1 << 30, lambda part: 1 // (part - 50))
+
+
+def test_after_an_error_no_part_begins_and_those_that_had_begun_are_done(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    both, begun, events = threading.Barrier(2), [], []
+
+    def task(part):
+        begun.append(part)
+        if part < 2:
+            both.wait(5)
+        if threading.current_thread() is threading.main_thread():
+            raise ZeroDivisionError
+        time.sleep(0.2)  # the main thread is out of its part, and waits
+        events.append((part, blas_threads() <= {1}))
+
+    with pytest.raises(ZeroDivisionError):
+        share(range(10), 1 << 30, task)
+    assert sorted(begun) == [0, 1]
+    assert [held for _, held in events] == [True]
+
+
+def meet(_):
+    """A task of two parts that ends only if two threads run them at once."""
+    meet.barrier.wait(5)
+
+
+def test_a_share_inside_a_share_runs_where_it_is(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "3")
+    barrier, inside = threading.Barrier(3), []
+
+    def outer(part):
+        barrier.wait(5)  # three threads are at work
+        here = threading.get_ident()
+        share(range(4), 1 << 30, lambda inner: inside.append((part, inner, threading.get_ident() == here)))
+
+    share(range(3), 1 << 30, outer)
+    assert sorted(inside) == [(part, inner, True) for part in range(3) for inner in range(4)]
+
+
+@pytest.mark.parametrize(("parts", "work"), [([0, 1], 1), ([0], 1 << 30)], ids=["too little work", "one part"])
+def test_a_share_inside_one_that_is_not_worth_it_has_its_threads(parts, work, monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    meet.barrier = threading.Barrier(2)
+    share(parts, work, lambda _: share([0, 1], 1 << 30, meet))
+
+
+def test_after_an_error_inside_there_are_threads_again(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    with pytest.raises(ZeroDivisionError):
+        share([0, 1], 1 << 30, lambda part: share([0], 1 << 30, lambda _: 1 // 0))
+    meet.barrier = threading.Barrier(2)
+    share([0, 1], 1 << 30, meet)
 
 
 def test_the_number_of_threads(monkeypatch):
