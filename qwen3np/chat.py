@@ -1,8 +1,9 @@
 """Messages -> text: a checkpoint's own Jinja chat template, rendered as transformers renders it.
 
-A template is trusted no more than the checkpoint it came with. Those that Qwen published are known by their hash and
-rendered in this process (0.1 ms); any other in a process of its own with limits on time and memory (0.1 s): checks
-inside the interpreter are leaky, and none of them ends `10**(10**10)` or `'a' * 10**12`, a kill does.
+A template is trusted no more than the checkpoint it came with. Those that Qwen published, and the one of checkpoints
+trained here, are known by their hash and rendered in this process (0.1 ms); any other in a process of its own with
+limits on time and memory (0.1 s): checks inside the interpreter are leaky, and none of them ends `10**(10**10)` or
+`'a' * 10**12`, a kill does.
 """
 
 # This file is also the program of that process: at import it needs the standard library alone.
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template, nodes
     from jinja2.parser import Parser
 
-_PUBLISHED = {  # sha256 of the template's text
+_KNOWN = {  # sha256 of the template's text
     "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8",  # Qwen3
     "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5",  # Qwen3 Base, Embedding, Reranker
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326",  # Instruct-2507
     "40c21f34cf67d8c760ef72f8ad3ae5afad514299d4b06e91dd9a8d705af7b541",  # Instruct-2507, its first revision
     "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7",  # Thinking-2507
+    "a75e50070fd015aa156b623c6bc721bf408efccd8e896534f336ee92f0d0d8e1",  # qwen3np.training's
 }
 _SECONDS = 5
 _MEBIBYTES = 512
@@ -73,7 +75,7 @@ def render_chat(
         job = json.dumps({"template": template, "variables": variables, "path": [str(p) for p in sys.path]})
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages, tools and template variables must be JSON data: {error}") from error
-    if hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest() in _PUBLISHED:
+    if hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest() in _KNOWN:
         return _render(template, json.loads(job)["variables"])
     return _render_apart(job)
 

@@ -16,6 +16,7 @@ from qwen3np.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers import models
 
 # How Qwen3's tokenizer.json splits text before BPE; a folder with vocab.json and merges.txt alone does not say it.
 _SPLIT = (
@@ -154,22 +155,13 @@ class Tokenizer:
         return backend
 
     def _from_vocab_and_merges(self) -> tokenizers.Tokenizer:
-        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-        from tokenizers import Tokenizer as Backend
+        from tokenizers import AddedToken, models
 
         vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
         try:
-            backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
+            backend = byte_level_bpe(models.BPE.from_file(str(vocab), str(merges)))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{vocab} with {merges.name}: not a BPE vocabulary: {error}") from error
-        backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
         config = self.folder / "tokenizer_config.json"
         try:
             added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
@@ -219,6 +211,22 @@ class Tokenizer:
             return {entry["name"]: entry["template"] for entry in found}
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template") from error
+
+
+def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
+    """A tokenizer that does with text what Qwen3's tokenizer.json does before and after its BPE model."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _token_id(value: SupportsIndex) -> int:
