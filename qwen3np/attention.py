@@ -104,5 +104,8 @@ def attend(q: Array, k: Array, v: Array, numerics: Numerics = FLOAT32) -> tuple[
 
 def _stack(arrays: Sequence[Array], fill: float) -> Array:
     """Stack (H, S, T) arrays of different T to (B, H, S, max T)."""
-    total = max(a.shape[-1] for a in arrays)
-    return np.stack([np.pad(a, ((0, 0), (0, 0), (0, total - a.shape[-1])), constant_values=fill) for a in arrays])
+    stacked = np.empty((len(arrays), *arrays[0].shape[:-1], max(a.shape[-1] for a in arrays)), arrays[0].dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[..., : array.shape[-1]] = array
+        row[..., array.shape[-1] :] = fill
+    return stacked

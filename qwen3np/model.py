@@ -106,25 +106,25 @@ def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
     return checked[0].tolist()
 
 
-def checked_ids(input_ids: ArrayLike, config: Config) -> Array:
-    """Return input_ids as an integer array (B, S). Raises ValueError, which says what is wrong and where."""
+def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
+    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name`, and where."""
     try:
         ids: np.ndarray[Any, Any] = np.asarray(input_ids)
     except ValueError:
-        raise ValueError("input_ids: rows of different lengths; pad them on the right to one length") from None
+        raise ValueError(f"{name}: rows of different lengths; pad them on the right to one length") from None
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2:
-        raise ValueError(f"input_ids: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
+        raise ValueError(f"{name}: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
     if ids.size == 0:
-        raise ValueError("input_ids: empty; a prompt needs at least one token")
+        raise ValueError(f"{name}: empty; a prompt needs at least one token")
     if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"input_ids: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
+        raise ValueError(f"{name}: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
     outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
     if len(outside):
         row, column = outside[0]
         raise ValueError(
-            f"input_ids: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "
+            f"{name}: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "
             f"0 to {config.vocab_size - 1}" + (f" ({len(outside)} such ids)" if len(outside) > 1 else "")
         )
     return ids
