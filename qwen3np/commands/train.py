@@ -1,0 +1,60 @@
+"""`qwen3np train`: a small Qwen3 of one's own, from a corpus."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from qwen3np.training.documents import read_documents
+from qwen3np.training.loop import SIZES, Settings, train
+
+EXAMPLE = "qwen3np train stories.txt --out my-qwen3 --steps 2000"
+HELP = "train a tokenizer and a small model on a corpus"
+
+_SETTINGS = {
+    "steps": "updates of the weights",
+    "batch_size": "rows of a step",
+    "sequence_length": "tokens of a row, and the longest context of the model",
+    "learning_rate": "the highest; it rises in a line, then falls on a cosine",
+    "warmup_steps": "steps until the learning rate is at its highest",
+    "weight_decay": "of the matrices",
+    "max_norm": "of the gradients of a step, which are scaled down to it",
+    "seed": "of the first weights, and of the order of the documents",
+    "save_every": "steps from one saved state, and line of the log, to the next",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument(
+        "corpus",
+        metavar="CORPUS",
+        type=Path,
+        help="a .txt file (documents between lines of <|endoftext|>), a .jsonl file (an object a line: "
+        '{"text": ...} or {"messages": [...]}), or a folder of them',
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
+    parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="documents whose loss the log shows beside")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run that was stopped: the same command again"
+    )
+    group = parser.add_argument_group("sizes (keys of config.json)")
+    for name, size in SIZES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=size, help=f"({size})")
+    group = parser.add_argument_group("training")
+    for name, value in asdict(Settings()).items():
+        kind, metavar = (int, "N") if isinstance(value, int) else (float, "X")
+        text = f"{_SETTINGS[name]} ({value})"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=value, help=text)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, and say where the model is."""
+    settings = Settings(**{name: getattr(arguments, name) for name in _SETTINGS})
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    documents = read_documents(arguments.corpus)
+    held_out = read_documents(arguments.held_out) if arguments.held_out else ()
+    train(documents, arguments.out, sizes, settings, held_out=held_out, resume=arguments.resume)
+    print(f"[{arguments.out}: trained; --model names it to the other commands]", file=sys.stderr)

@@ -1,0 +1,298 @@
+"""The training loop: documents -> a Hugging Face folder with a tokenizer and a model that were trained on them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from qwen3np.checkpoint import Weights, init_weights, save_checkpoint
+from qwen3np.config import Config
+from qwen3np.model import forward
+from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.tokenizer import Tokenizer
+from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer
+from qwen3np.training.documents import Document, Encoded, encode, pack, texts
+from qwen3np.training.gradients import cross_entropy, loss_and_gradients
+from qwen3np.training.optimizer import Moments, adamw, clip, cosine_schedule, zero_moments
+
+STATE = "training_state.safetensors"
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 160,
+    "intermediate_size": 480,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+_MAY_BE_ZERO = ("seed", "warmup_steps", "weight_decay")
+_MAY_CHANGE = ("learning_rate", "steps", "save_every")  # when a run is resumed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained: for how long, on how much at a time, and AdamW's settings."""
+
+    steps: int = 1000
+    batch_size: int = 16  # rows of a step
+    sequence_length: int = 256  # positions of a row, and of the model's longest context
+    learning_rate: float = 3e-3  # the highest, after the warm-up
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    max_norm: float = 1.0  # of the gradients
+    seed: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the settings. Raises ValueError, which names the one that is wrong."""
+        for name, value in asdict(self).items():
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                allowed = "0 or more" if name in _MAY_BE_ZERO else "more than 0"
+                raise ValueError(f"{name} = {value}: it must be finite, and {allowed}")
+
+
+@dataclass
+class State:
+    """What a run that was stopped needs to go on to the same weights, bit for bit."""
+
+    config: Config
+    settings: Settings
+    corpus: str  # the digest of what it is trained on
+    weights: dict[str, Array]
+    moments: Moments
+    step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+
+    def save(self, folder: Path) -> None:
+        """Write the state; the file before it stays until the new one is whole."""
+        import safetensors.numpy
+
+        tensors = dict(self.weights)
+        for name, moments in self.moments.items():
+            tensors |= {f"moments.{n}.{name}": moment for n, moment in enumerate(moments)}
+        rest = {
+            "config": self.config.to_dict(),
+            "settings": asdict(self.settings),
+            "corpus": self.corpus,
+            "step": self.step,
+            "log": self.log,
+        }
+        texts = {name: json.dumps(value) for name, value in rest.items()}
+        part = folder / f"{STATE}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(cast("Any", safetensors.numpy).save(tensors, texts))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, folder / STATE)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> State:
+        """Read the state that a stopped run left. Raises ValueError where there is none."""
+        import safetensors
+
+        if not (folder / STATE).exists():
+            raise ValueError(f"{folder}: no {STATE}, so there is no training to resume")
+        try:
+            with cast("Any", safetensors).safe_open(folder / STATE, "np") as file:
+                rest: dict[str, Any] = {name: json.loads(value) for name, value in file.metadata().items()}
+                tensors: dict[str, Array] = {name: file.get_tensor(name) for name in list(file.keys())}
+            rest |= {"config": Config.from_dict(rest["config"]), "settings": Settings(**rest["settings"])}
+            weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("moments.")}
+            moments = {name: (tensors[f"moments.0.{name}"], tensors[f"moments.1.{name}"]) for name in weights}
+            return cls(weights=weights, moments=moments, **rest)
+        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / STATE}: cannot be read: {error}") from None
+
+
+def train(
+    documents: Sequence[Document],
+    folder: str | Path,
+    sizes: Mapping[str, int],
+    settings: Settings,
+    *,
+    held_out: Sequence[Document] = (),
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train a tokenizer and a model on documents, and write them to a folder.
+
+    sizes are those of SIZES, keys of config.json. The folder becomes an ordinary Hugging Face checkpoint in bfloat16,
+    with tied embeddings and contexts as long as those it was trained on, and has a training_log.csv: every save_every
+    steps the mean training loss since the line before, and the loss of the held-out documents, in nats a token. While
+    training runs it holds the tokenizer and the state of the last such step. A run that was stopped goes on from there
+    when it is called again with resume, to the same weights bit for bit. progress shows a bar on stderr with the loss
+    and tokens per second.
+
+    Raises ValueError for sizes that do not fit, for documents in which nothing counts, for a folder that exists (to
+    resume: one without a state, or with one of other sizes, of another corpus or of more steps), and for a loss that is
+    not finite: the last saved state stays then. No folder is left where training could not begin.
+    """
+    from tqdm import tqdm
+
+    folder = Path(folder)
+    state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume)
+    config = state.config
+    tokens = settings.batch_size * settings.sequence_length
+    bar: Any = tqdm(
+        total=settings.steps * tokens,
+        initial=state.step * tokens,
+        desc="training",
+        unit=" tokens",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    losses: list[float] = []
+    begun = state.step
+    with bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an overflow the loss tells
+        for rows, masks in islice(batches(encoded, settings), state.step, None):
+            loss, gradients = loss_and_gradients(state.weights, config, rows[:, :-1], rows[:, 1:], masks[:, 1:])
+            norm = clip(gradients, settings.max_norm)
+            if not math.isfinite(loss + norm):
+                raise ValueError(
+                    f"after step {state.step} the loss is {loss}, the norm of its gradients {norm}; {folder} keeps "
+                    f"step {State.load(folder).step}: resume with a lower learning rate than {settings.learning_rate}"
+                )
+            last = state.step == settings.steps
+            # not right after the step: now its weights are known to give a finite loss
+            if state.step > begun and (last or state.step % settings.save_every == 0):
+                state.save(folder)
+            if last:
+                break
+            rate = cosine_schedule(state.step, settings.steps, settings.warmup_steps, settings.learning_rate)
+            state.step += 1
+            adamw(state.weights, gradients, state.moments, state.step, rate, weight_decay=settings.weight_decay)
+            losses.append(loss)
+            bar.update(tokens)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if state.step % settings.save_every == 0 or state.step == settings.steps:
+                line: dict[str, float] = {"step": state.step, "learning_rate": rate, "loss": sum(losses) / len(losses)}
+                if test:
+                    line["held_out_loss"] = mean_loss(state.weights, config, test)
+                state.log.append(line)
+                losses.clear()
+    _write_log(folder / "training_log.csv", state.log)
+    for name in ("config.json", "model.safetensors"):  # of a run that was stopped between here and the end
+        (folder / name).unlink(missing_ok=True)
+    save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
+    (folder / STATE).unlink()
+
+
+def _begun(
+    documents: Sequence[Document],
+    held_out: Sequence[Document],
+    folder: Path,
+    sizes: Mapping[str, int],
+    settings: Settings,
+    resume: bool,
+) -> tuple[State, list[Encoded], tuple[Array, Array] | None]:
+    """Return the state to go on from, the documents as ids, and the held-out rows and masks. Raises as train does."""
+    fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
+    config = Config.from_dict({**sizes, **fixed})
+    state = State.load(folder) if resume else None
+    if state is None and folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder, or resume the training that was stopped there")
+    new = folder.with_name(f"{folder.name}.part")  # becomes the folder when all is in it that a run needs to go on
+    try:
+        if state is None:
+            shutil.rmtree(new, ignore_errors=True)
+            _write_tokenizer(new, documents, config)
+        tokenizer = Tokenizer.from_folder(folder if state else new)
+        config = replace(config, eos_token_id=(cast("int", tokenizer.token_to_id("<|im_end|>")),))
+        encoded = [encode(document, tokenizer) for document in documents]
+        kept = [encode(document, tokenizer) for document in held_out]
+        test = _counting(kept, settings, np.random.default_rng(0)) if kept else None
+        next(batches(encoded, settings))  # raises where nothing counts
+        corpus = _digest(encoded)
+        if state is None:
+            weights = init_weights(config, settings.seed)
+            state = State(config, settings, corpus, weights, zero_moments(weights))
+            state.save(new)
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if config != state.config:
+        had = {key: size for key, size in state.config.to_dict().items() if size != config.to_dict()[key]}
+        raise ValueError(f"{folder}: the training that was stopped there had other sizes: {had}")
+    if corpus != state.corpus:
+        raise ValueError(f"{folder}: the training that was stopped there had another corpus")
+    changed = {name: value for name, value in asdict(state.settings).items() if value != getattr(settings, name)}
+    if refused := {name: value for name, value in changed.items() if name not in _MAY_CHANGE}:
+        raise ValueError(f"{folder}: the training that was stopped there had other settings: {refused}")
+    if state.step > settings.steps:
+        raise ValueError(f"{folder}: the training there is at step {state.step}, after steps = {settings.steps}")
+    return state, encoded, test
+
+
+def batches(encoded: Sequence[Encoded], settings: Settings) -> Iterator[tuple[Array, Array]]:
+    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents packed anew.
+
+    Rows in which nothing counts are left out. Raises ValueError where no other is.
+    """
+    none = (0, settings.sequence_length + 1)
+    rows, masks = np.empty(none, np.int32), np.empty(none, np.bool_)
+    for epoch in count():
+        packed = _counting(encoded, settings, np.random.default_rng([settings.seed, epoch]))
+        rows, masks = np.concatenate([rows, packed[0]]), np.concatenate([masks, packed[1]])
+        while len(rows) >= settings.batch_size:
+            yield rows[: settings.batch_size], masks[: settings.batch_size]
+            rows, masks = rows[settings.batch_size :], masks[settings.batch_size :]
+
+
+def mean_loss(weights: Weights, config: Config, batch: tuple[Array, Array]) -> float:
+    """Return the mean cross-entropy, in nats a token, of rows of ids and masks, both (B, S + 1)."""
+    rows, masks = batch
+    losses = [
+        cross_entropy(forward(weights, config, ids[:-1])[0][mask[1:]], ids[1:][mask[1:]])[0]
+        for ids, mask in zip(rows, masks, strict=True)
+    ]
+    return sum(losses) / int(np.sum(masks[:, 1:]))
+
+
+def _counting(encoded: Sequence[Encoded], settings: Settings, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return packed rows in which something counts, and their masks. Raises ValueError where there is none."""
+    rows, masks = pack(encoded, settings.sequence_length, rng)
+    counting = masks.any(axis=1)
+    if not counting.any():
+        raise ValueError("no token of the documents counts in the loss, so there is nothing to learn")
+    return rows[counting], masks[counting]
+
+
+def _write_tokenizer(folder: Path, documents: Sequence[Document], config: Config) -> None:
+    """Make the folder, with a tokenizer for these documents."""
+    backend = train_tokenizer(texts(documents), config.vocab_size)
+    write_tokenizer(folder, backend, config.max_position_embeddings)
+    text = json.dumps(generation_config(backend), indent=2) + "\n"
+    (folder / "generation_config.json").write_bytes(text.encode())
+
+
+def _write_log(file: Path, log: Sequence[Mapping[str, float]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        # a resumed run may have held-out documents that its beginning had not
+        writer = csv.DictWriter(opened, list(dict.fromkeys(chain(*log))), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(value, 6) for key, value in line.items()} for line in log)
+
+
+def _digest(encoded: Sequence[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for ids, mask in encoded:
+        digest.update(ids.tobytes() + mask.tobytes())
+    return digest.hexdigest()
