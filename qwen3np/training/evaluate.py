@@ -1,0 +1,130 @@
+"""How well a checkpoint answers what the corpus held out: `python -m qwen3np.training.evaluate [--model FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from qwen3np.loading import Model, load
+from qwen3np.training.corpus import Message, Question, make_corpus
+
+BATCH = 32
+MAX_NEW_TOKENS = 48  # more than any right answer has
+SHOWN = 20  # wrong answers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a checkpoint answered."""
+
+    question: Question
+    text: str
+    ended: bool  # whether a chat answer ended with <|im_end|>
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is exact; a completion may go on after its full stop."""
+        if isinstance(self.question.prompt, str):
+            return self.text.startswith(self.question.answer)
+        return self.ended and self.text == self.question.answer
+
+
+def evaluate(model: Model, questions: Sequence[Question]) -> list[Outcome]:
+    """Return the greedy answer to each question, in order.
+
+    Where a conversation has earlier turns, the model's own answers stand in them. Raises ValueError for a model without
+    tokenizer, and for chat questions to one whose tokenizer has no chat template.
+    """
+    from tqdm import tqdm
+
+    if model.tokenizer is None:
+        raise ValueError("this checkpoint has no tokenizer; questions are text")
+    outcomes: list[Outcome] = []
+    with tqdm(total=len(questions), desc="questions", disable=None) as bar:
+        for start in range(0, len(questions), BATCH):
+            batch = questions[start : start + BATCH]
+            prompts = _answered_before(model, [question.prompt for question in batch])
+            outcomes += [
+                Outcome(question, *answer) for question, answer in zip(batch, _answers(model, prompts), strict=True)
+            ]
+            cast("Any", bar).update(len(batch))
+    return outcomes
+
+
+def _answered_before(model: Model, prompts: Sequence[str | list[Message]]) -> list[str | list[Message]]:
+    """Return the prompts with the model's own answers in place of those in earlier turns."""
+    asked = list(prompts)
+    for turn in range(max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=0)):
+        rows = [
+            row
+            for row, prompt in enumerate(asked)
+            if not isinstance(prompt, str) and turn < len(prompt) and prompt[turn]["role"] == "assistant"
+        ]
+        for row, (text, _) in zip(rows, _answers(model, [asked[row][:turn] for row in rows]), strict=True):
+            prompt = cast("list[Message]", asked[row])
+            asked[row] = [*prompt[:turn], {"role": "assistant", "content": text}, *prompt[turn + 1 :]]
+    return asked
+
+
+def _answers(model: Model, prompts: Sequence[str | list[Message]]) -> list[tuple[str, bool]]:
+    """Return the greedy answer to each prompt, and whether it ended with <|im_end|>."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    if not prompts:
+        return []
+    texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt) for prompt in prompts]
+    new, _ = model.generate(
+        [tokenizer.encode(text) for text in texts],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0.0,
+    )
+    end = tokenizer.token_to_id("<|im_end|>")
+    return [(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == end) for ids in cast("list[list[int]]", new)]
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """Return a table: exact answers over all, per kind, per relation; chat answers that end; some wrong ones."""
+    lines = [f"{'':<32}{'exact':>12}{'':>8}{'ended':>12}"]
+
+    def rows(key: Callable[[Outcome], str]) -> None:
+        groups: dict[str, list[Outcome]] = defaultdict(list)
+        for outcome in outcomes:
+            groups[key(outcome)].append(outcome)
+        for name, group in groups.items():
+            right = sum(outcome.right for outcome in group)
+            chats = [outcome.ended for outcome in group if not isinstance(outcome.question.prompt, str)]
+            ended = f"{sum(chats)}/{len(chats)}" if chats else ""
+            lines.append(f"{name:<32}{f'{right}/{len(group)}':>12}{right / len(group):>8.1%}{ended:>12}")
+
+    rows(lambda outcome: "all")
+    lines.append("")
+    rows(lambda outcome: f"{outcome.question.kind}, {'text' if isinstance(outcome.question.prompt, str) else 'chat'}")
+    lines.append("")
+    rows(lambda outcome: outcome.question.relation)
+    wrong = [outcome for outcome in outcomes if not outcome.right]
+    shown = wrong[:: -(-len(wrong) // SHOWN)] if wrong else []  # of every kind and relation
+    if wrong:
+        lines += ["", f"wrong ({len(shown)} of {len(wrong)}):"]
+    for outcome in shown:
+        prompt = outcome.question.prompt
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        lines.append(f"  {outcome.question.kind}: {asked!r} -> {outcome.text!r}, not {outcome.question.answer!r}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask a checkpoint the questions that the corpus of the built-in one holds out, and print how many it answers."""
+    parser = argparse.ArgumentParser(prog="python -m qwen3np.training.evaluate", description=main.__doc__)
+    parser.add_argument("--model", help="a folder with a checkpoint (default: the built-in one)")
+    name: str | None = parser.parse_args(arguments).model
+    try:
+        print(report(evaluate(load(name), make_corpus().questions)))
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
