@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--threads 2] [--counted 1.0] [--engines numpy sdpa eager compiled]
 
-A step is forward, backward, clipping and AdamW in float32, on 32 rows of 256 tokens, with the sizes of the built-in
+A step is forward, backward, clipping and AdamW in float32, on 16 rows of 256 tokens, with the sizes of the built-in
 checkpoint. Each engine has a process of its own; they take turns, so that a machine that slows down slows all of them.
 torch runs transformers' Qwen3ForCausalLM: with its fused attention (sdpa), its plain one (eager), and, if asked for,
 with sdpa and torch.compile (compiled; it needs a C++ compiler). Needs the oracle extra. Linux: what else runs is read
@@ -29,10 +29,10 @@ from threadpoolctl import threadpool_info
 
 from qwen3np import Config, init_weights
 from qwen3np.training.gradients import loss_and_gradients
-from qwen3np.training.loop import SIZES
+from qwen3np.training.loop import SIZES, Settings
 from qwen3np.training.optimizer import adamw, clip, zero_moments
 
-ROWS, LENGTH = 32, 256
+ROWS, LENGTH = Settings().batch_size, Settings().sequence_length
 CONFIG = Config.from_dict({**SIZES, "rope_theta": 1e4, "tie_word_embeddings": True})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 ENGINES = ("numpy", "sdpa", "eager", "compiled")

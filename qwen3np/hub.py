@@ -29,9 +29,11 @@ VOCABULARY_FILES = ["vocab.json", "merges.txt"]
 _PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
+BUILTIN = Path(__file__).parent / "builtin"  # the small checkpoint that comes with the package
 
-def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True) -> Path:
-    """Return the folder of a checkpoint; a Hub id is downloaded first.
+
+def resolve(name_or_path: str | os.PathLike[str] | None, *, revision: str | None = None, progress: bool = True) -> Path:
+    """Return the folder of a checkpoint; a Hub id is downloaded first, None is the built-in checkpoint.
 
     An existing folder is returned as it is, and `revision` means nothing then. A Hub id (`Qwen/Qwen3-0.6B`)
     is fetched by huggingface_hub into its cache: only `FILES`, at `revision` (a branch, tag or commit; None
@@ -42,6 +44,10 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
 
     Raises CheckpointError: one line that says why there is no folder, and what to do.
     """
+    if name_or_path is None:
+        if revision is not None:
+            raise CheckpointError(f"revision {revision}: the built-in checkpoint has none; name one on the Hub")
+        return BUILTIN
     name, folder = os.fspath(name_or_path), os.path.expanduser(name_or_path)
     if os.path.isdir(folder):
         return Path(folder)

@@ -72,7 +72,7 @@ def load(
     weights_dtype: str = "auto",
     progress: bool = True,
 ) -> Model:
-    """Load a checkpoint from a folder, or from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B").
+    """Load a checkpoint from a folder, from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B"), or the built-in one.
 
     weights_dtype "bfloat16" maps the file as it is: ready at once, in the memory of the file. "float32" makes one
     float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory
@@ -83,8 +83,6 @@ def load(
     """
     if weights_dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, bfloat16, float32")
-    if name_or_path is None:
-        raise CheckpointError("no checkpoint given: name a folder, or a Hub id such as Qwen/Qwen3-0.6B")
     folder = resolve(name_or_path, revision=revision, progress=progress)
     config, weights = read_checkpoint(folder)
     generation_config: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import pytest
 from drawing import trained_like
 from hypothesis import HealthCheck, settings
 
-from qwen3np import forward
+from qwen3np import Model, forward, load
 from qwen3np.config import Config
 
 # The same examples in every run. `--hypothesis-profile=fresh` draws new ones.
@@ -53,6 +53,12 @@ def weights(config) -> dict[str, np.ndarray]:
     for tensor in weights.values():
         tensor.setflags(write=False)
     return weights
+
+
+@pytest.fixture(scope="session")
+def builtin() -> Model:
+    """The checkpoint that comes with the package. Tests hold for any weights that know what it was trained for."""
+    return load(progress=False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What `qwen3np chat` shows and does, with answers that are scripted: random weights would never reason."""
+"""What `qwen3np chat` shows and does, with answers that are scripted: the built-in checkpoint does not reason."""
 
 from __future__ import annotations
 
@@ -6,33 +6,25 @@ import argparse
 import json
 
 import pytest
-from random_checkpoint import write_random_checkpoint
 
-from qwen3np import Conversation, load
+from qwen3np import Conversation
 from qwen3np.commands import chat as module
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "checkpoint"
-    write_random_checkpoint(folder)
-    return load(folder, progress=False)
-
-
 @pytest.fixture
-def chat(model, monkeypatch):
+def chat(builtin, monkeypatch):
     """Make a chat whose answers are these texts, one after the other."""
 
     def make(*answers, **flags):
         def stream(self, ids, **options):
             made.prompts.append(self.tokenizer.decode(ids))
-            return iter([*self.tokenizer.encode(script.pop(0)), 257])
+            return iter(self.tokenizer.encode(script.pop(0) + "<|im_end|>"))
 
         script = list(answers)
-        monkeypatch.setattr(type(model), "stream", stream)
+        monkeypatch.setattr(type(builtin), "stream", stream)
         arguments = argparse.Namespace(**({"hide_thinking": False, "think": None, "stop": []} | flags))
-        options = model.generation_defaults() | {"max_new_tokens": 100}
-        made = module.Chat(Conversation(model), arguments, options)
+        options = builtin.generation_defaults() | {"max_new_tokens": 100}
+        made = module.Chat(Conversation(builtin), arguments, options)
         made.prompts = []
         return made
 
@@ -50,7 +42,7 @@ def test_reasoning_is_dimmed_on_a_terminal_and_plain_elsewhere(chat, capsys, mon
     assert capsys.readouterr().out == "<2><think>\nHm.\n</think><0>\n\nBlue — really.<0>\n"
 
 
-def test_reasoning_is_hidden(chat, capsys, model):
+def test_reasoning_is_hidden(chat, capsys):
     chat(ANSWER, hide_thinking=True).take("Why?")
     assert capsys.readouterr().out.strip() == "Blue — really."
     # an unfinished character before the marker does not hide it

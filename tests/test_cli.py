@@ -15,24 +15,29 @@ import time
 
 import numpy as np
 import pytest
-from random_checkpoint import write_random_checkpoint
 
-from qwen3np import Config, forward, generate, init_weights, load, save_checkpoint
+from qwen3np import Config, forward, generate, init_weights, save_checkpoint
 from qwen3np.cli import main
+from qwen3np.hub import BUILTIN
 
 PROMPT = "The capital of France is"
+NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ends by itself
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "a folder with ünïcode"
-    write_random_checkpoint(folder)
-    return folder
+    return shutil.copytree(BUILTIN, tmp_path_factory.mktemp("cli") / "a folder with ünïcode")
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load(folder, progress=False)
+def model(builtin):
+    return builtin
+
+
+@pytest.fixture(scope="module")
+def endless(model):
+    """Flags without which the greedy text could end: instead of the usual tokens, one that it never says ends it."""
+    return "--stop-id", str(model.tokenizer.token_to_id("<|video_pad|>"))
 
 
 @pytest.fixture
@@ -51,9 +56,9 @@ def run(folder, capsys):
     return run
 
 
-def greedy(model, text, count):
-    ids = model.tokenizer.encode(text)
-    return generate(model.weights, model.config, ids, max_new_tokens=count, stop_ids=[257])[0]
+def new_ids(model, text, count, stops=("<|im_end|>", "<|endoftext|>"), **sampling):
+    ids, stop_ids = model.tokenizer.encode(text), [model.tokenizer.token_to_id(stop) for stop in stops]
+    return generate(model.weights, model.config, ids, max_new_tokens=count, stop_ids=stop_ids, **sampling)[0]
 
 
 def process(*arguments, **options):
@@ -66,8 +71,16 @@ def process(*arguments, **options):
 
 def test_generate_prints_the_greedy_text(run, model):
     out = run("generate", "--temperature", "0", "--max-new-tokens", "12", PROMPT)
-    assert out == model.tokenizer.decode(greedy(model, PROMPT, 12), skip_special_tokens=True) + "\n"
-    assert re.fullmatch(r"\[prompt 24 tokens in .* s; answer 12 tokens, .* tokens/s\]\n", run.stderr)
+    ids, new = model.tokenizer.encode(PROMPT), new_ids(model, PROMPT, 12)
+    assert out == model.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    counts = rf"\[prompt {len(ids)} tokens in .* s; answer {len(new)} tokens, .* tokens/s\]\n"
+    assert re.fullmatch(counts, run.stderr)
+
+
+def test_generate_samples(run, model):
+    new = new_ids(model, PROMPT, 12, temperature=5.0, top_k=40, seed=5)
+    out = run("generate", *NOISE, "--top-k", "40", "--max-new-tokens", "12", PROMPT)
+    assert out == model.tokenizer.decode(new, skip_special_tokens=True) + "\n"
 
 
 def test_generate_reads_stdin_and_files(run, monkeypatch, tmp_path):
@@ -79,45 +92,52 @@ def test_generate_reads_stdin_and_files(run, monkeypatch, tmp_path):
         assert run("generate", "--max-new-tokens", "6") == expected
 
 
-def test_generate_several_prompts(run):
+@pytest.mark.parametrize("sampling", [(), NOISE])
+def test_generate_several_prompts(run, sampling):
     prompts = [PROMPT, "One", "Two, three"]
-    singles = [run("generate", "--max-new-tokens", "9", prompt) for prompt in prompts]
-    assert run("generate", "--max-new-tokens", "9", *prompts) == "".join(singles)
+    singles = [run("generate", "--max-new-tokens", "9", *sampling, prompt) for prompt in prompts]
+    assert run("generate", "--max-new-tokens", "9", *sampling, *prompts) == "".join(singles)
 
 
-def test_generate_json(run, model):
-    lines = run("generate", "--json", "--top-logprobs", "3", "--max-new-tokens", "5", PROMPT, "Hi").splitlines()
+def test_generate_json(run, model, endless):
+    flags = ("--json", "--top-logprobs", "3", "--max-new-tokens", "5", *endless)
+    lines = run("generate", *flags, PROMPT, "Hi").splitlines()
     for line, prompt in zip(lines, (PROMPT, "Hi"), strict=True):
         result = json.loads(line)
         ids = model.tokenizer.encode(prompt)
-        assert (result["prompt"], result["prompt_ids"], result["ids"]) == (prompt, ids, greedy(model, prompt, 5))
+        assert (result["prompt"], result["prompt_ids"], result["ids"]) == (prompt, ids, new_ids(model, prompt, 5, ()))
         logits = forward(model.weights, model.config, ids + result["ids"][:-1], numerics="float64")[0]
         for row, token, logprob, top in zip(
             logits[len(ids) - 1 :], result["ids"], result["logprobs"], result["top_logprobs"], strict=True
         ):
             expected = row - math.log(np.exp(row).sum())
-            assert logprob == pytest.approx(expected[token], abs=1e-4)  # float32 logits of size 10; measured: 4e-6
+            assert logprob == pytest.approx(expected[token], abs=1e-4)  # float32 logits of size 15; measured: 1e-5
             assert [entry["id"] for entry in top] == np.argsort(-expected)[:3].tolist()
             assert top[0]["logprob"] == logprob  # greedy
         assert result["finish_reason"] == "length"
         assert result["timings"].keys() == {"load_seconds", "prompt_seconds", "generation_seconds"}
 
 
-def test_generate_stops_before_a_stop_string(run, model):
-    text = run("generate", "--temperature", "1.2", "--seed", "5", "--max-new-tokens", "60", PROMPT)[:-1]
-    stop = text[10:13]  # three characters: three tokens of this byte-level vocabulary, or more
-    out = run("generate", "--temperature", "1.2", "--seed", "5", "--max-new-tokens", "60", "--stop", stop, PROMPT)
-    assert out == text[: text.index(stop)] + "\n"
+def test_generate_stops_before_a_stop_string(run, endless):
+    stop = "nce is P"  # three tokens or more, the first and the last of them in part
+    arguments = ("generate", "--chat", *endless, "--max-new-tokens", "60", "What is the capital of France?")
+    text = run(*arguments)
+    assert text.startswith("The capital of France is Paris.")
+    assert "<|im_end|>" not in text  # which comes next, but is no text
+    assert "answer 60 tokens" in run.stderr
+    assert run(*arguments, "--stop", stop) == "The capital of Fra\n"
     count = int(re.search(r"answer (\d+) tokens", run.stderr)[1])
-    assert count < 60  # and it ended there
-    line = run("generate", "--temperature", "1.2", "--seed", "5", "--stop", stop, "--json", PROMPT)
-    assert json.loads(line)["finish_reason"] == "stop"
+    assert count < 20  # and it ended there
+    result = json.loads(run(*arguments, "--stop", stop, "--json"))
+    assert (result["text"], result["finish_reason"]) == ("The capital of Fra", "stop")
 
 
 def test_generate_chat_applies_the_template(run):
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     expected = run("generate", "--max-new-tokens", "8", text)
-    assert run("generate", "--chat", "--system", "Be brief.", "--max-new-tokens", "8", "Hi") == expected
+    arguments = ("generate", "--chat", "--system", "Be brief.", "--max-new-tokens", "8", "Hi")
+    assert run(*arguments) == expected
+    assert json.loads(run(*arguments, "--json"))["prompt"] == text
 
 
 def test_score(run, model, tmp_path):
@@ -138,7 +158,7 @@ def test_info(run, model):
     out = run("info")
     unique = sum(tensor.size for tensor in model.weights.values())
     assert f"{unique:,} unique" in out
-    assert f"{2 * 4 * 3 * 64 * 1000 * 4:,} bytes per 1,000 positions in float32" in out  # k and v, L, K, Dh
+    assert f"{2 * 4 * 2 * 64 * 1000 * 4:,} bytes per 1,000 positions in float32" in out  # k and v, L, K, Dh
     assert "bfloat16" in out
 
 
@@ -155,7 +175,7 @@ def test_info(run, model):
         (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, got -1"),
         (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
-        (("generate", "x" * 40000), "prompt 0 has 40000 tokens; the context of this model is 32768"),
+        (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
     ],
 )
@@ -166,7 +186,7 @@ def test_errors_are_one_line(run, arguments, message):
     assert message in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [("generate", "--max-new-tokens", "abc"), ("generate",), ("nothing",), ()])
+@pytest.mark.parametrize("arguments", [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), ()])
 def test_errors_of_arguments_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -188,24 +208,24 @@ def test_errors_of_checkpoints(run, folder, tmp_path):
     assert "no tokenizer.json" in run.stderr
     shutil.copy(folder / "tokenizer.json", tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    small = Config.from_dict(config | {"vocab_size": 200})
+    small = Config.from_dict(config | {"vocab_size": 200, "eos_token_id": 0})
     save_checkpoint(tmp_path / "small", small, init_weights(small, 0))
     shutil.copy(folder / "tokenizer.json", tmp_path / "small")
     run("generate", "x", model=tmp_path / "small")
-    assert "the tokenizer has 260 entries, the model's vocabulary 200: they do not belong together" in run.stderr
+    assert "the tokenizer has 2048 entries, the model's vocabulary 200: they do not belong together" in run.stderr
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     run("generate", "--file", str(tmp_path / "latin1"))
     assert "not UTF-8: unexpected end of data at byte 3" in run.stderr
 
 
-def test_utf8_whatever_the_locale(folder):
-    arguments = ("generate", "--model", str(folder), "--max-new-tokens", "40", "--temperature", "0")
+def test_utf8_whatever_the_locale(folder, model):
+    arguments = ("generate", "--model", str(folder), "--max-new-tokens", "200", *NOISE)
     done = process(*arguments, "Wörld ∑ 🎉")
     assert done.returncode == 0, done.stderr
-    model = load(folder, progress=False)
-    expected = model.tokenizer.decode(greedy(model, "Wörld ∑ 🎉", 40), skip_special_tokens=True)
+    new = new_ids(model, "Wörld ∑ 🎉", 200, temperature=5.0, seed=5)
+    expected = model.tokenizer.decode(new, skip_special_tokens=True)
     assert done.stdout.decode() == expected + "\n"
-    assert b"\x1b" not in done.stdout
+    assert not expected.isascii()  # the bytes of no character, among others
     assert process(*arguments, input="Wörld ∑ 🎉".encode()).stdout == done.stdout
 
 
@@ -225,6 +245,7 @@ def test_chat_from_a_pipe(folder, tmp_path):
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert done.stderr.decode().count("context") == 3
     assert b"Loaded 5 messages." in done.stderr
+    assert b"\x1b" not in done.stdout
     saved.write_text("{}")
     assert (
         b"not a saved conversation" in process("chat", "--model", str(folder), input=f"/load {saved}".encode()).stderr
@@ -237,9 +258,11 @@ def test_chat_in_a_terminal_survives_ctrl_c(folder, tmp_path):
 
     endless = shutil.copytree(folder, tmp_path / "endless")
     (endless / "generation_config.json").write_text('{"eos_token_id": []}')
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
     parent, child = pty.openpty()
     chat = subprocess.Popen(
-        [sys.executable, "-m", "qwen3np", "chat", "--model", str(endless), "--max-new-tokens", "20000"],
+        [sys.executable, "-m", "qwen3np", "chat", "--model", str(endless), "--max-new-tokens", "20000", *NOISE],
         **{"stdin": child, "stdout": child, "stderr": child, "start_new_session": True},
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )
@@ -272,7 +295,7 @@ def test_chat_in_a_terminal_survives_ctrl_c(folder, tmp_path):
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(folder):
-    command = f'"{sys.executable}" -m qwen3np generate --model "{folder}" --max-new-tokens 300 x | head -c 1'
+    command = f'"{sys.executable}" -m qwen3np generate --model "{folder}" {" ".join(NOISE)} x | head -c 1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
     assert b"error" not in done.stderr

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from random_checkpoint import write_random_checkpoint
 
-from qwen3np import CheckpointError, forward, generate, load
+from qwen3np import CheckpointError, Config, count_parameters, forward, generate, load
 from qwen3np import loading as module
+from qwen3np.hub import BUILTIN
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write_random_checkpoint(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+    return shutil.copytree(BUILTIN, tmp_path / "checkpoint")
 
 
 def configure(folder, **generation_config):
@@ -32,17 +32,18 @@ def test_defaults_are_those_of_generation_config(folder):
     expected = {"temperature": 0.0, "stop_ids": (9,), "max_new_tokens": 2048, "repetition_penalty": 1.1}
     assert model.generation_defaults() == expected
     (folder / "generation_config.json").unlink()
-    expected = {"temperature": 0.0, "stop_ids": (257,), "max_new_tokens": 2048}  # config.json's
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"temperature": 0.0, "stop_ids": (config["eos_token_id"],), "max_new_tokens": 2048}
     assert load(folder, progress=False).generation_defaults() == expected
 
 
 def test_generate_and_stream_take_them_and_arguments_override(folder):
-    model = configure(folder, do_sample=True, temperature=1.5, top_k=50, max_new_tokens=9, eos_token_id=[])
-    explicit = {"temperature": 1.5, "top_k": 50, "seed": 3}
+    model = configure(folder, do_sample=True, temperature=5.0, top_k=50, max_new_tokens=9, eos_token_id=[])
+    explicit = {"temperature": 5.0, "top_k": 50, "seed": 3}
     expected = generate(model.weights, model.config, [1, 2], max_new_tokens=9, **explicit)[0]
     assert model.generate([1, 2], seed=3)[0] == list(model.stream([1, 2], seed=3)) == expected
     greedy = generate(model.weights, model.config, [1, 2], max_new_tokens=4)[0]
-    assert model.generate([1, 2], temperature=0, max_new_tokens=4)[0] == greedy
+    assert model.generate([1, 2], temperature=0, max_new_tokens=4)[0] == greedy != expected[:4]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def test_a_generation_config_that_cannot_be(folder, generation_config, message):
 
 
 def test_the_copy(folder, monkeypatch):
-    for free, dtype in ((10**12, "float32"), (2 * 4 * 2_164_928 - 1, "bfloat16")):  # parameters of this checkpoint
+    parameters = count_parameters(Config.from_file(folder))["unique"]
+    for free, dtype in ((8 * parameters, "float32"), (8 * parameters - 1, "bfloat16")):
         monkeypatch.setattr(module, "available_memory", lambda free=free: free)
         assert str(load(folder, progress=False).weights["model.norm.weight"].dtype) == dtype
     mapped, copied = (load(folder, weights_dtype=name, progress=False) for name in ("bfloat16", "float32"))

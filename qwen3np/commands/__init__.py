@@ -19,8 +19,16 @@ from qwen3np.tokenizer import Tokenizer
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a checkpoint."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("--model", required=True, metavar="M", help="a folder, or a Hub id such as Qwen/Qwen3-0.6B")
+    text = "a folder, or a Hub id such as Qwen/Qwen3-0.6B (default: the small checkpoint that is built in)"
+    group.add_argument("--model", metavar="M", help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
+
+
+def named(arguments: argparse.Namespace) -> str | None:
+    """Return what --model says; without it say on stderr which checkpoint it is then."""
+    if arguments.model is None:
+        print("[the small built-in checkpoint; --model Qwen/Qwen3-0.6B names a large one]", file=sys.stderr)
+    return arguments.model
 
 
 def add_computation(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +70,7 @@ def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str,
 
 def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     """Return the model that the flags name, and its tokenizer. Raises ValueError where it has none."""
-    model = load(arguments.model, revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model}: has no tokenizer.json (nor vocab.json with merges.txt); text needs one")
     size, stops = model.tokenizer.vocab_size, model.generation_defaults()["stop_ids"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qwen3np.checkpoint import count_parameters, read_checkpoint
-from qwen3np.commands import add_model, table
+from qwen3np.commands import add_model, named, table
 from qwen3np.hub import resolve
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the architecture table."""
-    folder = resolve(arguments.model, revision=arguments.revision)
+    folder = resolve(named(arguments), revision=arguments.revision)
     config, weights = read_checkpoint(folder)
     count = count_parameters(config)
     files = sorted(folder.glob("*.safetensors"))
