@@ -317,7 +317,7 @@ def test_the_corpus_is_learned(learned):
         assert model.tokenizer.decode(ids) == answer["content"] + "<|im_end|>"
 
 
-def test_generate_and_chat_run_it(learned, monkeypatch, capsys):
+def test_generate_and_chat_run_it(learned, capsys):
     main(["generate", "--model", str(learned), "Still"])
     assert capsys.readouterr().out == " waters run deep in the valley.\n"
     done = subprocess.run(

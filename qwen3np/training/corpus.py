@@ -631,6 +631,36 @@ def _groups(items: list[T], weights: Sequence[int], rng: random.Random) -> Itera
         start += count
 
 
+def _two_turns(turns: Sequence[Turn], unknown: UnknownQuestions, rng: random.Random) -> dict[tuple[str, str], Question]:
+    """Return questions that follow another one, under the normal forms of both."""
+    asked: dict[tuple[str, str], Question] = {}
+    while len(asked) < TWO_TURN_QUESTIONS:
+        first, second = rng.sample(turns, 2)
+        if first.relation.follow_ups and rng.random() < 0.5:
+            second = _follow_up(first, unknown, rng)
+        together = normal(first.question), normal(second.question)
+        if second.relation.statements and first.answer != second.answer and together not in asked:
+            prompt = _conversation([first, second], rng)[:-1]
+            asked[together] = Question("two turns", second.relation.name, prompt, second.answer)
+    return asked
+
+
+def _dialogues(
+    turns: list[Turn], held_out: Set[tuple[str, str]], unknown: UnknownQuestions, rng: random.Random
+) -> Iterator[list[Message]]:
+    """Yield conversations that have all turns, and follow-ups between them; never two that are held out together."""
+    for group in _groups(turns, (5, 3, 2, 1), rng):
+        dialogue: list[Turn] = []
+        for left, turn in zip(reversed(range(len(group))), group, strict=True):
+            dialogue.append(turn)
+            if turn.relation.follow_ups and len(dialogue) + left < MOST_TURNS and rng.random() < 0.25:
+                dialogue.append(_follow_up(turn, unknown, rng))
+        if held_out.isdisjoint(pairwise(normal(turn.question) for turn in dialogue)):
+            yield _conversation([_altered(turn, rng) for turn in dialogue], rng)
+        else:
+            yield from (_conversation([turn], rng) for turn in group)
+
+
 def make_corpus(seed: int = 0) -> Corpus:
     """Return the corpus of this seed."""
     rng = random.Random(seed)
@@ -682,29 +712,10 @@ def make_corpus(seed: int = 0) -> Corpus:
     open_questions = _distinct(lambda: unknown.question(False), UNKNOWN, _KNOWN | held_unknown.keys())
     turns += [Turn(ANYTHING, question, UNKNOWN_ANSWER) for question in open_questions.values()]
 
-    asked_together: set[tuple[str, str]] = set()
-    while len(asked_together) < TWO_TURN_QUESTIONS:
-        first, second = (turn for turn in rng.sample(turns, 2))
-        if first.relation.follow_ups and rng.random() < 0.5:
-            second = _follow_up(first, unknown, rng)
-        together = normal(first.question), normal(second.question)
-        if second.relation.statements and first.answer != second.answer and together not in asked_together:
-            asked_together.add(together)
-            prompt = _conversation([first, second], rng)[:-1]
-            questions.append(Question("two turns", second.relation.name, prompt, second.answer))
+    together = _two_turns(turns, unknown, rng)
+    questions += together.values()
 
-    training: list[Document] = []
-    for group in _groups(turns, (5, 3, 2, 1), rng):
-        dialogue: list[Turn] = []
-        for left, turn in zip(reversed(range(len(group))), group, strict=True):
-            dialogue.append(turn)
-            if turn.relation.follow_ups and len(dialogue) + left < MOST_TURNS and rng.random() < 0.25:
-                dialogue.append(_follow_up(turn, unknown, rng))
-        normals = [normal(turn.question) for turn in dialogue]
-        if asked_together.isdisjoint(pairwise(normals)):
-            training.append(_conversation([_altered(turn, rng) for turn in dialogue], rng))
-        else:
-            training += [_conversation([turn], rng) for turn in group]
+    training: list[Document] = [*_dialogues(turns, together.keys(), unknown, rng)]
     training += [rng.choice((" ", "\n")).join(group) for group in _groups(statements, (12, 2, 1, 1), rng)]
     rng.shuffle(training)
     held_documents: list[Document] = [

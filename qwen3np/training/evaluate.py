@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from qwen3np.loading import Model, load
+from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.corpus import Message, Question, make_corpus
 
 BATCH = 32
@@ -40,21 +41,25 @@ def evaluate(model: Model, questions: Sequence[Question]) -> list[Outcome]:
     """
     from tqdm import tqdm
 
-    if model.tokenizer is None:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise ValueError("this checkpoint has no tokenizer; questions are text")
     outcomes: list[Outcome] = []
     with tqdm(total=len(questions), desc="questions", disable=None) as bar:
         for start in range(0, len(questions), BATCH):
             batch = questions[start : start + BATCH]
-            prompts = _answered_before(model, [question.prompt for question in batch])
+            prompts = _answered_before(model, tokenizer, [question.prompt for question in batch])
             outcomes += [
-                Outcome(question, *answer) for question, answer in zip(batch, _answers(model, prompts), strict=True)
+                Outcome(question, *answer)
+                for question, answer in zip(batch, _answers(model, tokenizer, prompts), strict=True)
             ]
             cast("Any", bar).update(len(batch))
     return outcomes
 
 
-def _answered_before(model: Model, prompts: Sequence[str | list[Message]]) -> list[str | list[Message]]:
+def _answered_before(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str | list[Message]]
+) -> list[str | list[Message]]:
     """Return the prompts with the model's own answers in place of those in earlier turns."""
     asked = list(prompts)
     for turn in range(max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=0)):
@@ -63,16 +68,14 @@ def _answered_before(model: Model, prompts: Sequence[str | list[Message]]) -> li
             for row, prompt in enumerate(asked)
             if not isinstance(prompt, str) and turn < len(prompt) and prompt[turn]["role"] == "assistant"
         ]
-        for row, (text, _) in zip(rows, _answers(model, [asked[row][:turn] for row in rows]), strict=True):
+        for row, (text, _) in zip(rows, _answers(model, tokenizer, [asked[row][:turn] for row in rows]), strict=True):
             prompt = cast("list[Message]", asked[row])
             asked[row] = [*prompt[:turn], {"role": "assistant", "content": text}, *prompt[turn + 1 :]]
     return asked
 
 
-def _answers(model: Model, prompts: Sequence[str | list[Message]]) -> list[tuple[str, bool]]:
+def _answers(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | list[Message]]) -> list[tuple[str, bool]]:
     """Return the greedy answer to each prompt, and whether it ended with <|im_end|>."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
     if not prompts:
         return []
     texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt) for prompt in prompts]
