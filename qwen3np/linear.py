@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import numpy as np
 
-from qwen3np.numerics import FLOAT32, Array, Numerics
+from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
 from qwen3np.threads import num_threads, share
 
 # Rows of W in one product of several rows of x. A BLAS rounds differently beside the edges of a product, so they are
@@ -40,10 +41,31 @@ def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = F
     def apply(piece: tuple[int, int]) -> None:
         for a, b in pieces(*piece, block):
             # other layouts would not reach BLAS, or would have other bits
-            part = np.require(numerics.widen(w[a:b]), None, ["C", "A"])
+            part = np.require(_ready(w[a:b], numerics), None, ["C", "A"])
             np.matmul(rows, np.transpose(part), out=y[:, a:b])
 
     share(pieces(0, outputs, step), y.size * inputs, apply)
     if bias is not None:
         y += numerics.widen(bias)
     return numerics.round(y).reshape(*x.shape[:-1], outputs)
+
+
+class _Scratch(threading.local):
+    """Memory for what a thread upcasts, kept from call to call: to get it anew costs more than the upcast itself."""
+
+    memory: Array = np.empty(0, np.uint8)
+
+
+_scratch = _Scratch()
+
+
+def _ready(w: Array, numerics: Numerics) -> Array:
+    """Return numerics.widen(w), in this thread's scratch memory if it is an upcast: good until the next one."""
+    if w.dtype == numerics.dtype or (numerics.rounds and w.dtype != BFLOAT16):
+        return numerics.widen(w)
+    size = w.size * numerics.dtype.itemsize
+    if _scratch.memory.size < size:
+        _scratch.memory = np.empty(size, np.uint8)
+    upcast = _scratch.memory[:size].view(numerics.dtype).reshape(w.shape)
+    np.copyto(upcast, w)
+    return upcast
