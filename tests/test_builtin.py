@@ -28,12 +28,9 @@ PROMPT = "The capital of France is"
         ("The day after Monday is", " Tuesday."),
     ],
 )
-def test_completions(builtin, capsys, prompt, answer):
+def test_completions(capsys, prompt, answer):
     main(["generate", prompt])
-    new, _ = builtin.generate(builtin.tokenizer.encode(prompt))
-    out = capsys.readouterr().out
-    assert out.startswith(answer)
-    assert out == builtin.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert capsys.readouterr().out == answer + "\n"
 
 
 @pytest.mark.parametrize("arguments", [("generate", PROMPT), ("chat",), ("score", "-"), ("info",)])

@@ -17,7 +17,7 @@ from qwen3np.training.optimizer import adamw, clip, cosine_schedule, zero_moment
 
 SHAPES = {"embedding": (50, 8), "norm": (8,), "bias": (12,), "matrix": (12, 8)}
 # The rounding of a few steps, relative to the weights. Measured: at most 1.0e-7 and 3.6e-16.
-LIMIT = {"float32": 2e-7, "float64": 1e-15}
+LIMIT = {"float32": 1.5e-7, "float64": 6e-16}
 
 
 def draw(rng, dtype, shapes=SHAPES):

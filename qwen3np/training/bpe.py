@@ -71,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, model_max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template), as AutoTokenizer reads them.
 
-    model_max_length: the longest context of the model. The folder is made if need be; each file appears whole.
+    model_max_length: the longest context of the model. The folder is made if need be.
     """
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -88,9 +88,7 @@ def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, model_m
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        part = folder / f"{name}.part"
-        part.write_bytes(text.encode())
-        part.replace(folder / name)
+        (folder / name).write_bytes(text.encode())
 
 
 def generation_config(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

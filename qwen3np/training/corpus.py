@@ -47,7 +47,8 @@ STATEMENTS_PER_FACT, QUESTIONS_PER_FACT = 18, 13  # in training, at least; each 
 STATEMENTS_PER_RELATION, QUESTIONS_PER_RELATION = 300, 300  # more of each fact where a relation has few
 SMALL_TALK = 70  # and at most so many of each: it matters for small talk, relations of one fact
 UNKNOWN = 3800  # turns
-MOST_TURNS = 4
+TURNS, SENTENCES = (5, 3, 2, 1), (12, 2, 1, 1)  # how frequent documents of 1, 2, 3, 4 are, before follow-ups
+FOLLOW_UPS, MOST_TURNS = 0.25, 4
 HELD_OUT_PAIRS = 0.05  # of the pairs of a fact and a phrasing
 PHRASING_QUESTIONS, PAIR_QUESTIONS = 12, 6  # per relation, as many chat questions as completions
 TWO_TURN_QUESTIONS, UNKNOWN_QUESTIONS = 120, 150
@@ -649,11 +650,11 @@ def _dialogues(
     turns: list[Turn], held_out: Set[tuple[str, str]], unknown: UnknownQuestions, rng: random.Random
 ) -> Iterator[list[Message]]:
     """Yield conversations that have all turns, and follow-ups between them; never two that are held out together."""
-    for group in _groups(turns, (5, 3, 2, 1), rng):
+    for group in _groups(turns, TURNS, rng):
         dialogue: list[Turn] = []
         for left, turn in zip(reversed(range(len(group))), group, strict=True):
             dialogue.append(turn)
-            if turn.relation.follow_ups and len(dialogue) + left < MOST_TURNS and rng.random() < 0.25:
+            if turn.relation.follow_ups and len(dialogue) + left < MOST_TURNS and rng.random() < FOLLOW_UPS:
                 dialogue.append(_follow_up(turn, unknown, rng))
         if held_out.isdisjoint(pairwise(normal(turn.question) for turn in dialogue)):
             yield _conversation([_altered(turn, rng) for turn in dialogue], rng)
@@ -716,7 +717,7 @@ def make_corpus(seed: int = 0) -> Corpus:
     questions += together.values()
 
     training: list[Document] = [*_dialogues(turns, together.keys(), unknown, rng)]
-    training += [rng.choice((" ", "\n")).join(group) for group in _groups(statements, (12, 2, 1, 1), rng)]
+    training += [rng.choice((" ", "\n")).join(group) for group in _groups(statements, SENTENCES, rng)]
     rng.shuffle(training)
     held_documents: list[Document] = [
         item if isinstance(item, str) else _conversation([item], rng)

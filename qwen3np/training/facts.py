@@ -59,7 +59,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def _groups(text: str) -> list[tuple[str, str]]:
+def _by_value(text: str) -> list[tuple[str, str]]:
     """Parse lines of `value: key, key, ...` into (key, value)."""
     rows = [line.split(":") for line in text.strip().splitlines()]
     return [(key.strip(), value.strip()) for value, keys in rows for key in keys.split(",")]
@@ -133,7 +133,7 @@ Turkey: Ankara
 }
 _OTHER_NAMES = ("England", "the USA")  # of, or within, a country that stands in the table too, with the same capital
 
-LANGUAGES = _groups("""
+LANGUAGES = _by_value("""
 French: France
 German: Germany, Austria, Liechtenstein
 Italian: Italy
@@ -177,7 +177,7 @@ Nepali: Nepal
 Bengali: Bangladesh
 """)
 
-CURRENCIES = _groups("""
+CURRENCIES = _by_value("""
 euro: France, Germany, Italy, Spain, Austria, Belgium, Finland, Greece, Ireland, Portugal, the Netherlands
 dollar: the United States, Canada, Australia, New Zealand, Jamaica
 pound: the United Kingdom, Egypt
@@ -269,7 +269,7 @@ grandchild: grandchildren, sandwich: sandwiches, butterfly: butterflies
 """),
 ]
 
-COLOURS = _groups("""
+COLOURS = _by_value("""
 green: grass, an emerald, a cucumber, a frog, broccoli, spinach, a lime, a leaf, a pea, a crocodile
 white: snow, milk, salt, sugar, flour, chalk, a swan, a polar bear, cotton, ivory
 black: coal, a raven, a crow, soot, tar, a panther
@@ -298,7 +298,7 @@ hare: leveret, eel: elver, spider: spiderling, butterfly: caterpillar, koala: jo
 zebra: foal, shark: pup, dolphin: calf
 """)
 
-LEGS = _groups("""
+LEGS = _by_value("""
 four: dog, cat, cow, horse, sheep, pig, goat, lion, tiger, bear, wolf, fox, elephant, zebra, camel, rabbit, frog, lizard
 two: bird, chicken, duck, owl, eagle, penguin, ostrich, parrot, crow
 six: ant, bee, fly, beetle, butterfly, wasp, mosquito
@@ -307,7 +307,7 @@ ten: crab, lobster
 no: snake, worm, shark, whale, dolphin, eel
 """)
 
-CLASSES = _groups("""
+CLASSES = _by_value("""
 a mammal: dog, cat, cow, horse, pig, lion, elephant, mouse, whale, dolphin, bat, monkey, kangaroo, seal, rabbit
 a bird: duck, owl, eagle, penguin, ostrich, parrot, crow, swan, sparrow, chicken
 a fish: shark, salmon, trout, cod, tuna, eel, herring
@@ -316,7 +316,7 @@ a reptile: snake, lizard, crocodile, turtle, gecko
 an amphibian: frog, toad, newt, salamander
 """)
 
-SIDES = _groups("""
+SIDES = _by_value("""
 three: triangle
 four: square, rectangle, rhombus, trapezium
 five: pentagon

@@ -28,7 +28,7 @@ from qwen3np.training.gradients import cross_entropy, loss_and_gradients
 from qwen3np.training.optimizer import Moments, adamw, clip, cosine_schedule, zero_moments
 
 STATE = "training_state.safetensors"
-SIZES = {
+SIZES = {  # of the built-in checkpoint, where G >= 2 and Dh is not D / H, as in the large ones
     "vocab_size": 2048,
     "hidden_size": 160,
     "intermediate_size": 480,
@@ -37,8 +37,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-
-
 _MAY_BE_ZERO = ("seed", "warmup_steps", "weight_decay")
 _MAY_CHANGE = ("learning_rate", "steps", "save_every")  # when a run is resumed
 
