@@ -13,11 +13,14 @@ import numpy as np
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.linear import linear
+from qwen3np.linear import FEW_ROWS, linears
 from qwen3np.norm import rms_norm
-from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore, softmax
+from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore
 from qwen3np.rope import rotate
-from qwen3np.threads import share
+from qwen3np.threads import num_threads, share
+
+# Scores of a block: it stays in the cache, beside its keys and values. Rows are queries, G of a position.
+BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18
 
 
 def self_attention(
@@ -36,11 +39,13 @@ def self_attention(
     layer's number, or None when nothing comes before x and nothing shall follow it.
     """
 
-    def project(y: Array, name: str) -> Array:
-        bias = weights[f"{prefix}{name}.bias"] if config.attention_bias else None
-        y = linear(y, weights[f"{prefix}{name}.weight"], bias, numerics)
-        record(f"{prefix}{name}", y)
-        return y
+    def project(y: Array, *names: str) -> list[Array]:
+        of = [f"{prefix}{name}" for name in names]
+        biases = [weights[f"{name}.bias"] if config.attention_bias else None for name in of]
+        ys = linears(y, [(weights[f"{name}.weight"], bias) for name, bias in zip(of, biases, strict=True)], numerics)
+        for name, projected in zip(of, ys, strict=True):
+            record(name, projected)
+        return ys
 
     def heads(y: Array) -> Array:  # (B, S, heads * Dh) -> (B, S, heads, Dh)
         return y.reshape(*y.shape[:2], -1, config.head_dim)
@@ -50,7 +55,7 @@ def self_attention(
         record(f"{prefix}{name}", y)
         return np.swapaxes(y, 1, 2)  # (B, heads, S, Dh)
 
-    q, k, v = project(x, "q_proj"), project(x, "k_proj"), project(x, "v_proj")
+    q, k, v = project(x, "q_proj", "k_proj", "v_proj")
     q, k, v = normalise(q, "q_norm"), normalise(k, "k_norm"), np.swapaxes(heads(v), 1, 2)
     q, k = rotate(q, tables, numerics), rotate(k, tables, numerics)
     record(f"{prefix}q_rope", q)
@@ -60,46 +65,95 @@ def self_attention(
     steps: list[tuple[Array, Array]] = []
     for b in range(len(x)):  # sequences may have different lengths
         keys, values = (k[b], v[b]) if cache is None else cache[0].write(cache[1], b, k[b], v[b])
-        context, *scores_and_probs = attend(q[b], keys, values, numerics)
-        contexts.append(context)
         if record is not ignore:  # one sequence's scores alone are large; they are kept only for a trace
-            steps.append((scores_and_probs[0], scores_and_probs[1]))
-    if record is not ignore:
+            shape = (*q[b].shape[:2], keys.shape[1])
+            steps.append((np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)))
+        contexts.append(attend(q[b], keys, values, numerics, steps[b] if steps else None))
+    if steps:
         record(f"{prefix}scores", _stack([scores for scores, _ in steps], -np.inf))
         record(f"{prefix}probs", _stack([probs for _, probs in steps], 0))
-    context = np.stack(contexts)
+    context = contexts[0][None] if len(x) == 1 else np.stack(contexts)
     record(f"{prefix}context", context)
-    return project(context, "o_proj")
+    return project(context, "o_proj")[0]
 
 
-def attend(q: Array, k: Array, v: Array, numerics: Numerics = FLOAT32) -> tuple[Array, Array, Array]:
-    """Return softmax(q kᵀ / sqrt(Dh)) v for one sequence, causal, and the two steps on the way.
+def attend(
+    q: Array, k: Array, v: Array, numerics: Numerics = FLOAT32, steps: tuple[Array, Array] | None = None
+) -> Array:
+    """Return softmax(q kᵀ / sqrt(Dh)) v for one sequence, causal. -> (S, H * Dh).
 
-    q (H, S, Dh) are the queries of the last S of T positions, k and v (K, T, Dh) the keys and values of all. Returns
-    context (S, H * Dh), scores (H, S, T; scaled, -inf where a key lies behind its query) and probs (H, S, T).
+    q (H, S, Dh) are the queries of the last S of T positions, k and v (K, T, Dh) the keys and values of all. steps, if
+    given, are two arrays (H, S, T), filled with -inf and 0, that get the scores (scaled) and the probabilities.
+
+    Scores are made in blocks that stay in the cache, and only those that a query may see. A row longer than a block
+    gets its softmax from running values: its largest score so far, and the sums relative to it (Milakov and Gimelshein,
+    2018, https://arxiv.org/abs/1805.02867; Dao et al., 2022, https://arxiv.org/abs/2205.14135).
     """
     query_heads, new, head_dim = q.shape
     kv_heads, total, _ = k.shape
-    r = numerics.round
+    group = query_heads // kv_heads
     # the G = H / K queries of a KV head lie side by side, so that K and V are never repeated
-    q = q.reshape(kv_heads, -1, new, head_dim)  # (K, G, S, Dh)
-    hidden = np.triu(np.ones((new, total), np.bool_), total - new + 1)  # (S, T): keys behind the query
-    scores = np.empty((*q.shape[:3], total), numerics.dtype)
-    probs = np.empty_like(scores)
-    context = np.empty((new, *q.shape[:2], head_dim), numerics.dtype)
+    q = q.reshape(kv_heads, group, new, head_dim)
+    context = np.empty((new, kv_heads, group, head_dim), numerics.dtype)
+    if steps:
+        steps = steps[0].reshape(*q.shape[:3], total), steps[1].reshape(*q.shape[:3], total)
+    # bfloat16 rounds each probability, so it needs the sum of a whole row before it goes on
+    width = total if numerics.rounds else min(total, BLOCK_KEYS)
+    step = max(min(new, BLOCK_ROWS // group, BLOCK_SCORES // (group * width)), 1)
+    together = max(min(-(-kv_heads // num_threads()), BLOCK_SCORES // (group * step * width)), 1)
 
-    def attend_group(head: int) -> None:
-        keys, values = numerics.widen(k[head]), numerics.widen(v[head])
-        products = r(q[head].reshape(-1, head_dim) @ np.transpose(keys))  # (G * S, T)
-        scores[head] = r(products * head_dim**-0.5).reshape(scores.shape[1:])
-        np.copyto(scores[head], -np.inf, where=hidden)
-        probs[head] = r(softmax(scores[head]))
-        mixed = r(probs[head].reshape(-1, total) @ values)  # (G * S, Dh)
-        context[:, head] = np.swapaxes(mixed.reshape(q.shape[1:]), 0, 1)
+    def attend_part(part: tuple[int, int]) -> None:
+        head, start = part
+        heads, queries, seen = slice(head, head + together), slice(start, start + step), total - new + start + step
+        found = steps and (steps[0][heads, :, queries, :seen], steps[1][heads, :, queries, :seen])
+        mixed = _attend_block(q[heads, :, queries], k[heads, :seen], v[heads, :seen], width, numerics, found)
+        context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
 
-    share(range(kv_heads), 2 * q.size * total, attend_group)
-    whole = (query_heads, new, total)
-    return context.reshape(new, -1), scores.reshape(whole), probs.reshape(whole)
+    parts = [(head, start) for start in range(0, new, step) for head in range(0, kv_heads, together)]
+    share(parts, q.size * total, attend_part)
+    return context.reshape(new, -1)
+
+
+def _attend_block(
+    q: Array, k: Array, v: Array, width: int, numerics: Numerics, steps: tuple[Array, Array] | None
+) -> Array:
+    """Attend with queries q (h, G, s, Dh) at the last s positions of k and v (h, T, Dh), `width` keys at a time."""
+    heads, _, last, head_dim = q.shape
+    total: int = k.shape[1]
+    r, rows = numerics.round, q.reshape(heads, -1, head_dim)
+    largest = np.full((*rows.shape[:2], 1), -np.inf, numerics.dtype)
+    weight, mixed = np.zeros_like(largest), np.zeros_like(rows)
+    for a in range(0, total, width):
+        keys, values = numerics.widen(k[:, a : a + width]), numerics.widen(v[:, a : a + width])
+        scores = r(_product(rows, np.swapaxes(keys, 1, 2)))  # (h, G * s, width)
+        scores *= head_dim**-0.5
+        scores = r(scores)
+        in_groups = scores.reshape(*q.shape[:3], -1)
+        if a + width > total - last + 1:
+            hidden = np.triu(np.ones((last, keys.shape[1]), np.bool_), total - last - a + 1)
+            np.copyto(in_groups, -np.inf, where=hidden)
+        if steps:
+            steps[0][..., a : a + width] = in_groups
+
+        before, largest = largest, np.maximum(largest, np.max(scores, axis=-1, keepdims=True))
+        scores -= largest
+        np.exp(scores, out=scores)
+        shrink = np.exp(before - largest)
+        weight = weight * shrink + np.sum(scores, axis=-1, keepdims=True)
+        if numerics.rounds:
+            scores = r(scores / weight)
+        mixed = mixed * shrink + _product(scores, values)
+    if steps:
+        of_rows = (*q.shape[:3], 1)
+        steps[1][...] = r(np.exp(steps[0] - largest.reshape(of_rows)) / weight.reshape(of_rows))
+    return (r(mixed) if numerics.rounds else mixed / weight).reshape(q.shape)
+
+
+def _product(x: Array, m: Array) -> Array:
+    """Return x m; few rows of x one by one, since BLAS copies m to multiply more. (..., N, in), (..., in, out)."""
+    if x.shape[-2] > FEW_ROWS:
+        return x @ m
+    return np.matmul(x[..., None, :], m[..., None, :, :])[..., 0, :]
 
 
 def _stack(arrays: Sequence[Array], fill: float) -> Array:

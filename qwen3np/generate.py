@@ -20,7 +20,7 @@ Batch: TypeAlias = Sequence[Sequence[int]]
 
 # Long prompts go through the model in pieces: enough positions to be bound by arithmetic, and few enough that the
 # attention scores of a head, positions times all positions before them, stay at some megabytes.
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 512
 CHUNK_SCORES = 1 << 20
 
 

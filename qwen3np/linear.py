@@ -1,20 +1,26 @@
-"""y = x Wᵀ + b: the matrix product behind every projection."""
+"""y = x Wᵀ + b: the matrix products behind every projection."""
 
 from __future__ import annotations
 
 import threading
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import pairwise, product
 
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
-from qwen3np.threads import num_threads, share
+from qwen3np.threads import all_blas_threads, num_threads, share
 
-# Rows of W in one product of several rows of x. A BLAS rounds differently beside the edges of a product, so they are
+# Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
+# which costs more than these rows do.
+FEW_ROWS = 8
+# Rows of W that such rows are multiplied by in turn while they are near, in the cache.
+NEAR = 64
+# Rows of x and of W in one product of many rows. A BLAS rounds differently beside the edges of a product, so they are
 # the same for every way to store W and every number of threads.
-TILE = 256
-# Elements of stored weights that are upcast at a time: few enough to be applied while they are in the cache.
-BLOCK_ELEMENTS = 1 << 19
+TILE_ROWS, TILE_OUTPUTS = 512, 256
+# Elements of W that a thread takes at a time otherwise: they are applied from the cache once they are upcast.
+BLOCK_ELEMENTS = 1 << 20
 
 
 def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = FLOAT32) -> Array:
@@ -22,32 +28,87 @@ def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = F
 
     The layout of torch.nn.Linear: a row of W for each output. W is used where it lies, mapped or in memory.
     """
-    outputs, inputs = w.shape
+    return linears(x, [(w, bias)], numerics)[0]
+
+
+def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Numerics = FLOAT32) -> list[Array]:
+    """Return linear(x, w, bias) for each (w, bias): they start together, which saves waiting between them."""
+    inputs: int = x.shape[-1]
     rows = np.ascontiguousarray(x.reshape(-1, inputs))
-    y = np.empty((len(rows), outputs), numerics.dtype)
-    if len(rows) == 1:  # dot products, four rows of W at a time: the same bits wherever they are cut between those
-        step = -(-outputs // (4 * num_threads())) * 4
-        block = step if w.dtype == numerics.storage == numerics.dtype else max(BLOCK_ELEMENTS // inputs // 4, 1) * 4
+    ys = [np.empty((len(rows), len(w)), numerics.dtype) for w, _ in layers]
+    in_place = all(w.dtype == numerics.storage == numerics.dtype and w.flags.carray for w, _ in layers)
+    if len(rows) == 1 and in_place:
+        for (w, _), y in zip(layers, ys, strict=True):
+            _dot_products(w, rows[0], y[0])
     else:
-        step = block = TILE
+        _share_products(rows, [w for w, _ in layers], ys, numerics)
+    for (_, bias), y in zip(layers, ys, strict=True):
+        if bias is not None:
+            y += numerics.widen(bias)
+    return [numerics.round(y).reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
-    def pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-        """Cut into pieces of this size; a last piece of one row, which would have bits of its own, is joined."""
-        edges = [*range(start, stop, size), stop]
-        if len(edges) > 2 and edges[-1] - edges[-2] == 1:
-            del edges[-2]
-        return list(pairwise(edges))
 
-    def apply(piece: tuple[int, int]) -> None:
-        for a, b in pieces(*piece, block):
-            # other layouts would not reach BLAS, or would have other bits
-            part = np.require(_ready(w[a:b], numerics), None, ["C", "A"])
-            np.matmul(rows, np.transpose(part), out=y[:, a:b])
+def _dot_products(w: Array, x: Array, y: Array) -> None:
+    """Put W x into y (out,). This is bound by memory, and BLAS's own threads are the ones that begin soonest.
 
-    share(pieces(0, outputs, step), y.size * inputs, apply)
-    if bias is not None:
-        y += numerics.widen(bias)
-    return numerics.round(y).reshape(*x.shape[:-1], outputs)
+    BLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
+    """
+    cut = _multiple(len(w), 4 * num_threads())
+    with all_blas_threads():
+        np.matmul(w[:cut], x, out=y[:cut])
+    for a, b in _pieces(cut, len(w), 4):
+        np.matmul(w[a:b], x, out=y[a:b])
+
+
+def _share_products(rows: Array, ws: Sequence[Array], ys: Sequence[Array], numerics: Numerics) -> None:
+    """Put rows Wᵀ (N, out) into y for each W and y, in blocks, over the threads."""
+    count = len(rows)
+
+    def step(w: Array) -> int:
+        if count > FEW_ROWS:
+            return TILE_OUTPUTS
+        blocks = -(-w.size // (BLOCK_ELEMENTS * num_threads())) * num_threads()  # as many for each thread
+        return -(-len(w) // (blocks * NEAR)) * NEAR
+
+    def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+        n, (start, stop), (a, b) = part
+        # other layouts would not reach BLAS, or would have other bits
+        w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
+        y = ys[n][start:stop, a:b]
+        if count <= FEW_ROWS:
+            _few_rows(rows, w, y)
+        else:
+            np.matmul(rows[start:stop], np.transpose(w), out=y)
+
+    parts = [
+        (n, *piece)
+        for n, w in enumerate(ws)
+        for piece in product(_pieces(0, count, TILE_ROWS), _pieces(0, len(w), step(w)))
+    ]
+    share(parts, count * sum(w.size for w in ws), apply)
+
+
+def _few_rows(x: Array, w: Array, y: Array) -> None:
+    """Put x Wᵀ into y, row by row of x: dot products, with the bits of one row alone."""
+    cut = _multiple(len(w), NEAR)
+    for start, stop, near in ((0, cut, NEAR), (cut, len(w), len(w) - cut)):
+        if start < stop:
+            blocks = w[start:stop].reshape(-1, 1, near, w.shape[1])
+            products = np.matmul(blocks, x[:, :, None])  # (blocks, N, near, 1)
+            y[:, start:stop] = np.swapaxes(products, 0, 1).reshape(len(y), -1)
+
+
+def _multiple(length: int, size: int) -> int:
+    """Return the largest multiple of size that leaves nothing or more than one: one row alone has bits of its own."""
+    return max(length - 2, 0) // size * size if length % size == 1 else length // size * size
+
+
+def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut into pieces of this size; a last piece of one, which would have bits of its own, is joined."""
+    edges = [*range(start, stop, size), stop]
+    if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        del edges[-2]
+    return list(pairwise(edges))
 
 
 class _Scratch(threading.local):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen3np.linear import linear
+from qwen3np.linear import linear, linears
 from qwen3np.numerics import Array, Numerics, Record, silu
+from qwen3np.threads import in_blocks
 
 
 def swiglu(x: Array, weights: Mapping[str, Array], prefix: str, numerics: Numerics, record: Record) -> Array:
@@ -14,12 +15,14 @@ def swiglu(x: Array, weights: Mapping[str, Array], prefix: str, numerics: Numeri
     prefix is the layer's: "model.layers.0.mlp.".
     """
 
-    def project(y: Array, name: str) -> Array:
-        y = linear(y, weights[f"{prefix}{name}.weight"], None, numerics)
-        record(f"{prefix}{name}", y)
-        return y
+    def activate(gate: Array, up: Array) -> Array:
+        return numerics.round(numerics.round(silu(gate)) * up)
 
-    gate, up = project(x, "gate_proj"), project(x, "up_proj")
-    act = numerics.round(numerics.round(silu(gate)) * up)
+    gate, up = linears(x, [(weights[f"{prefix}{name}.weight"], None) for name in ("gate_proj", "up_proj")], numerics)
+    record(f"{prefix}gate_proj", gate)
+    record(f"{prefix}up_proj", up)
+    act = in_blocks(activate, gate, up)
     record(f"{prefix}act", act)
-    return project(act, "down_proj")
+    down = linear(act, weights[f"{prefix}down_proj.weight"], None, numerics)
+    record(f"{prefix}down_proj", down)
+    return down

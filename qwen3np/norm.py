@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qwen3np.numerics import FLOAT32, Array, Numerics
+from qwen3np.threads import in_blocks
 
 
 def rms_norm(x: Array, weight: Array, eps: float, numerics: Numerics = FLOAT32) -> Array:
@@ -13,5 +14,12 @@ def rms_norm(x: Array, weight: Array, eps: float, numerics: Numerics = FLOAT32) 
     In bfloat16 it rounds twice: the normalised x, then its product with the weight (Qwen3RMSNorm in transformers,
     models/qwen3/modeling_qwen3.py).
     """
-    scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    return numerics.round(numerics.widen(weight) * numerics.round(x * scale))
+    weight = numerics.widen(weight)
+
+    def normalise(x: Array) -> Array:
+        mean_square = np.sum(x * x, axis=-1, keepdims=True) / x.shape[-1]
+        y = numerics.round(x * (1 / np.sqrt(mean_square + eps)))
+        y *= weight
+        return numerics.round(y)
+
+    return in_blocks(normalise, x.reshape(-1, x.shape[-1])).reshape(x.shape)

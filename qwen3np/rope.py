@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.numerics import FLOAT32, Array, Numerics
+from qwen3np.threads import in_blocks
 
 
 def inverse_frequencies(config: Config, numerics: Numerics = FLOAT32) -> Array:
@@ -36,7 +37,12 @@ def rotary_tables(config: Config, positions: Array, numerics: Numerics = FLOAT32
 
 def rotate(x: Array, tables: tuple[Array, Array], numerics: Numerics = FLOAT32) -> Array:
     """Turn each pair (a, b) of lanes (i, i + Dh/2) to (a cos - b sin, b cos + a sin). x (B, heads, S, Dh) -> same."""
-    cos, sin = tables
-    a, b = np.split(x, 2, axis=-1)
-    r = numerics.round  # in bfloat16 both products are rounded before they are added
-    return r(np.concatenate((r(a * cos) - r(b * sin), r(b * cos) + r(a * sin)), axis=-1))
+    r, half = numerics.round, x.shape[-1] // 2  # in bfloat16 both products are rounded before they are added
+
+    def turn(x: Array, cos: Array, sin: Array) -> Array:
+        a, b, y = x[..., :half], x[..., half:], np.empty_like(x)
+        np.subtract(r(a * cos), r(b * sin), out=y[..., :half])
+        np.add(r(b * cos), r(a * sin), out=y[..., half:])
+        return r(y)
+
+    return in_blocks(turn, x, *tables)

@@ -1,7 +1,8 @@
 """Threads for the parts of a layer. How many there are never changes a bit of the result.
 
 A BLAS with threads of its own cuts a product where its number of threads says, and some kernels round differently
-beside a cut. So BLAS runs on one thread here, and the cuts are ours: the same whatever the number of threads.
+beside a cut. So BLAS runs on one thread here, and the cuts are ours: the same whatever the number of threads. Only
+where it cannot matter does BLAS use its threads, which begin sooner than Python's.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from qwen3np.numerics import Array
 
 Part = TypeVar("Part")
 
 # Multiply-adds below which handing parts to other threads (about 0.1 ms) costs more than it saves.
-WORTH_SHARING = 1 << 20
+WORTH_SHARING = 3 << 19
+
+# Elements of a block of rows, which stays in the cache with what is computed from it on the way.
+IN_CACHE = 1 << 18
 
 
 def num_threads() -> int:
@@ -68,6 +76,24 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             other.result()
 
 
+def in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
+    """Return f(*arrays), computed block by block along the last axis but one, in the cache and over the threads.
+
+    For an f that treats every row by itself. The result has shape and dtype of the first array.
+    """
+    x = arrays[0]
+    if x.size < 2 * IN_CACHE or x.ndim == 1:
+        return f(*arrays)
+    y, step = np.empty_like(x), max(IN_CACHE * x.shape[-2] // x.size, 1)
+
+    def apply(start: int) -> None:
+        rows = slice(start, start + step)
+        y[..., rows, :] = f(*(array[..., rows, :] for array in arrays))
+
+    share(range(0, x.shape[-2], step), WORTH_SHARING, apply)
+    return y
+
+
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """Return the threads of this process; a child made by fork has its own, since those of its parent are not in it."""
@@ -75,36 +101,63 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 class _Here(threading.local):
-    """What this thread is doing."""
+    """What this thread is doing: whether it runs a part, and how often it is inside one_blas_thread."""
 
     sharing = False
+    inside = 0
 
 
 _here = _Here()
 _lock = threading.Lock()
-_holders = 0
-_limit: Any = None
+_inside = 0  # the same, of all threads together
+_before: list[int] = []
 
 
 @contextmanager
 def one_blas_thread() -> Generator[None]:
     """Hold BLAS to one thread while any caller, in any thread, is inside; then give it back what it had."""
-    global _holders, _limit
+    global _inside, _before
     with _lock:
-        if _holders == 0:
-            _limit = _blas().limit(limits=1, user_api="blas")
-        _holders += 1
+        if _inside == 0:
+            _before = [library.get_num_threads() for library in _blas()]
+        if _here.inside == 0:
+            _set_blas_threads([1 for _ in _before])
+        _inside += 1
+        _here.inside += 1
     try:
         yield
     finally:
         with _lock:
-            _holders -= 1
-            if _holders == 0:
-                _limit.restore_original_limits()
+            _inside -= 1
+            _here.inside -= 1
+            if _inside == 0:
+                _set_blas_threads(_before)
+
+
+@contextmanager
+def all_blas_threads() -> Generator[None]:
+    """Give BLAS all threads for a product whose bits do not depend on it, unless other threads compute beside it."""
+    with one_blas_thread():
+        with _lock:
+            if _inside == _here.inside and not _here.sharing:
+                _set_blas_threads([num_threads() for _ in _before])
+        try:
+            yield
+        finally:
+            with _lock:
+                _set_blas_threads([1 for _ in _before])
+
+
+def _set_blas_threads(counts: Sequence[int]) -> None:
+    for library, count in zip(_blas(), counts, strict=True):
+        # newer versions of threadpoolctl obey only the first thread that sets it; here a lock keeps order
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
+        library.set_num_threads(count)
 
 
 @cache
-def _blas() -> Any:
+def _blas() -> list[Any]:
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController()
+    return cast("list[Any]", ThreadpoolController().select(user_api="blas").lib_controllers)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from qwen3np.attention import attend
 from qwen3np.checkpoint import init_weights
 from qwen3np.config import Config
+from qwen3np.numerics import FLOAT32, Numerics
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -54,3 +56,10 @@ def round_bfloat16(x: np.ndarray) -> np.ndarray:
     bits = np.asarray(x, np.float32).view(np.uint32)
     odd = (bits >> 16) & 1
     return ((bits + 0x7FFF + odd) & 0xFFFF0000).view(np.float32)
+
+
+def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, numerics: Numerics = FLOAT32) -> tuple[np.ndarray, ...]:
+    """Return what attend gives, and the scores and probabilities (H, S, T) on the way."""
+    shape = (*q.shape[:2], k.shape[1])
+    steps = np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)
+    return attend(q, k, v, numerics, steps), *steps

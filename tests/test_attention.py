@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from drawing import SEEDS, round_bfloat16
+from drawing import SEEDS, attended, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,18 @@ from qwen3np.numerics import PRECISIONS, precision
 
 FLOAT64 = precision("float64")
 NAMES = st.sampled_from(list(PRECISIONS))
+
+
+@pytest.fixture(
+    scope="module", params=[None, (6, 4, 24), (3, 1, 2)], ids=["whole rows", "blocks", "small blocks"], autouse=True
+)
+def blocks(request):
+    """Every property holds however the scores are cut: (rows, keys, elements) of a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+        for name, size in zip(("ROWS", "KEYS", "SCORES"), request.param or (), strict=False):
+            patch.setattr(f"qwen3np.attention.BLOCK_{name}", size)
+        yield
 
 
 def draw(seed, name="float64"):
@@ -35,7 +47,7 @@ def by_heads(context, heads):
 @given(SEEDS)
 def test_matches_one_query_at_a_time(seed):
     q, k, v, _ = draw(seed)
-    context, scores, probs = attend(q, k, v, FLOAT64)
+    context, scores, probs = attended(q, k, v, FLOAT64)
     heads, new, dh = q.shape
     total, group = k.shape[1], heads // len(k)
     assert (context.dtype, scores.dtype, probs.dtype) == (np.float64,) * 3
@@ -54,12 +66,12 @@ def test_matches_one_query_at_a_time(seed):
 def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
     q, k, v, rng = draw(seed, name)
     new, total = q.shape[1], k.shape[1]
-    before = attend(q, k, v, precision(name))
+    before = attended(q, k, v, precision(name))
     s = int(rng.integers(0, new))
     later = slice(total - new + s + 1, None)  # what query s must not see
     k, v = k.copy(), v.copy()
     k[:, later], v[:, later] = 100 * rng.standard_normal(k[:, later].shape), 1e30
-    after = attend(q, k, v, precision(name))
+    after = attended(q, k, v, precision(name))
     np.testing.assert_array_equal(after[0][: s + 1], before[0][: s + 1])
     for a, b in zip(after[1:], before[1:], strict=True):
         np.testing.assert_array_equal(a[:, : s + 1], b[:, : s + 1])
@@ -68,7 +80,7 @@ def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
 @given(SEEDS, NAMES)
 def test_probabilities_sum_to_1_and_are_0_where_hidden(seed, name):
     q, k, v, _ = draw(seed, name)
-    _, scores, probs = attend(q, k, v, precision(name))
+    _, scores, probs = attended(q, k, v, precision(name))
     _, new, total = probs.shape
     hidden = np.arange(total) > np.arange(total - new, total)[:, None]
     np.testing.assert_array_equal(scores == -np.inf, np.broadcast_to(hidden, probs.shape))
@@ -83,8 +95,8 @@ def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(seed, size):
     q, k, v, rng = draw(seed)
     # the same vector added to every key adds one number to all scores of a query
     vector = size * rng.standard_normal((len(k), 1, k.shape[-1])) / math.sqrt(k.shape[-1])
-    context, _, probs = attend(q, k, v, FLOAT64)
-    moved = attend(q, k + vector, v, FLOAT64)
+    context, _, probs = attended(q, k, v, FLOAT64)
+    moved = attended(q, k + vector, v, FLOAT64)
     np.testing.assert_allclose(moved[2], probs, rtol=0, atol=1e-11)
     np.testing.assert_allclose(moved[0], context, rtol=0, atol=1e-11)
 
@@ -92,7 +104,7 @@ def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(seed, size):
 @given(SEEDS, NAMES)
 def test_one_visible_key_returns_its_value(seed, name):
     q, k, v, _ = draw(seed, name)
-    context, _, _ = attend(q[:, :1], k[:, :1], v[:, :1], precision(name))
+    context, _, _ = attended(q[:, :1], k[:, :1], v[:, :1], precision(name))
     values = np.repeat(v[:, 0], len(q) // len(v), axis=0)  # (H, Dh)
     np.testing.assert_array_equal(context, values.reshape(1, -1))
 
@@ -100,7 +112,7 @@ def test_one_visible_key_returns_its_value(seed, name):
 @given(SEEDS)
 def test_output_lies_in_the_convex_hull_of_the_visible_values(seed):
     q, k, v, rng = draw(seed)
-    context = by_heads(attend(q, k, v, FLOAT64)[0], len(q))
+    context = by_heads(attended(q, k, v, FLOAT64)[0], len(q))
     directions = np.concatenate([np.eye(v.shape[-1]), rng.standard_normal((20, v.shape[-1]))])
     values, outputs = np.repeat(v @ directions.T, len(q) // len(v), axis=0), context @ directions.T
     for s in range(q.shape[1]):  # in no direction beyond the farthest value
@@ -113,8 +125,8 @@ def test_output_lies_in_the_convex_hull_of_the_visible_values(seed):
 def test_grouped_heads_equal_repeated_keys_and_values(seed):
     q, k, v, _ = draw(seed)
     group = len(q) // len(k)
-    repeated = attend(q, np.repeat(k, group, axis=0), np.repeat(v, group, axis=0), FLOAT64)
-    for grouped, truth in zip(attend(q, k, v, FLOAT64), repeated, strict=True):
+    repeated = attended(q, np.repeat(k, group, axis=0), np.repeat(v, group, axis=0), FLOAT64)
+    for grouped, truth in zip(attended(q, k, v, FLOAT64), repeated, strict=True):
         np.testing.assert_allclose(grouped, truth, rtol=0, atol=1e-14)
 
 
@@ -123,19 +135,31 @@ def test_a_permutation_of_the_groups_permutes_the_output(seed, name):
     q, k, v, rng = draw(seed, name)
     p = rng.permutation(len(k))
     moved = q.reshape(len(k), -1, *q.shape[1:])[p].reshape(q.shape)
-    context, _, _ = attend(q, k, v, precision(name))
+    context, _, _ = attended(q, k, v, precision(name))
     groups = by_heads(context, len(k))
-    np.testing.assert_array_equal(by_heads(attend(moved, k[p], v[p], precision(name))[0], len(k)), groups[p])
+    np.testing.assert_array_equal(by_heads(attended(moved, k[p], v[p], precision(name))[0], len(k)), groups[p])
+
+
+@given(SEEDS, NAMES)
+def test_neither_threads_nor_what_is_recorded_move_a_bit(seed, name):
+    q, k, v, _ = draw(seed, name)
+    with pytest.MonkeyPatch.context() as patch:
+        contexts = [attended(q, k, v, precision(name))[0]]
+        for threads in "123":
+            patch.setenv("QWEN3NP_NUM_THREADS", threads)
+            contexts.append(attend(q, k, v, precision(name)))
+    for context in contexts[1:]:
+        np.testing.assert_array_equal(context, contexts[0])
 
 
 @given(SEEDS)
 def test_queries_one_by_one_equal_queries_together(seed):
     q, k, v, _ = draw(seed)
-    context, _, _ = attend(q, k, v, FLOAT64)
+    context, _, _ = attended(q, k, v, FLOAT64)
     earlier = k.shape[1] - q.shape[1]
     for s in range(q.shape[1]):
         end = earlier + s + 1
-        alone, _, _ = attend(q[:, s : s + 1], k[:, :end], v[:, :end], FLOAT64)
+        alone, _, _ = attended(q[:, s : s + 1], k[:, :end], v[:, :end], FLOAT64)
         np.testing.assert_allclose(alone[0], context[s], rtol=0, atol=1e-14)
 
 
@@ -146,7 +170,7 @@ def test_bfloat16_rounds_product_scaling_softmax_and_context(dh):
     q, k = rng.integers(-3, 4, (4, 5, dh)).astype(np.float32), rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)
     v = rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)
     q[:, -1] += 11
-    context, scores, probs = attend(q, k, v, numerics)
+    context, scores, probs = attended(q, k, v, numerics)
     hidden = np.arange(9) > np.arange(4, 9)[:, None]
     products = r(np.einsum("hsd,htd->hst", q, np.repeat(k, 2, 0)))
     truth = np.where(hidden, -np.inf, r((products * np.float64(dh**-0.5)).astype(np.float32)))

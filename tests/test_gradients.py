@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import SEEDS, draw_config, draw_ids, relative, trained_like
+from drawing import SEEDS, attended, draw_config, draw_ids, relative, trained_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from qwen3np import forward
-from qwen3np.attention import attend
 from qwen3np.checkpoint import weight_shapes
 from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
@@ -258,18 +257,18 @@ def test_attend_backward(seed, kv_heads, groups):
     k, v = rng.standard_normal((2, rows, kv_heads, length, dh))
     dcontext = rng.standard_normal((rows, length, kv_heads * groups * dh))
 
-    def attended(q, k, v):
-        context, _, probs = zip(*(attend(*row, FLOAT64) for row in zip(q, k, v, strict=True)), strict=True)
+    def plain(q, k, v):
+        context, _, probs = zip(*(attended(*row, FLOAT64) for row in zip(q, k, v, strict=True)), strict=True)
         return np.stack(context), np.stack(probs)
 
     def through(dcontext):
-        context, probs = attended(q, k, v)
+        context, probs = plain(q, k, v)
         return backward.attend_backward(dcontext, q, k, v, probs, context)
 
     dq, dk, dv = through(dcontext)
-    assert error_of(dq, lambda q: np.vdot(dcontext, attended(q, k, v)[0]), q, rng) <= LIMIT
-    assert error_of(dk, lambda k: np.vdot(dcontext, attended(q, k, v)[0]), k, rng) <= LIMIT
-    assert error_of(dv, lambda v: np.vdot(dcontext, attended(q, k, v)[0]), v, rng) <= LIMIT
+    assert error_of(dq, lambda q: np.vdot(dcontext, plain(q, k, v)[0]), q, rng) <= LIMIT
+    assert error_of(dk, lambda k: np.vdot(dcontext, plain(q, k, v)[0]), k, rng) <= LIMIT
+    assert error_of(dv, lambda v: np.vdot(dcontext, plain(q, k, v)[0]), v, rng) <= LIMIT
     # what is the same for all keys moves all scores of a query alike, which softmax ignores
     np.testing.assert_allclose(dk.sum(axis=2), 0, atol=1e-13)
     np.testing.assert_allclose(dq[:, :, 0], 0, atol=1e-14)  # one key alone has probability 1

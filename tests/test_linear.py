@@ -60,7 +60,8 @@ def test_cutting_the_weights_changes_nothing_but_rounding(seed, rows, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN3NP_NUM_THREADS", str(threads))
         patch.setattr("qwen3np.threads.WORTH_SHARING", 1)
-        patch.setattr("qwen3np.linear.TILE", int(rng.integers(1, 70)))
+        for name in ("TILE_ROWS", "TILE_OUTPUTS", "NEAR"):
+            patch.setattr(f"qwen3np.linear.{name}", int(rng.integers(1, 70)))
         patch.setattr("qwen3np.linear.BLOCK_ELEMENTS", 24 * int(rng.integers(1, 70)))
         y = linear(x, w, None, precision("float64"))
     np.testing.assert_allclose(y, x @ w.astype(np.float64).T, rtol=0, atol=1e-13)
@@ -92,16 +93,19 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(rows, inputs, outputs,
         np.testing.assert_array_equal(linear(x, other, None, numerics), y)
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [*SIZES, (1, 1024, 3072), (64, 1024, 512)])
-def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, monkeypatch):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((rows, inputs), np.float32)
-    w = rng.standard_normal((outputs, inputs), np.float32).astype(ml_dtypes.bfloat16)
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [*SIZES, (1, 1024, 3072), (1, 1024, 3073), (1, 2048, 1030), (64, 1024, 512)]
+)
+def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stored, monkeypatch):
+    rng, numerics = np.random.default_rng(0), precision("float64" if stored is np.float64 else "float32")
+    x = rng.standard_normal((rows, inputs), np.float32).astype(numerics.dtype)
+    w = rng.standard_normal((outputs, inputs), np.float32).astype(stored)
     results = []
     for threads, blas_threads in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (7, 1)):
         monkeypatch.setenv("QWEN3NP_NUM_THREADS", str(threads))
         with threadpool_limits(blas_threads):
-            results.append(linear(x, w))
+            results.append(linear(x, w, None, numerics))
     for y in results[1:]:
         np.testing.assert_array_equal(y, results[0])
 

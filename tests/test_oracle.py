@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import draw_config, draw_ids, relative, round_bfloat16, trained_like
+from drawing import attended, draw_config, draw_ids, relative, round_bfloat16, trained_like
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Config, KVCache, forward
-from qwen3np.attention import attend
 from qwen3np.linear import linear
 from qwen3np.mlp import swiglu
 from qwen3np.norm import rms_norm
@@ -213,7 +212,7 @@ def each_from_theirs(theirs, weights, config, ids, start):
 
 def each_attended(q, k, v):
     """Return contexts, scores and probabilities of a batch."""
-    return [np.stack(y) for y in zip(*(attend(*sequence, N) for sequence in zip(q, k, v, strict=True)), strict=True)]
+    return [np.stack(y) for y in zip(*(attended(*sequence, N) for sequence in zip(q, k, v, strict=True)), strict=True)]
 
 
 def activation(gate, up):

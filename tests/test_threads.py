@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from qwen3np.threads import num_threads, one_blas_thread, share
+from qwen3np.threads import all_blas_threads, in_blocks, num_threads, one_blas_thread, share
 
 
 def blas_threads():
@@ -100,3 +101,39 @@ def test_the_number_of_threads(monkeypatch):
         monkeypatch.setenv("QWEN3NP_NUM_THREADS", bad)
         with pytest.raises(ValueError, match=f"QWEN3NP_NUM_THREADS='{bad}' is not a whole number from 1"):
             num_threads()
+
+
+def test_blas_gets_all_threads_only_where_nothing_computes_beside(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+
+    def threads_of_a_product():
+        with all_blas_threads():
+            return blas_threads()
+
+    with threadpool_limits(1, user_api="blas"):
+        assert threads_of_a_product() == {2}
+        assert blas_threads() == {1}
+        with one_blas_thread():
+            assert threads_of_a_product() == {2}
+            assert blas_threads() == {1}
+            other = threading.Thread(target=lambda: found.append(threads_of_a_product()))
+            found = []
+            other.start()
+            other.join()
+        share([0, 1], 1 << 30, lambda part: found.append(threads_of_a_product()))
+        assert found == [{1}, {1}, {1}]
+        with all_blas_threads():  # whoever comes meanwhile counts on one thread
+            other = threading.Thread(target=lambda: share([0], 1, lambda part: found.append(blas_threads())))
+            other.start()
+            other.join()
+        assert found[-1] == {1}
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 3), (2, 40, 3), (2, 3, 40, 5)])
+def test_blocks_of_rows_are_put_together_again(shape, monkeypatch):
+    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 16)
+    x = np.random.default_rng(0).standard_normal(shape)
+    y = np.moveaxis(x[None] ** 2, 0, -1)[..., 0]
+    np.testing.assert_array_equal(
+        in_blocks(lambda x, y: x * np.sum(y, -1, keepdims=True), x, y), x * y.sum(-1, keepdims=True)
+    )
