@@ -17,7 +17,7 @@ from qwen3np.linear import FEW_ROWS, linears
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore
 from qwen3np.rope import rotate
-from qwen3np.threads import num_threads, share
+from qwen3np.threads import share, threads_for
 
 # Scores of a block: it stays in the cache, beside its keys and values. Rows are queries, G of a position.
 BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18
@@ -100,7 +100,7 @@ def attend(
     # bfloat16 rounds each probability, so it needs the sum of a whole row before it goes on
     width = total if numerics.rounds else min(total, BLOCK_KEYS)
     step = max(min(new, BLOCK_ROWS // group, BLOCK_SCORES // (group * width)), 1)
-    together = max(min(-(-kv_heads // num_threads()), BLOCK_SCORES // (group * step * width)), 1)
+    together = max(min(-(-kv_heads // threads_for(q.size * total)), BLOCK_SCORES // (group * step * width)), 1)
 
     def attend_part(part: tuple[int, int]) -> None:
         head, start = part
@@ -121,8 +121,7 @@ def _attend_block(
     heads, _, last, head_dim = q.shape
     total: int = k.shape[1]
     r, rows = numerics.round, q.reshape(heads, -1, head_dim)
-    largest = np.full((*rows.shape[:2], 1), -np.inf, numerics.dtype)
-    weight, mixed = np.zeros_like(largest), np.zeros_like(rows)
+    largest = weight = mixed = np.empty(0)
     for a in range(0, total, width):
         keys, values = numerics.widen(k[:, a : a + width]), numerics.widen(v[:, a : a + width])
         scores = r(_product(rows, np.swapaxes(keys, 1, 2)))  # (h, G * s, width)
@@ -135,14 +134,20 @@ def _attend_block(
         if steps:
             steps[0][..., a : a + width] = in_groups
 
-        before, largest = largest, np.maximum(largest, np.max(scores, axis=-1, keepdims=True))
+        before, largest = largest, scores.max(axis=-1, keepdims=True)
+        if a:
+            np.maximum(largest, before, out=largest)
         scores -= largest
         np.exp(scores, out=scores)
-        shrink = np.exp(before - largest)
-        weight = weight * shrink + np.sum(scores, axis=-1, keepdims=True)
+        sums = scores.sum(axis=-1, keepdims=True)
         if numerics.rounds:
-            scores = r(scores / weight)
-        mixed = mixed * shrink + _product(scores, values)
+            scores = r(scores / sums)
+        products = _product(scores, values)
+        if a:
+            shrink = np.exp(before - largest)
+            sums += weight * shrink
+            products += mixed * shrink
+        weight, mixed = sums, products
     if steps:
         of_rows = (*q.shape[:3], 1)
         steps[1][...] = r(np.exp(steps[0] - largest.reshape(of_rows)) / weight.reshape(of_rows))

@@ -70,7 +70,7 @@ class KVCache:
         Raises ValueError for a sequence that is named twice.
         """
         selected = self.rows[list(rows)]
-        if len(np.unique(selected)) < len(selected):
+        if len(set(selected.tolist())) < len(selected):
             raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
         return KVCache(self.k, self.v, self.ids, self.lengths, selected)
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qwen3np import __version__
-from qwen3np.commands import chat, generate, info, score, train
+from qwen3np.commands import bench, chat, generate, info, score, train
 
-COMMANDS = {"generate": generate, "chat": chat, "score": score, "info": info, "train": train}
+COMMANDS = {"generate": generate, "chat": chat, "score": score, "info": info, "train": train, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):

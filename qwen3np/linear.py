@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
-from qwen3np.threads import all_blas_threads, num_threads, share
+from qwen3np.threads import blas_threads, num_threads, share, threads_for
 
 # Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
 # which costs more than these rows do.
@@ -33,31 +33,31 @@ def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = F
 
 def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Numerics = FLOAT32) -> list[Array]:
     """Return linear(x, w, bias) for each (w, bias): they start together, which saves waiting between them."""
-    inputs: int = x.shape[-1]
-    rows = np.ascontiguousarray(x.reshape(-1, inputs))
-    ys = [np.empty((len(rows), len(w)), numerics.dtype) for w, _ in layers]
-    in_place = all(w.dtype == numerics.storage == numerics.dtype and w.flags.carray for w, _ in layers)
-    if len(rows) == 1 and in_place:
-        for (w, _), y in zip(layers, ys, strict=True):
-            _dot_products(w, rows[0], y[0])
+    ws, biases = zip(*layers, strict=True)
+    rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
+    ys = [np.empty((len(rows), len(w)), numerics.dtype) for w in ws]
+    if len(rows) == 1 and all(w.dtype == numerics.storage == numerics.dtype and w.flags.carray for w in ws):
+        _dot_products(rows[0], ws, ys)
     else:
-        _share_products(rows, [w for w, _ in layers], ys, numerics)
-    for (_, bias), y in zip(layers, ys, strict=True):
+        _share_products(rows, ws, ys, numerics)
+    for y, bias in zip(ys, biases, strict=True):
         if bias is not None:
             y += numerics.widen(bias)
-    return [numerics.round(y).reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return [numerics.round(y).reshape(*x.shape[:-1], -1) for y in ys]
 
 
-def _dot_products(w: Array, x: Array, y: Array) -> None:
-    """Put W x into y (out,). This is bound by memory, and BLAS's own threads are the ones that begin soonest.
+def _dot_products(x: Array, ws: Sequence[Array], ys: Sequence[Array]) -> None:
+    """Put W x into y (1, out) for each W and y. It is bound by memory, and BLAS's own threads begin the soonest.
 
     BLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
     """
-    cut = _multiple(len(w), 4 * num_threads())
-    with all_blas_threads():
-        np.matmul(w[:cut], x, out=y[:cut])
-    for a, b in _pieces(cut, len(w), 4):
-        np.matmul(w[a:b], x, out=y[a:b])
+    threads = threads_for(sum(w.size for w in ws))
+    with blas_threads(threads):
+        for w, y in zip(ws, ys, strict=True):
+            cut = len(w) if threads == 1 else _multiple(len(w), 4 * threads)
+            np.matmul(w[:cut], x, out=y[0, :cut])
+            for a, b in _pieces(cut, len(w), 4):
+                np.matmul(w[a:b], x, out=y[0, a:b])
 
 
 def _share_products(rows: Array, ws: Sequence[Array], ys: Sequence[Array], numerics: Numerics) -> None:

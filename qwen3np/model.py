@@ -19,14 +19,13 @@ from qwen3np.mlp import swiglu
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
-from qwen3np.threads import in_blocks, one_blas_thread
+from qwen3np.threads import blas_threads, in_blocks, threads_for
 
 # glibc gives what is freed back to the system, and gets it anew page by page, until a block of this size has come and
 # gone (mallopt(3), M_MMAP_THRESHOLD): a tenth of the time of a long prompt. Nothing of it is touched.
 np.empty((1 << 25) - (1 << 14), np.uint8)
 
 
-@one_blas_thread()
 def forward(
     weights: Mapping[str, Array],
     config: Config,
@@ -59,14 +58,17 @@ def forward(
     embedding = weights["model.embed_tokens.weight"]
     x = n.widen(embedding[ids])  # (B, S, D)
     record("model.embed_tokens", x)
-    for layer in range(config.num_hidden_layers):
-        x = block(x, weights, layer, config, tables, cache, n, record)
-    if last_only:
-        x = x[:, -1:]
-    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
-    record("model.norm", x)
-    head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    logits = linear(x, head, None, n)
+    one_row = ids.size == 1 and embedding.dtype == n.storage
+    layer_size = config.hidden_size * config.intermediate_size
+    with blas_threads(threads_for(layer_size) if one_row else 1):
+        for layer in range(config.num_hidden_layers):
+            x = block(x, weights, layer, config, tables, cache, n, record)
+        if last_only:
+            x = x[:, -1:]
+        x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
+        record("model.norm", x)
+        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        logits = linear(x, head, None, n)
     record("lm_head", logits)
     if cache is not None:
         cache.advance(ids)
@@ -127,8 +129,8 @@ def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -
         raise ValueError(f"{name}: empty; a prompt needs at least one token")
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{name}: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
-    outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
-    if len(outside):
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
         row, column = outside[0]
         raise ValueError(
             f"{name}: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "

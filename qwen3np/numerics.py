@@ -35,11 +35,7 @@ class Numerics:
     name: str
     dtype: np.dtype[Any]
     storage: np.dtype[Any]
-
-    @property
-    def rounds(self) -> bool:
-        """Whether results are rounded to bfloat16."""
-        return self.storage == BFLOAT16
+    rounds: bool = False  # whether results are rounded to bfloat16
 
     def round(self, x: Array) -> Array:
         """Return R(x): the nearest bfloat16 of each element, ties to even; x itself in the other precisions."""
@@ -54,7 +50,7 @@ class Numerics:
 
 FLOAT32 = Numerics("float32", np.dtype(np.float32), np.dtype(np.float32))
 FLOAT64 = Numerics("float64", np.dtype(np.float64), np.dtype(np.float64))
-ROUNDED = Numerics("bfloat16", np.dtype(np.float32), BFLOAT16)
+ROUNDED = Numerics("bfloat16", np.dtype(np.float32), BFLOAT16, rounds=True)
 PRECISIONS = {n.name: n for n in (FLOAT32, FLOAT64, ROUNDED)}
 
 

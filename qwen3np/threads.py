@@ -33,12 +33,21 @@ def num_threads() -> int:
 
     Raises ValueError where the variable is not a whole number from 1.
     """
-    setting = os.environ.get("QWEN3NP_NUM_THREADS", "")
+    return _threads_of(os.environ.get("QWEN3NP_NUM_THREADS", ""))
+
+
+@cache  # asked many times for each token
+def _threads_of(setting: str) -> int:
     if not setting:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not setting.isdecimal() or int(setting) < 1:
         raise ValueError(f"QWEN3NP_NUM_THREADS={setting!r} is not a whole number from 1")
     return int(setting)
+
+
+def threads_for(work: int) -> int:
+    """Return how many threads it pays to use for this work (multiply-adds): one inside a part that is shared."""
+    return num_threads() if work >= WORTH_SHARING and not _here.sharing else 1
 
 
 def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> None:
@@ -47,12 +56,17 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
     A task that shares in turn runs its parts itself: the threads have their work already. After an error no further
     part begins, and the error comes out when those that had begun are done.
     """
-    threads = min(num_threads(), len(parts)) if work >= WORTH_SHARING and not _here.sharing else 1
+    threads = min(threads_for(work), len(parts))
+    if threads == 1:
+        with blas_threads():
+            for part in parts:
+                task(part)
+        return
     left, lock = iter(parts), threading.Lock()
 
     def run() -> None:
         nonlocal left
-        outside, _here.sharing = _here.sharing, _here.sharing or threads > 1
+        _here.sharing = True
         try:
             while True:
                 with lock:
@@ -64,9 +78,9 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             left = iter(())
             raise
         finally:
-            _here.sharing = outside
+            _here.sharing = False
 
-    with one_blas_thread():
+    with blas_threads():
         others = [_pool(os.getpid()).submit(run) for _ in range(threads - 1)]
         try:
             run()
@@ -101,51 +115,46 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 class _Here(threading.local):
-    """What this thread is doing: whether it runs a part, and how often it is inside one_blas_thread."""
+    """What this thread is doing: whether it runs a shared part, and what it holds BLAS to (0: nothing)."""
 
     sharing = False
-    inside = 0
+    limit = 0
 
 
 _here = _Here()
 _lock = threading.Lock()
-_inside = 0  # the same, of all threads together
+_inside = 0  # how many threads hold BLAS to something
 _before: list[int] = []
 
 
 @contextmanager
-def one_blas_thread() -> Generator[None]:
-    """Hold BLAS to one thread while any caller, in any thread, is inside; then give it back what it had."""
+def blas_threads(limit: int = 1) -> Generator[None]:
+    """Hold BLAS to this many threads, and give it back what it had in the end.
+
+    More than one is for products whose bits do not depend on it, and is one while other threads are inside.
+    """
     global _inside, _before
+    outside = _here.limit
+    if outside == limit:
+        yield
+        return
+
+    def hold(limit: int) -> None:
+        _here.limit = limit
+        counts = _before if _inside == 0 else [limit if _inside == 1 and not _here.sharing else 1] * len(_before)
+        _set_blas_threads(counts)
+
     with _lock:
         if _inside == 0:
             _before = [library.get_num_threads() for library in _blas()]
-        if _here.inside == 0:
-            _set_blas_threads([1 for _ in _before])
-        _inside += 1
-        _here.inside += 1
+        _inside += outside == 0
+        hold(limit)
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            _here.inside -= 1
-            if _inside == 0:
-                _set_blas_threads(_before)
-
-
-@contextmanager
-def all_blas_threads() -> Generator[None]:
-    """Give BLAS all threads for a product whose bits do not depend on it, unless other threads compute beside it."""
-    with one_blas_thread():
-        with _lock:
-            if _inside == _here.inside and not _here.sharing:
-                _set_blas_threads([num_threads() for _ in _before])
-        try:
-            yield
-        finally:
-            with _lock:
-                _set_blas_threads([1 for _ in _before])
+            _inside -= outside == 0
+            hold(outside)
 
 
 def _set_blas_threads(counts: Sequence[int]) -> None:

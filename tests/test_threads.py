@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from qwen3np.threads import all_blas_threads, in_blocks, num_threads, one_blas_thread, share
+from qwen3np.threads import blas_threads, in_blocks, num_threads, share
 
 
-def blas_threads():
+def now():
     return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
 
 def test_blas_is_held_to_one_thread_and_given_back():
     with threadpool_limits(2, user_api="blas"):
-        before = blas_threads()
-        with one_blas_thread():
-            with one_blas_thread():
-                assert blas_threads() <= {1}
-            assert blas_threads() <= {1}  # until the last caller leaves
-        assert blas_threads() == before
+        before = now()
+        with blas_threads():
+            with blas_threads():
+                assert now() <= {1}
+            assert now() <= {1}  # until the last caller leaves
+        assert now() == before
         inside = []
-        share([0, 1, 2], 1 << 30, lambda part: inside.append((part, blas_threads() <= {1})))
+        share([0, 1, 2], 1 << 30, lambda part: inside.append((part, now() <= {1})))
         assert sorted(inside) == [(0, True), (1, True), (2, True)]
-        assert blas_threads() == before
+        assert now() == before
 
 
 @pytest.mark.parametrize("threads", ["1", "5"])
@@ -51,7 +51,7 @@ def test_after_an_error_no_part_begins_and_those_that_had_begun_are_done(monkeyp
         if threading.current_thread() is threading.main_thread():
             raise ZeroDivisionError
         time.sleep(0.2)  # the main thread is out of its part, and waits
-        events.append((part, blas_threads() <= {1}))
+        events.append((part, now() <= {1}))
 
     with pytest.raises(ZeroDivisionError):
         share(range(10), 1 << 30, task)
@@ -107,23 +107,23 @@ def test_blas_gets_all_threads_only_where_nothing_computes_beside(monkeypatch):
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
 
     def threads_of_a_product():
-        with all_blas_threads():
-            return blas_threads()
+        with blas_threads(2):
+            return now()
 
     with threadpool_limits(1, user_api="blas"):
         assert threads_of_a_product() == {2}
-        assert blas_threads() == {1}
-        with one_blas_thread():
+        assert now() == {1}
+        with blas_threads():
             assert threads_of_a_product() == {2}
-            assert blas_threads() == {1}
+            assert now() == {1}
             other = threading.Thread(target=lambda: found.append(threads_of_a_product()))
             found = []
             other.start()
             other.join()
         share([0, 1], 1 << 30, lambda part: found.append(threads_of_a_product()))
         assert found == [{1}, {1}, {1}]
-        with all_blas_threads():  # whoever comes meanwhile counts on one thread
-            other = threading.Thread(target=lambda: share([0], 1, lambda part: found.append(blas_threads())))
+        with blas_threads(2):  # whoever comes meanwhile counts on one thread
+            other = threading.Thread(target=lambda: share([0], 1, lambda part: found.append(now())))
             other.start()
             other.join()
         assert found[-1] == {1}

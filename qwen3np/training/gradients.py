@@ -17,13 +17,13 @@ from qwen3np.config import Config
 from qwen3np.model import checked_ids, forward
 from qwen3np.numerics import FLOAT32, Array, Numerics, precision
 from qwen3np.rope import rotary_tables, rotate
-from qwen3np.threads import one_blas_thread, share
+from qwen3np.threads import blas_threads, share
 
 # Sequences that one thread takes at a time. Parts are added in their order, so the number of threads changes no bit.
 ROWS = 4
 
 
-@one_blas_thread()
+@blas_threads()
 def loss_and_gradients(
     weights: Mapping[str, Array],
     config: Config,

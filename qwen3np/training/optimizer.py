@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from qwen3np.numerics import Array
-from qwen3np.threads import one_blas_thread, share
+from qwen3np.threads import blas_threads, share
 
 Moments: TypeAlias = dict[
     str, tuple[Array, Array]
@@ -33,7 +33,7 @@ def cosine_schedule(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-@one_blas_thread()  # BLAS would cut a sum where its number of threads says
+@blas_threads()  # BLAS would cut a sum where its number of threads says
 def clip(gradients: Mapping[str, Array], max_norm: float) -> float:
     """Scale gradients, in place, to an L2 norm of all of them together of at most max_norm; return what it was."""
     norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
