@@ -18,10 +18,8 @@ from qwen3np.sampling import SamplingParameters, sample
 Ids: TypeAlias = Sequence[int]
 Batch: TypeAlias = Sequence[Sequence[int]]
 
-# Long prompts go through the model in pieces: enough positions to be bound by arithmetic, and few enough that the
-# attention scores of a head, positions times all positions before them, stay at some megabytes.
+# Long prompts go through the model in pieces of so many positions: enough to be bound by arithmetic.
 PREFILL_CHUNK = 512
-CHUNK_SCORES = 1 << 20
 
 
 class Step(NamedTuple):
@@ -219,11 +217,6 @@ def steps(
     return run()
 
 
-def chunk_length(start: int) -> int:
-    """Return how many positions from start on go through the model together."""
-    return min(PREFILL_CHUNK, max(16, CHUNK_SCORES // (start + 1)))
-
-
 def _prefill(
     weights: Weights,
     config: Config,
@@ -235,7 +228,7 @@ def _prefill(
     """Bring the cache of one sequence up to ids, computing only what it lacks; return the last logits (V,)."""
     start = cache.keep_prefix(0, ids[:-1])  # the last token is always computed: its logits are needed
     while True:
-        chunk = ids[start : start + chunk_length(start)]
+        chunk = ids[start : start + PREFILL_CHUNK]
         logits = forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
         start += len(chunk)
         if progress:

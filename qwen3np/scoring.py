@@ -9,7 +9,7 @@ import numpy as np
 from qwen3np.cache import KVCache
 from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
-from qwen3np.generate import chunk_length
+from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.model import checked_sequence, forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import log_probabilities
@@ -56,10 +56,10 @@ def score(
         end = min(start + window, len(ids))
         cache.lengths[0] = 0
         while (at := start + int(cache.lengths[0])) < scored - 1:  # context alone: its logits are not wanted
-            chunk = ids[at : min(at + chunk_length(at - start), scored - 1)]
+            chunk = ids[at : min(at + PREFILL_CHUNK, scored - 1)]
             forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
         while scored < end:
-            chunk = ids[scored - 1 : min(scored - 1 + min(CHUNK, chunk_length(scored - start)), end - 1)]
+            chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
             logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
             targets = ids[scored : scored + len(chunk)]
             result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,6 +139,23 @@ def test_a_permutation_of_the_groups_permutes_the_output(seed, name):
     context, _, _ = attended(q, k, v, precision(name))
     groups = by_heads(context, len(k))
     np.testing.assert_array_equal(by_heads(attended(moved, k[p], v[p], precision(name))[0], len(k)), groups[p])
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_memory_does_not_grow_with_the_positions(name, monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")
+    for size, value in (("ROWS", 64), ("KEYS", 64), ("SCORES", 1 << 12)):
+        monkeypatch.setattr(f"qwen3np.attention.BLOCK_{size}", value)
+    rng, peaks = np.random.default_rng(0), []
+    q, keys = (precision(name).round(rng.standard_normal(size, np.float32)) for size in ((4, 32, 8), (2, 8192, 8)))
+    for total in (1024, 8192):
+        tracemalloc.start()
+        attend(q, keys[:, :total], keys[:, :total], precision(name))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # all scores of the longer one are 4 MB, those of a block 16 KB; bfloat16 needs whole rows, but not many of them
+    assert peaks[1] < 1 << 20
+    assert name == "bfloat16" or peaks[1] < 2 * peaks[0]
 
 
 @given(SEEDS, NAMES)
