@@ -687,6 +687,7 @@ say After {number} comes {other}.
 say The number that comes after {number} is {other}.
 say When you count, {number} is followed by {other}.
 say One more than {number} is {other}.
+say What follows {number} is {other}.
 say* When you count, after {number} comes {other}.
 say* The number that follows {number} is {other}.
 ask What number comes after {number}?
@@ -718,6 +719,7 @@ say Before {number} comes {other}.
 say The number that comes before {number} is {other}.
 say When you count back, {number} is followed by {other}.
 say One less than {number} is {other}.
+say Just before {number} comes {other}.
 say* When you count, before {number} comes {other}.
 say* The number that comes just before {number} is {other}.
 ask What number comes before {number}?
@@ -808,6 +810,7 @@ say {day} is followed by {other}.
 say If today is {day}, tomorrow is {other}.
 say The day that comes after {day} is {other}.
 say When {day} is over, the next day is {other}.
+say What follows {day} is {other}.
 say* The day that follows {day} is {other}.
 say* If today is {day}, the next day is {other}.
 ask What day comes after {day}?
@@ -872,6 +875,7 @@ say {month} is followed by {other}.
 say If it is {month} now, next month is {other}.
 say When {month} is over, the next month is {other}.
 say The month that comes after {month} is {other}.
+say What follows {month} is {other}.
 say* The month that follows {month} is {other}.
 say* If it is {month} now, the next month is {other}.
 ask What month comes after {month}?
@@ -1032,6 +1036,7 @@ say The word {one} has the plural {plural}.
 say In the plural, {one} becomes {plural}.
 say The plural of the noun {one} is {plural}.
 say If you have more than one {one}, you have {plural}.
+say The noun {one} takes the plural form {plural}.
 say* The plural of the word {one} is {plural}.
 say* The word {one} has the plural form {plural}.
 ask What is the plural of {one}?
@@ -1112,6 +1117,7 @@ ask How does {an animal} sound?
 ask sound of {an animal}?
 ask Tell me what {an animal} says.
 ask Tell me the sound of {an animal}.
+ask Tell me which sound {an animal} makes.
 ask What noise does {an animal} make?
 ask What does the {animal} say?
 ask What sound does the {animal} make?
