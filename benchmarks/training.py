@@ -151,7 +151,9 @@ def main() -> None:
             results.append(json.loads(done.stdout))
 
     print(heading(a.threads, ("numpy", "torch", "transformers")))
-    print(f"- {ROWS} rows of {LENGTH} tokens, {a.counted:.0%} of them in the loss; {a.rounds} turns of {a.steps} steps\n")
+    print(
+        f"- {ROWS} rows of {LENGTH} tokens, {a.counted:.0%} of them in the loss; {a.rounds} turns of {a.steps} steps\n"
+    )
     titles = ("ms/step", "fastest", "slowest", "tokens/s", "cores", "others")
     print(f"{'':9}{''.join(f'{title:>9}' for title in titles)}   first and last loss")
     times: dict[str, list[float]] = {}
