@@ -203,7 +203,7 @@ def part_table(model: Model, rows: int, position: int, rounds: int) -> str:
         title = name if name in inner else f"{name} (once)"
         table.append([title, middle(1000 * found[name] / count), *best, middle(found[name] / whole, ".1%")])
     limit = sum(x for name, x in found.items() if name.startswith("limit of "))
-    table.append(["forward", middle(1000 * whole), middle(1000 * limit), middle(limit / whole, ".2f"), "100%"])
+    table.append(["forward (once)", middle(1000 * whole), middle(1000 * limit), middle(limit / whole, ".2f"), "100%"])
     title = f"{rows} new position{'s' * (rows > 1)} after {position:,}"
     return markdown([title, "ms a layer", "its products alone, ms", "fraction of it", "share of all layers"], table)
 
