@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import count
-from pathlib import Path
 from statistics import median
 
 import numpy as np
+from machine import heading, others
 from threadpoolctl import threadpool_info
 
 from qwen3np import Config, init_weights
@@ -108,33 +106,22 @@ def measure(engine: str, threads: int, counted: float, steps: int) -> None:
     rows, masks = batch(counted)
     step = numpy_step(rows, masks) if engine == "numpy" else torch_step(rows, masks, engine, threads)
     losses, seconds = [step(), step()], []
-    start, own, all_ = time.perf_counter(), time.process_time(), busy()
-    for _ in range(steps):
-        began = time.perf_counter()
-        losses.append(step())
-        seconds.append(time.perf_counter() - began)
-    own, all_, elapsed = time.process_time() - own, busy() - all_, time.perf_counter() - start
+    shares: list[float] = []
+    start, own = time.perf_counter(), time.process_time()
+    with others(shares):
+        for _ in range(steps):
+            began = time.perf_counter()
+            losses.append(step())
+            seconds.append(time.perf_counter() - began)
+    cores = (time.process_time() - own) / (time.perf_counter() - start)
     libraries = [f"{x['internal_api']} {x['version']} {x.get('architecture', '')}".strip() for x in threadpool_info()]
     if engine != "numpy":
         import torch
 
         blas = "MKL" if torch.backends.mkl.is_available() else "no MKL"
         libraries.append(f"torch with {blas}, its own kernels {torch.backends.cpu.get_cpu_capability()}")
-    result = {"seconds": seconds, "cores": own / elapsed, "others": max(0, all_ - own) / elapsed}
-    print(json.dumps(result | {"losses": [losses[0], losses[-1]], "libraries": libraries}))
-
-
-def busy() -> float:
-    """Return the seconds that all cores together have worked since the system started."""
-    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-
-
-def machine() -> str:
-    """Return the processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    result = {"seconds": seconds, "cores": cores, "others": shares[0], "losses": [losses[0], losses[-1]]}
+    print(json.dumps(result | {"libraries": libraries}))
 
 
 def main() -> None:
@@ -163,12 +150,10 @@ def main() -> None:
             )
             results.append(json.loads(done.stdout))
 
-    print(f"{machine()}, {os.cpu_count()} cores, {a.threads} threads, {platform.platform()}")
-    print(", ".join(f"{name} {version(name)}" for name in ("numpy", "torch", "transformers")), end=", ")
-    print(f"Python {platform.python_version()}")
-    if "OPENBLAS_CORETYPE" in os.environ:
-        print(f"OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} chooses OpenBLAS's kernels, not the processor")
-    print(f"{ROWS} rows of {LENGTH} tokens, {a.counted:.0%} of them in the loss; {a.rounds} turns of {a.steps} steps\n")
+    print(heading(a.threads, ("numpy", "torch", "transformers")))
+    print(
+        f"- {ROWS} rows of {LENGTH} tokens, {a.counted:.0%} of them in the loss; {a.rounds} turns of {a.steps} steps\n"
+    )
     titles = ("ms/step", "fastest", "slowest", "tokens/s", "cores", "others")
     print(f"{'':9}{''.join(f'{title:>9}' for title in titles)}   first and last loss")
     times: dict[str, list[float]] = {}
@@ -176,9 +161,9 @@ def main() -> None:
         times[engine] = [seconds for result in results for seconds in result["seconds"]]
         numbers = "".join(f"{1000 * f(times[engine]):9.0f}" for f in (median, min, max))
         rate = ROWS * LENGTH / median(times[engine])
-        cores, others = (max(result[key] for result in results) for key in ("cores", "others"))
+        most = "".join(f"{max(result[key] for result in results):9.2f}" for key in ("cores", "others"))
         first, last = results[0]["losses"]
-        print(f"{engine:9}{numbers}{rate:9.0f}{cores:9.2f}{others:9.2f}   {first:.6f} {last:.6f}")
+        print(f"{engine:9}{numbers}{rate:9.0f}{most}   {first:.6f} {last:.6f}")
     print("cores: how many it kept busy; others: how many were busy with something else (the most of any turn)\n")
     for engine, results in turns.items():
         print(f"{engine}: {', '.join(results[0]['libraries'])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "threads", None):
+        os.environ["QWEN3NP_NUM_THREADS"] = str(arguments.threads)
     try:
         arguments.run(arguments)
     except BrokenPipeError:  # the reader of a pipe has seen enough

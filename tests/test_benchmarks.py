@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from compare import tables
+from engine import measure, sizes
 from naive import distance
+from random_checkpoint import SIZES, write_random_checkpoint
+from roofline import attention_work, part_table
 
+from qwen3np import Config, Model, load
+from qwen3np.cli import main
 from qwen3np.commands.bench import filled_cache, seconds
 
 
@@ -30,3 +38,76 @@ def test_seconds_leaves_out_the_first_call():
     assert len(seconds(lambda: calls.append(None), most=4)) == 3
     assert len(calls) == 4
     assert len(seconds(lambda: calls.append(None), budget=0)) == 1
+
+
+def test_the_sizes_are_the_official_ones(data):
+    for size, config in SIZES.items():
+        assert config == Config.from_file(data / "checkpoints" / f"Qwen3-{size}")
+
+
+@pytest.fixture(scope="module")
+def folder(config, tmp_path_factory):
+    """A checkpoint whose vocabulary is larger than the tokenizer it gets, and whose stop id is another's."""
+    like = tmp_path_factory.mktemp("like")
+    sizes = replace(config, vocab_size=9000, max_position_embeddings=600, eos_token_id=(8999,))
+    (like / "config.json").write_text(json.dumps(sizes.to_dict()))
+    folder = tmp_path_factory.mktemp("random") / "checkpoint"
+    write_random_checkpoint(folder, like=like)
+    return folder
+
+
+def test_a_random_checkpoint_generates(folder, capsys):
+    main(["generate", "--model", str(folder), "--max-new-tokens", "9", "One"])
+    out, err = capsys.readouterr()
+    model = load(folder, progress=False)
+    new = model.generate(model.tokenizer.encode("One"), max_new_tokens=9)[0]
+    assert max(new) >= model.tokenizer.vocab_size  # ids that no text belongs to
+    assert out == model.tokenizer.decode(new) + "\n"
+    assert "answer 9 tokens" in err
+
+
+def test_measures_of_an_engine(folder, config):
+    found = measure("qwen3np bfloat16", folder, 2, quick=True)
+    lengths = {int(length) for name in found for length in re.findall(r"(?:prefill of|decode at) (\d+)", name)}
+    assert lengths == {32, 512}
+    file, cache = (folder / "model.safetensors").stat().st_size, 2 * 4 * 2 * 2 * 513 * 16  # k and v, bytes, L, K, Dh
+    peak, ratio = (
+        found[f"peak memory, 512 tokens{end}"] for end in (" (MB)", ", against file + float32 cache + 100 MB (x)")
+    )
+    assert ratio == pytest.approx(1e6 * peak / (file + cache + 1e8))
+
+
+def test_sizes_leave_room(config):
+    assert sizes(config, quick=False) == [32]
+    assert sizes(replace(config, max_position_embeddings=40960), quick=True) == [32, 512]
+    assert sizes(replace(config, max_position_embeddings=40960), quick=False) == [32, 512, 4096, 16384]
+
+
+def test_ratios_speak_for_the_first():
+    rates, times, odd = "prefill of 32 (tokens/s)", "decode at 32 (ms/token)", "decode of 8, against one (x)"
+    turns = {
+        "a": [{rates: 10.0, times: 2.0, odd: 1.0}, {rates: 40.0, times: 3.0}, {rates: 30.0, times: 1.0}],
+        "b": [{rates: 10.0, times: 2.0}, {rates: 10.0, times: 6.0}, {rates: 10.0, times: 4.0}],
+    }
+    medians, ratios = tables(turns, [("a", "b")]).split("\n\n")
+    assert f"| {rates} | 30 | 10 |" in medians
+    assert f"| {odd} | 1 |  |" in medians
+    assert ratios.splitlines()[2:] == [f"| {rates} | 3.00 (1.00 to 4.00) |", f"| {times} | 2.00 (1.00 to 4.00) |"]
+
+
+def test_attention_work(config):
+    # q k and p v: a multiply-add for each lane of each pair of a query and what it may see
+    pairs = np.tril(np.ones((7, 7), int)).sum()
+    assert attention_work(config, 7) == 2 * config.num_hidden_layers * 6 * pairs * config.head_dim
+
+
+@pytest.mark.parametrize(("rows", "position"), [(1, 9), (9, 0)])
+def test_the_parts_make_up_the_forward(config, weights, rows, position):
+    lines = part_table(Model(config, weights, None, {}), rows, position, rounds=1).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    # share: of the forward; time: of one of the two layers, or once
+    assert sum(float(row[-1].rstrip("%")) for row in cells[:-1]) == pytest.approx(100, abs=1)
+    times = [float(row[1]) * (1 if "(once)" in row[0] else 2) for row in cells[:-1]]
+    rounding = 0.006 * sum(map(abs, times))  # three digits each
+    assert sum(times) == pytest.approx(float(cells[-1][1]), abs=rounding)
+    assert sum(row[2] != "" for row in cells) == 7  # q k v, attention, o, gate up, down, head, forward

@@ -19,6 +19,7 @@ import pytest
 from qwen3np import Config, forward, generate, init_weights, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.hub import BUILTIN
+from qwen3np.threads import num_threads
 
 PROMPT = "The capital of France is"
 NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ends by itself
@@ -160,6 +161,41 @@ def test_info(run, model):
     assert f"{unique:,} unique" in out
     assert f"{2 * 4 * 2 * 64 * 1000 * 4:,} bytes per 1,000 positions in float32" in out  # k and v, L, K, Dh
     assert "bfloat16" in out
+
+
+def test_bench(run, model):
+    result = json.loads(run("bench", "--json", "--weights-dtype", "bfloat16"))
+    assert result["weights_dtype"] == "bfloat16"
+    rates = result["prefill_tokens_per_second"] | result["decode_ms_per_token"]
+    assert list(rates) == ["256", "32", "255"]  # the context of 256 is too short for 512
+    assert all(figure > 0 for figure in (result["load_seconds"], *rates.values()))
+    assert result["memory"]["peak_bytes"] > sum(tensor.nbytes for tensor in model.weights.values())
+    assert all(line.startswith("[measuring") for line in run.stderr.splitlines())
+    out = run("bench", "--weights-dtype", "float32")
+    pattern = (
+        r"weights +float32, .* MB\nload +[\d.]+ s\nprefill of 256 +[\d,.]+ tokens/s\n"
+        r"(decode at (32|255) +[\d,.]+ ms/token, [\d,.]+ tokens/s\n){2}(memory, .* MB\n)+machine .* threads; .*\n"
+    )
+    assert re.fullmatch(pattern, out)
+    assert f"NumPy {np.__version__}" in out
+
+
+def test_threads(run, monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")  # put back at the end
+    expected = run("generate", "--max-new-tokens", "5", PROMPT)
+    assert num_threads() == 1
+    assert run("generate", "--threads", "3", "--max-new-tokens", "5", PROMPT) == expected
+    assert num_threads() == 3
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5", ""])
+@pytest.mark.parametrize("command", ["generate", "chat", "score", "bench"])
+def test_errors_of_threads(run, command, count, monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")
+    assert run(command, f"--threads={count}") == ""
+    assert run.status == 2
+    assert re.fullmatch(rf"error: argument --threads: {count!r} is not a whole number from 1; .*\n", run.stderr)
+    assert num_threads() == 1
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,15 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="bfloat16 maps the file, float32 makes a faster copy, auto looks at the free memory",
     )
+    threads = "how many threads (QWEN3NP_NUM_THREADS, else all cores)"
+    group.add_argument("--threads", type=_thread_count, metavar="N", help=threads)
+
+
+def _thread_count(argument: str) -> int:
+    """Return a whole number from 1."""
+    if not argument.isdecimal() or int(argument) < 1:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a whole number from 1")
+    return int(argument)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
