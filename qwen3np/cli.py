@@ -7,12 +7,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from qwen3np import __version__
-from qwen3np.commands import bench, chat, generate, info, score, train
 
-COMMANDS = {"generate": generate, "chat": chat, "score": score, "info": info, "train": train, "bench": bench}
+COMMANDS = ("generate", "chat", "score", "info", "train", "bench")  # modules of qwen3np.commands
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,21 +25,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Ends the process with status 2 after an error, 130 after Ctrl-C."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    parser = _Parser(prog="qwen3np", description="Qwen3 in NumPy.")
-    parser.add_argument("--version", action="version", version=f"qwen3np {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        text, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", f"example: {command.EXAMPLE}"
-        subparser = subparsers.add_parser(name, help=command.HELP, description=text, epilog=epilog)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
-    if getattr(arguments, "threads", None):
-        os.environ["QWEN3NP_NUM_THREADS"] = str(arguments.threads)
     try:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        arguments = _parsed(sys.argv[1:] if argv is None else argv)
+        if getattr(arguments, "threads", None):
+            os.environ["QWEN3NP_NUM_THREADS"] = str(arguments.threads)
         arguments.run(arguments)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
@@ -50,3 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments, after importing the command that they name; all commands where they name none."""
+    parser = _Parser(prog="qwen3np", description="Qwen3 in NumPy.")
+    parser.add_argument("--version", action="version", version=f"qwen3np {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
+        command = import_module(f"qwen3np.commands.{name}")
+        text, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", f"example: {command.EXAMPLE}"
+        subparser = subparsers.add_parser(name, help=command.HELP, description=text, epilog=epilog)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser.parse_args(argv)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,13 @@ from qwen3np.config import Config, ConfigError, read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
 from qwen3np.model import forward
-from qwen3np.numerics import FLOAT32, Array
+from qwen3np.numerics import Array
+from qwen3np.threads import share
 from qwen3np.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
+SMALL = 10**9  # bytes of a float32 copy that goes without saying
+PIECE = 1 << 22  # elements that a thread copies at a time: often enough for a bar, too seldom to cost anything
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,8 +81,8 @@ def load(
 
     weights_dtype "bfloat16" maps the file as it is: ready at once, in the memory of the file. "float32" makes one
     float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory
-    that is free. The result of a forward does not depend on it. progress shows bars on stderr, where that is a
-    terminal, for what takes more than a second.
+    that is free. The result of a forward does not depend on it. progress shows on stderr what "auto" chose, unless it
+    is the copy of a small checkpoint, and, where that is a terminal, bars for what takes more than a second.
 
     Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint.
     """
@@ -95,8 +100,8 @@ def load(
     has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
     tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
 
-    float32_bytes = sum(4 * tensor.size for tensor in weights.values())
-    if weights_dtype == "float32" or (weights_dtype == "auto" and float32_bytes <= available_memory() / 2):
+    copy = _copy_fits(weights, progress) if weights_dtype == "auto" else weights_dtype == "float32"
+    if copy:
         weights = _copied(weights, progress)
     return Model(config, weights, tokenizer, generation_config)
 
@@ -131,16 +136,38 @@ def available_memory() -> int:
         return 0
 
 
+def _copy_fits(weights: Weights, progress: bool) -> bool:
+    """Return whether a float32 copy takes no more than half of the memory that is free; progress says so on stderr."""
+    size, free = sum(4 * tensor.size for tensor in weights.values()), available_memory()
+    fits = size <= free / 2
+    if progress and not (fits and size < SMALL):
+        choice = "a float32 copy of the weights:" if fits else "weights mapped as they are: a float32 copy would take"
+        room = f"of the {free / 1e9:.1f} GB of memory that are free" if free else "and the free memory is not known"
+        print(f"[{choice} {size / 1e9:.1f} GB {room}]", file=sys.stderr)
+    return fits
+
+
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
-    """Return float32 copies of mapped weights."""
+    """Return float32 copies of mapped weights, which all threads make."""
     from tqdm import tqdm
 
-    total = sum(tensor.size for tensor in weights.values())
-    copies: dict[str, Array] = {}
+    copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
+    pairs = [(copies[name].reshape(-1), tensor.reshape(-1)) for name, tensor in weights.items()]
+    pieces = [
+        (copy[start : start + PIECE], tensor[start : start + PIECE])
+        for copy, tensor in pairs
+        for start in range(0, copy.size, PIECE)
+    ]
+    total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
     with tqdm(
         total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
     ) as bar:
-        for name, tensor in weights.items():
-            copies[name] = FLOAT32.widen(tensor) if tensor.dtype != np.float32 else np.array(tensor)
-            cast("Any", bar).update(copies[name].nbytes)
+
+        def make(piece: tuple[Array, Array]) -> None:
+            copy, tensor = piece
+            np.copyto(copy, tensor)
+            with lock:
+                cast("Any", bar).update(copy.nbytes)
+
+        share(pieces, total, make)
     return copies

@@ -9,9 +9,11 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +254,41 @@ def test_errors_of_checkpoints(run, folder, tmp_path):
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     run("generate", "--file", str(tmp_path / "latin1"))
     assert "not UTF-8: unexpected end of data at byte 3" in run.stderr
+
+
+def test_only_what_a_command_needs_is_imported(folder):
+    def imported(*arguments):
+        code = """if True:
+            import atexit, sys
+            from qwen3np.cli import main
+            atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+            main(sys.argv[1:])"""
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        return set(done.stderr.split())
+
+    found = imported("info", "--model", str(folder))
+    assert "qwen3np.commands.info" in found
+    assert not found & {"tokenizers", "jinja2", "huggingface_hub", "tqdm", "threadpoolctl"}
+    found |= imported("generate", "--model", str(folder), "--max-new-tokens", "1", PROMPT)
+    assert {"tokenizers", "qwen3np.commands.generate"} <= found
+    assert not found & {"jinja2", "huggingface_hub", "qwen3np.training", "qwen3np.commands.bench"}
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = (Path(sys.modules["qwen3np"].__file__).parent / "commands").glob("[a-z]*.py")
+    assert {line.split()[0] for line in lines if re.match(r"    \w", line)} == {file.stem for file in files}
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+    monkeypatch.setattr("qwen3np.cli.import_module", lambda name: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        main(["generate", PROMPT])
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "\n")
 
 
 def test_utf8_whatever_the_locale(folder, model):

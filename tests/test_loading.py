@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from qwen3np import CheckpointError, Config, count_parameters, forward, generate, load
 from qwen3np import loading as module
@@ -72,6 +74,44 @@ def test_the_copy(folder, monkeypatch):
     assert np.array_equal(mapped.forward([1, 2, 3]), forward(mapped.weights, mapped.config, [1, 2, 3]))
     with pytest.raises(ValueError, match="weights_dtype='int8' is unknown"):
         load(folder, weights_dtype="int8")
+
+
+@pytest.mark.parametrize("piece", [999, 1 << 22])
+def test_the_copy_is_exact_whatever_the_pieces(folder, monkeypatch, piece):
+    monkeypatch.setattr(module, "PIECE", piece)
+    copied = load(folder, weights_dtype="float32", progress=False).weights
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        assert copied.keys() == set(file.keys())
+        for name, tensor in copied.items():
+            bits = file.get_tensor(name).view(np.uint16).astype(np.uint32) << 16  # a bfloat16 is half a float32
+            assert np.array_equal(tensor.view(np.uint32), bits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+@pytest.mark.parametrize(("weights_dtype", "mapped"), [("bfloat16", True), ("float32", False)])
+def test_the_file_is_mapped_as_long_as_it_is_needed(folder, weights_dtype, mapped):
+    model = load(folder, weights_dtype=weights_dtype, progress=False)
+    assert (str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()) == mapped
+    del model
+    assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
+
+
+def test_auto_says_what_it_chose_where_it_matters(folder, monkeypatch, capsys):
+    size = 4 * count_parameters(Config.from_file(folder))["unique"]
+
+    def said(free, **options):
+        monkeypatch.setattr(module, "available_memory", lambda: free)
+        load(folder, **options)
+        return capsys.readouterr().err
+
+    mapped = "[weights mapped as they are: a float32 copy would take 0.0 GB"
+    assert said(2 * size) == ""  # a small copy goes without saying
+    assert said(2 * size - 1) == f"{mapped} of the 0.0 GB of memory that are free]\n"
+    assert said(0) == f"{mapped} and the free memory is not known]\n"
+    assert said(0, progress=False) == said(0, weights_dtype="bfloat16") == said(0, weights_dtype="float32") == ""
+    monkeypatch.setattr(module, "SMALL", size)
+    copy = "[a float32 copy of the weights: 0.0 GB of the 20.1 GB of memory that are free]\n"
+    assert said(20_100_000_000) == copy
 
 
 def test_a_folder_without_tokenizer_works_on_ids(folder):
