@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint
+from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint, release
 from qwen3np.config import Config, ConfigError, read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
@@ -166,6 +166,7 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece
             np.copyto(copy, tensor)
+            release(tensor)  # else the file and its copy would be in memory side by side
             with lock:
                 cast("Any", bar).update(copy.nbytes)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3np import CheckpointError, ConfigError, forward, init_weights, read_checkpoint, save_checkpoint
-from qwen3np.checkpoint import weight_shapes
+from qwen3np.checkpoint import _map_file, release, weight_shapes
 from qwen3np.numerics import BFLOAT16
 
 DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -461,3 +463,24 @@ def test_a_head_that_the_config_ties_is_not_saved(tmp_path, config):
     weights = trained_like(tied, 0)
     save_checkpoint(tmp_path / "new", tied, weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     assert_same_bits(read_checkpoint(tmp_path / "new")[1], weights)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps")
+def test_release_gives_back_the_memory_of_a_mapped_tensor_but_not_its_numbers(tmp_path):
+    large = np.random.default_rng(0).standard_normal((2, 1 << 20)).astype(np.float32)
+    file = tmp_path / "large.safetensors"
+    safetensors.numpy.save_file({"a": large[0], "b": large[1]}, file)
+    tensors = _map_file(file, [])
+
+    def resident():  # bytes of the file that are in this process's memory
+        mapping = Path("/proc/self/smaps").read_text().split(str(file))[1]
+        return 1024 * int(re.search(r"Rss: +(\d+) kB", mapping)[1])
+
+    for tensor, row in zip((tensors["a"], tensors["b"]), large, strict=True):
+        np.testing.assert_array_equal(tensor, row)
+    assert resident() >= large.nbytes
+    release(tensors["a"])
+    assert large[1].nbytes <= resident() <= large[1].nbytes + (1 << 18)
+    np.testing.assert_array_equal(tensors["a"], large[0])
+    release(large[0])  # what is not mapped stays
+    np.testing.assert_array_equal(tensors["a"], large[0])
