@@ -118,7 +118,7 @@ def parts(model: Model, rows: int, position: int) -> tuple[dict[str, Run], dict[
     cache.lengths[:] = position
     ids = np.zeros((1, rows), np.int64)
     head = matrices(model)[1]
-    # what the model holds BLAS to around its layers
+    # what forward holds BLAS to around its layers
     held = threads_for(config.hidden_size * config.intermediate_size) if rows == 1 else 1
     runs: dict[str, Run] = {}
     limits: dict[str, Run] = {}
@@ -143,8 +143,8 @@ def parts(model: Model, rows: int, position: int) -> tuple[dict[str, Run], dict[
         return lambda layer: rms_norm(y, weight(layer, name), eps)
 
     def whole() -> None:
-        cache.lengths[:] = position
         model.forward(ids, cache, last_only=True)
+        cache.lengths[:] = position
 
     def last() -> None:
         with blas_threads(held):

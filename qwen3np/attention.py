@@ -19,7 +19,7 @@ from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore
 from qwen3np.rope import rotate
 from qwen3np.threads import share, threads_for
 
-# Scores of a block: it stays in the cache, beside its keys and values. Rows are queries, G of a position.
+# A block of scores stays in the cache beside its keys and values. Its rows: the G queries of each of some positions.
 BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18
 
 
@@ -105,11 +105,12 @@ def attend(
     def attend_part(part: tuple[int, int]) -> None:
         head, start = part
         heads, queries, seen = slice(head, head + together), slice(start, start + step), total - new + start + step
-        found = steps and (steps[0][heads, :, queries, :seen], steps[1][heads, :, queries, :seen])
-        mixed = _attend_block(q[heads, :, queries], k[heads, :seen], v[heads, :seen], width, numerics, found)
+        part_steps = steps and (steps[0][heads, :, queries, :seen], steps[1][heads, :, queries, :seen])
+        mixed = _attend_block(q[heads, :, queries], k[heads, :seen], v[heads, :seen], width, numerics, part_steps)
         context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
 
-    parts = [(head, start) for start in range(0, new, step) for head in range(0, kv_heads, together)]
+    starts = reversed(range(0, new, step))  # the last queries see most, and come first
+    parts = [(head, start) for start in starts for head in range(0, kv_heads, together)]
     share(parts, q.size * total, attend_part)
     return context.reshape(new, -1)
 
@@ -117,11 +118,14 @@ def attend(
 def _attend_block(
     q: Array, k: Array, v: Array, width: int, numerics: Numerics, steps: tuple[Array, Array] | None
 ) -> Array:
-    """Attend with queries q (h, G, s, Dh) at the last s positions of k and v (h, T, Dh), `width` keys at a time."""
+    """Attend with queries q (h, G, s, Dh) at the last s positions of k and v (h, T, Dh), `width` keys at a time.
+
+    Returns context (h, G, s, Dh), and fills steps: scores and probabilities (h, G, s, T).
+    """
     heads, _, last, head_dim = q.shape
     total: int = k.shape[1]
     r, rows = numerics.round, q.reshape(heads, -1, head_dim)
-    largest = weight = mixed = np.empty(0)
+    largest = total_exp = mixed = np.empty(0)  # running values, of the blocks so far
     for a in range(0, total, width):
         keys, values = numerics.widen(k[:, a : a + width]), numerics.widen(v[:, a : a + width])
         scores = r(_product(rows, np.swapaxes(keys, 1, 2)))  # (h, G * s, width)
@@ -145,13 +149,13 @@ def _attend_block(
         products = _product(scores, values)
         if a:
             shrink = np.exp(before - largest)
-            sums += weight * shrink
+            sums += total_exp * shrink
             products += mixed * shrink
-        weight, mixed = sums, products
+        total_exp, mixed = sums, products
     if steps:
         of_rows = (*q.shape[:3], 1)
-        steps[1][...] = r(np.exp(steps[0] - largest.reshape(of_rows)) / weight.reshape(of_rows))
-    return (r(mixed) if numerics.rounds else mixed / weight).reshape(q.shape)
+        steps[1][...] = r(np.exp(steps[0] - largest.reshape(of_rows)) / total_exp.reshape(of_rows))
+    return (r(mixed) if numerics.rounds else mixed / total_exp).reshape(q.shape)
 
 
 def _product(x: Array, m: Array) -> Array:

@@ -36,20 +36,25 @@ def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Nu
     ws, biases = zip(*layers, strict=True)
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
     ys = [np.empty((len(rows), len(w)), numerics.dtype) for w in ws]
-    if len(rows) == 1 and all(w.dtype == numerics.storage == numerics.dtype and w.flags.carray for w in ws):
+    if len(rows) == 1 and all(is_ready(w, numerics) for w in ws):
         _dot_products(rows[0], ws, ys)
     else:
         _share_products(rows, ws, ys, numerics)
     for y, bias in zip(ys, biases, strict=True):
         if bias is not None:
             y += numerics.widen(bias)
-    return [numerics.round(y).reshape(*x.shape[:-1], -1) for y in ys]
+    return [numerics.round(y).reshape(*x.shape[:-1], len(w)) for w, y in zip(ws, ys, strict=True)]
+
+
+def is_ready(w: Array, numerics: Numerics) -> bool:
+    """Whether BLAS can take W from where it lies: neither upcast nor rounded nor copied before."""
+    return w.dtype == numerics.dtype == numerics.storage and w.flags.c_contiguous and w.flags.aligned
 
 
 def _dot_products(x: Array, ws: Sequence[Array], ys: Sequence[Array]) -> None:
     """Put W x into y (1, out) for each W and y. It is bound by memory, and BLAS's own threads begin the soonest.
 
-    BLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
+    OpenBLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
     """
     threads = threads_for(sum(w.size for w in ws))
     with blas_threads(threads):
@@ -67,8 +72,8 @@ def _share_products(rows: Array, ws: Sequence[Array], ys: Sequence[Array], numer
     def step(w: Array) -> int:
         if count > FEW_ROWS:
             return TILE_OUTPUTS
-        blocks = -(-w.size // (BLOCK_ELEMENTS * num_threads())) * num_threads()  # as many for each thread
-        return -(-len(w) // (blocks * NEAR)) * NEAR
+        blocks = max(-(-w.size // (BLOCK_ELEMENTS * num_threads())), 1) * num_threads()  # as many for each thread
+        return max(-(-len(w) // (blocks * NEAR)), 1) * NEAR
 
     def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
         n, (start, stop), (a, b) = part
@@ -99,7 +104,7 @@ def _few_rows(x: Array, w: Array, y: Array) -> None:
 
 
 def _multiple(length: int, size: int) -> int:
-    """Return the largest multiple of size that leaves nothing or more than one: one row alone has bits of its own."""
+    """Return the largest multiple of size that leaves nothing or more than one, which would have bits of its own."""
     return max(length - 2, 0) // size * size if length % size == 1 else length // size * size
 
 

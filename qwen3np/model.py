@@ -14,16 +14,12 @@ from numpy.typing import ArrayLike
 from qwen3np.attention import self_attention
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.linear import linear
+from qwen3np.linear import is_ready, linear
 from qwen3np.mlp import swiglu
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
 from qwen3np.threads import blas_threads, in_blocks, threads_for
-
-# glibc gives what is freed back to the system, and gets it anew page by page, until a block of this size has come and
-# gone (mallopt(3), M_MMAP_THRESHOLD): a tenth of the time of a long prompt. Nothing of it is touched.
-np.empty((1 << 25) - (1 << 14), np.uint8)
 
 
 def forward(
@@ -58,9 +54,9 @@ def forward(
     embedding = weights["model.embed_tokens.weight"]
     x = n.widen(embedding[ids])  # (B, S, D)
     record("model.embed_tokens", x)
-    one_row = ids.size == 1 and embedding.dtype == n.storage
-    layer_size = config.hidden_size * config.intermediate_size
-    with blas_threads(threads_for(layer_size) if one_row else 1):
+    # what linear would choose for the largest matrix of a layer: chosen once, it costs each layer nothing
+    matrix = config.hidden_size * config.intermediate_size
+    with blas_threads(threads_for(matrix) if ids.size == 1 and is_ready(embedding, n) else 1):
         for layer in range(config.num_hidden_layers):
             x = block(x, weights, layer, config, tables, cache, n, record)
         if last_only:

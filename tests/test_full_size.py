@@ -72,7 +72,19 @@ def test_batch_is_single(model, ids):
 def test_the_storage_of_the_weights_moves_no_bit(folder, model, ids):
     copied = load(folder, weights_dtype="float32", progress=False)
     assert copied.weights["model.norm.weight"].dtype == np.float32
-    assert np.array_equal(copied.forward(ids[:8]), model.forward(ids[:8]))
+    for length in (1, 8, len(ids)):  # one row, few rows, many
+        assert np.array_equal(copied.forward(ids[:length]), model.forward(ids[:length])), length
+
+
+@pytest.mark.parametrize("weights_dtype", ["bfloat16", "float32"])
+def test_the_number_of_threads_moves_no_bit(folder, ids, weights_dtype, monkeypatch):
+    model, found = load(folder, weights_dtype=weights_dtype, progress=False), []
+    for threads in "123":
+        monkeypatch.setenv("QWEN3NP_NUM_THREADS", threads)
+        found.append([model.forward(ids[:length]) for length in (1, 8, len(ids))])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert np.array_equal(one, two)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")

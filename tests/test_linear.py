@@ -69,6 +69,7 @@ def test_cutting_the_weights_changes_nothing_but_rounding(seed, rows, threads):
 
 # (rows, in, out): one token, a few, many; the last two hold more than one block
 SIZES = [(1, 40, 300), (7, 40, 300), (1, 512, 1100), (33, 512, 1100)]
+SIZES += [(513, 24, 300), (1030, 24, 60)]
 SIZES += [
     (rows, inputs, outputs) for rows in (1, 5) for inputs, outputs in ((40, 9), (40, 33), (1024, 513), (300, 257))
 ]
@@ -95,7 +96,17 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(rows, inputs, outputs,
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [*SIZES, (1, 1024, 3072), (1, 1024, 3073), (1, 2048, 1030), (64, 1024, 512)]
+    ("rows", "inputs", "outputs"),
+    [
+        *SIZES,
+        (1, 1024, 3072),
+        (1, 1024, 3073),
+        (1, 2048, 1030),
+        (64, 1024, 512),
+        (513, 24, 300),
+        (514, 24, 257),
+        (1030, 24, 60),
+    ],
 )
 def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stored, monkeypatch):
     rng, numerics = np.random.default_rng(0), precision("float64" if stored is np.float64 else "float32")
@@ -108,6 +119,23 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stor
             results.append(linear(x, w, None, numerics))
     for y in results[1:]:
         np.testing.assert_array_equal(y, results[0])
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 5, 64, 65, 129, 257, 1030])
+def test_few_rows_have_the_bits_of_each_alone(outputs, stored):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((8, 300), np.float32), rng.standard_normal((outputs, 300), np.float32).astype(stored)
+    alone = np.concatenate([linear(row[None], w) for row in x])
+    for rows in range(2, 9):
+        np.testing.assert_array_equal(linear(x[:rows], w), alone[:rows])
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 4, 5), (1, 4, 0), (3, 4, 0), (9, 4, 0), (0, 4, 0)])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_nothing_in_gives_nothing_out(rows, inputs, outputs, stored):
+    y = linear(np.ones((rows, inputs), np.float32), np.ones((outputs, inputs), stored))
+    assert (y.shape, y.dtype) == ((rows, outputs), np.float32)
 
 
 @given(SEEDS, st.booleans())

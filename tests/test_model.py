@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from drawing import SEEDS, draw_config, draw_ids, relative, round_bfloat16, trained_like
 from hypothesis import given, settings
+from threadpoolctl import threadpool_limits
 
 from qwen3np import KVCache, forward
 from qwen3np.numerics import BFLOAT16, PRECISIONS
@@ -210,6 +212,7 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(weights, config, numer
 @pytest.mark.parametrize("numerics", PRECISIONS)
 def test_bits_do_not_depend_on_the_number_of_threads(weights, config, numerics, monkeypatch):
     monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)  # small as the model is, share every product
+    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
     ids = draw_ids(np.random.default_rng(8), config, 2, 17)
     runs = []
     for threads in (1, 2, 3):
@@ -220,6 +223,32 @@ def test_bits_do_not_depend_on_the_number_of_threads(weights, config, numerics, 
     for run in runs[1:]:
         for name, array in runs[0].items():
             np.testing.assert_array_equal(run[name], array, name)
+
+
+@pytest.mark.parametrize("numerics", PRECISIONS)
+def test_blocks_of_rows_move_no_bit(weights, config, numerics, monkeypatch):
+    ids = draw_ids(np.random.default_rng(9), config, 2, 17)
+    whole = traced(weights, config, ids, numerics=numerics)[1]
+    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
+    for name, array in traced(weights, config, ids, numerics=numerics)[1].items():
+        np.testing.assert_array_equal(array, whole[name], name)
+
+
+def test_bits_do_not_depend_on_what_other_threads_compute(weights, config, monkeypatch):
+    monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    rng = np.random.default_rng(10)
+    prompts, newest = draw_ids(rng, config, 40, 33), draw_ids(rng, config, 40)
+
+    def run(row):  # a prompt, then one token
+        cache = KVCache.allocate(config, 1, 40)
+        return forward(weights, config, prompts[row], cache), forward(weights, config, newest[row : row + 1], cache)
+
+    alone = [run(row) for row in range(len(prompts))]
+    with threadpool_limits(2), ThreadPoolExecutor(4) as users:
+        for one, two in zip(alone, users.map(run, range(len(prompts))), strict=True):
+            np.testing.assert_array_equal(one[0], two[0])
+            np.testing.assert_array_equal(one[1], two[1])
 
 
 def test_a_tied_head_is_the_embedding_even_if_another_one_is_given(weights, config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from qwen3np.threads import blas_threads, in_blocks, num_threads, share
+from qwen3np.threads import blas_threads, in_blocks, num_threads, share, threads_for
 
 
 def now():
@@ -127,6 +128,68 @@ def test_blas_gets_all_threads_only_where_nothing_computes_beside(monkeypatch):
             other.start()
             other.join()
         assert found[-1] == {1}
+
+
+@pytest.mark.parametrize(("held", "outside"), [(1, 2), (2, 1)])
+def test_blas_stays_as_it_is_held_when_another_thread_leaves(held, outside):
+    with threadpool_limits(outside, user_api="blas"):
+        with blas_threads(held):
+            other = threading.Thread(target=lambda: share([0], 1, lambda part: None))
+            other.start()
+            other.join()
+            assert now() == {held}
+        assert now() == {outside}
+
+
+def test_any_thread_may_set_blas_threads_afterwards():
+    done, leave = threading.Event(), threading.Event()
+
+    def once():
+        share([0], 1, lambda part: None)
+        done.set()
+        leave.wait(5)
+
+    with threadpool_limits(2, user_api="blas"):
+        other = threading.Thread(target=once)
+        other.start()
+        done.wait(5)
+        with threadpool_limits(1, user_api="blas"):  # while a thread lives that was inside
+            assert now() == {1}
+        leave.set()
+        other.join()
+
+
+def test_a_part_that_has_nothing_to_share_is_still_a_part(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    found = []
+
+    def task(part):
+        share([], 1 << 30, lambda part: None)
+        found.append(threads_for(1 << 30))
+
+    share([0, 1], 1 << 30, task)
+    assert found == [1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_made_by_fork_begins_anew():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with blas_threads():
+            inside.set()
+            leave.wait(5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    inside.wait(5)
+    child = os.fork()
+    if not child:  # where the other thread is not
+        with blas_threads(2):
+            os._exit(0 if now() == {2} else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    other.join()
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 3), (2, 40, 3), (2, 3, 40, 5)])

@@ -41,8 +41,13 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="bfloat16 maps the file, float32 makes a faster copy, auto looks at the free memory",
     )
+    add_threads(group)
+
+
+def add_threads(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Add the flag that says how many threads compute."""
     threads = "how many threads (QWEN3NP_NUM_THREADS, else all cores)"
-    group.add_argument("--threads", type=_thread_count, metavar="N", help=threads)
+    parser.add_argument("--threads", type=_thread_count, metavar="N", help=threads)
 
 
 def _thread_count(argument: str) -> int:

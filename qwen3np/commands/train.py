@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from qwen3np.commands import add_threads
 from qwen3np.training.documents import read_documents
 from qwen3np.training.loop import SIZES, Settings, train
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind, metavar = (int, "N") if isinstance(value, int) else (float, "X")
         text = f"{_SETTINGS[name]} ({value})"
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=value, help=text)
+    add_threads(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
