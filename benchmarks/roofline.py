@@ -119,7 +119,7 @@ def parts(model: Model, rows: int, position: int) -> tuple[dict[str, Run], dict[
     ids = np.zeros((1, rows), np.int64)
     head = matrices(model)[1]
     # what forward holds BLAS to around its layers
-    held = threads_for(config.hidden_size * config.intermediate_size) if rows == 1 else 1
+    held = threads_for(config.hidden_size * config.intermediate_size) if rows == 1 else 1  # at few positions
     runs: dict[str, Run] = {}
     limits: dict[str, Run] = {}
 

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
-from qwen3np.threads import blas_threads, num_threads, share, threads_for
+from qwen3np.threads import blas_limit, blas_threads, num_threads, share, threads_for
 
 # Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
 # which costs more than these rows do.
@@ -36,8 +36,9 @@ def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Nu
     ws, biases = zip(*layers, strict=True)
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
     ys = [np.empty((len(rows), len(w)), numerics.dtype) for w in ws]
-    if len(rows) == 1 and all(is_ready(w, numerics) for w in ws):
-        _dot_products(rows[0], ws, ys)
+    threads = threads_for(sum(w.size for w in ws))
+    if len(rows) == 1 and all(is_ready(w, numerics) for w in ws) and (threads == 1 or blas_limit() != 1):
+        _dot_products(rows[0], ws, ys, threads)
     else:
         _share_products(rows, ws, ys, numerics)
     for y, bias in zip(ys, biases, strict=True):
@@ -51,12 +52,11 @@ def is_ready(w: Array, numerics: Numerics) -> bool:
     return w.dtype == numerics.dtype == numerics.storage and w.flags.c_contiguous and w.flags.aligned
 
 
-def _dot_products(x: Array, ws: Sequence[Array], ys: Sequence[Array]) -> None:
+def _dot_products(x: Array, ws: Sequence[Array], ys: Sequence[Array], threads: int) -> None:
     """Put W x into y (1, out) for each W and y. It is bound by memory, and BLAS's own threads begin the soonest.
 
     OpenBLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
     """
-    threads = threads_for(sum(w.size for w in ws))
     with blas_threads(threads):
         for w, y in zip(ws, ys, strict=True):
             cut = len(w) if threads == 1 else _multiple(len(w), 4 * threads)

@@ -54,9 +54,11 @@ def forward(
     embedding = weights["model.embed_tokens.weight"]
     x = n.widen(embedding[ids])  # (B, S, D)
     record("model.embed_tokens", x)
-    # what linear would choose for the largest matrix of a layer: chosen once, it costs each layer nothing
+    # BLAS's own threads begin soonest, but wait awake, in the way of ours: for one row, until attention is half a layer
     matrix = config.hidden_size * config.intermediate_size
-    with blas_threads(threads_for(matrix) if ids.size == 1 and is_ready(embedding, n) else 1):
+    attention = 2 * config.num_attention_heads * config.head_dim * int(starts.max() + new)
+    alone = ids.size == 1 and is_ready(embedding, n) and attention < 4 * matrix
+    with blas_threads(threads_for(matrix) if alone else 1):
         for layer in range(config.num_hidden_layers):
             x = block(x, weights, layer, config, tables, cache, n, record)
         if last_only:

@@ -167,6 +167,11 @@ def blas_threads(limit: int = 1) -> Generator[None]:
         _hold(outside)
 
 
+def blas_limit() -> int:
+    """Return what this thread holds BLAS to, 0 if to nothing."""
+    return _here.limit
+
+
 def _hold(limit: int) -> None:
     """Let this thread hold BLAS to `limit` threads, or no longer (0)."""
     global _before

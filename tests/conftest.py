@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 from qwen3np import Model, forward, load
 from qwen3np.config import Config
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so all processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run. `--hypothesis-profile=fresh` draws new ones.
 settings.register_profile(
