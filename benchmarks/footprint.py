@@ -8,7 +8,6 @@ Linux: memory is read from /proc. The process that measures does nothing else be
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -16,30 +15,31 @@ from pathlib import Path
 import numpy as np
 
 import qwen3np
+from qwen3np.commands.bench import memory
 
 
-def memory(name: str) -> int:
-    """Return a value of this process from /proc/self/status, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) * 1024
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
+    now = memory()
+    return now["anonymous_bytes"] + now["file_bytes"]
 
 
 def main() -> None:
     """Measure and print a JSON object."""
     folder = Path(sys.argv[1])
     file = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    before, began = memory("VmRSS"), time.perf_counter()
+    before, began = resident(), time.perf_counter()
     model = qwen3np.load(folder, weights_dtype="bfloat16", progress=False)
-    seconds, after = time.perf_counter() - began, memory("VmRSS")
+    seconds, after = time.perf_counter() - began, resident()
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 32)
     model.forward(ids)
+    peak = memory()["peak_bytes"]
     result = {
         "file_bytes": file,
         "load_seconds": round(seconds, 4),
         "load_resident_growth_bytes": after - before,
-        "forward_peak_bytes": memory("VmHWM"),
-        "forward_peak_over_file": round(memory("VmHWM") / file, 4),
+        "forward_peak_bytes": peak,
+        "forward_peak_over_file": round(peak / file, 4),
     }
     print(json.dumps(result, indent=1))
 

@@ -28,14 +28,14 @@ def main() -> None:
     model = load(a.model, weights_dtype="bfloat16", progress=False)
     config, done, began = model.config, 0, time.perf_counter()
     file = sum(path.stat().st_size for path in a.model.glob("*.safetensors"))
-    a_position = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    position_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     print(" tokens   seconds   peak, MB   file + cache, MB   above it, MB")
 
     def progress(new: int) -> None:
         nonlocal done
         done += new
         if done % EVERY == 0 or done == a.length:
-            peak, expected = memory()["peak_bytes"] / 1e6, (file + a_position * done) / 1e6
+            peak, expected = memory()["peak_bytes"] / 1e6, (file + position_bytes * done) / 1e6
             row = (
                 f"{done:7,} {time.perf_counter() - began:9.1f} {peak:10,.0f} {expected:18,.0f} {peak - expected:14,.0f}"
             )

@@ -59,8 +59,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def make_if_missing(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the checkpoint that the flags describe, unless the folder exists."""
-    if not folder.exists():
+    """Write the checkpoint that the flags describe, unless the folder has one."""
+    if not (folder / "config.json").exists():
         print(f"[making {folder}]", file=sys.stderr)
         write_random_checkpoint(folder, size=arguments.size, like=arguments.like, tokenizer=arguments.tokenizer)
 

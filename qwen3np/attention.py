@@ -15,7 +15,7 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.linear import FEW_ROWS, linears
 from qwen3np.norm import rms_norm
-from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore
+from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore, softmax
 from qwen3np.rope import rotate
 from qwen3np.threads import share, threads_for
 
@@ -153,8 +153,7 @@ def _attend_block(
             products += mixed * shrink
         total_exp, mixed = sums, products
     if steps:
-        of_rows = (*q.shape[:3], 1)
-        steps[1][...] = r(np.exp(steps[0] - largest.reshape(of_rows)) / total_exp.reshape(of_rows))
+        steps[1][...] = r(softmax(steps[0]))
     return (r(mixed) if numerics.rounds else mixed / total_exp).reshape(q.shape)
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from qwen3np import __version__
+from qwen3np.threads import check_threads
 
 COMMANDS = ("generate", "chat", "score", "info", "train", "bench")  # modules of qwen3np.commands
 
@@ -30,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
                 stream.reconfigure(encoding="utf-8", errors="replace")
         arguments = _parsed(sys.argv[1:] if argv is None else argv)
-        if getattr(arguments, "threads", None):
-            os.environ["QWEN3NP_NUM_THREADS"] = str(arguments.threads)
+        if getattr(arguments, "threads", None) is not None:
+            check_threads(arguments.threads, "--threads")
+            os.environ["QWEN3NP_NUM_THREADS"] = arguments.threads
         arguments.run(arguments)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()

@@ -100,7 +100,7 @@ def load(
     has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
     tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
 
-    copy = _copy_fits(weights, progress) if weights_dtype == "auto" else weights_dtype == "float32"
+    copy = _choose_copy(weights, progress) if weights_dtype == "auto" else weights_dtype == "float32"
     if copy:
         weights = _copied(weights, progress)
     return Model(config, weights, tokenizer, generation_config)
@@ -136,8 +136,8 @@ def available_memory() -> int:
         return 0
 
 
-def _copy_fits(weights: Weights, progress: bool) -> bool:
-    """Return whether a float32 copy takes no more than half of the memory that is free; progress says so on stderr."""
+def _choose_copy(weights: Weights, progress: bool) -> bool:
+    """Choose a float32 copy if it takes no more than half of the free memory; with progress, say it on stderr."""
     size, free = sum(4 * tensor.size for tensor in weights.values()), available_memory()
     fits = size <= free / 2
     if progress and not (fits and size < SMALL):

@@ -44,9 +44,14 @@ def _threads_of(setting: str) -> int:
     if not setting:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(cores, MOST)
-    if not setting.isdecimal() or int(setting) < 1:
-        raise ValueError(f"QWEN3NP_NUM_THREADS={setting!r} is not a whole number from 1")
+    check_threads(setting, "QWEN3NP_NUM_THREADS")
     return min(int(setting), MOST)
+
+
+def check_threads(setting: str, name: str) -> None:
+    """Raise ValueError unless this setting, of this name, is a whole number from 1."""
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"{name}={setting!r} is not a whole number from 1")
 
 
 def threads_for(work: int) -> int:

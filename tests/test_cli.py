@@ -194,9 +194,9 @@ def test_threads(run, monkeypatch):
 @pytest.mark.parametrize("command", ["generate", "chat", "score", "bench"])
 def test_errors_of_threads(run, command, count, monkeypatch):
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")
-    assert run(command, f"--threads={count}") == ""
+    assert run(command, f"--threads={count}", *["-"] * (command == "score")) == ""
     assert run.status == 2
-    assert re.fullmatch(rf"error: argument --threads: {count!r} is not a whole number from 1; .*\n", run.stderr)
+    assert re.fullmatch(rf"error: --threads={count!r} is not a whole number from 1\n", run.stderr)
     assert num_threads() == 1
 
 

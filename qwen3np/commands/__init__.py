@@ -47,14 +47,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     """Add the flag that says how many threads compute."""
     threads = "how many threads (QWEN3NP_NUM_THREADS, else all cores)"
-    parser.add_argument("--threads", type=_thread_count, metavar="N", help=threads)
-
-
-def _thread_count(argument: str) -> int:
-    """Return a whole number from 1."""
-    if not argument.isdecimal() or int(argument) < 1:
-        raise argparse.ArgumentTypeError(f"{argument!r} is not a whole number from 1")
-    return int(argument)
+    parser.add_argument("--threads", metavar="N", help=threads)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
