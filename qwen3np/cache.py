@@ -115,10 +115,10 @@ class KVCache:
             raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
         if batch_size != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
-        for row in self.rows:
-            if not 0 <= self.lengths[row] <= room - new:
+        for row, length in zip(self.rows.tolist(), self.lengths[self.rows].tolist(), strict=True):
+            if not 0 <= length <= room - new:
                 raise ContextOverflowError(
-                    f"cache: sequence {row} holds {self.lengths[row]} of {room} positions; {new} more do not fit"
+                    f"cache: sequence {row} holds {length} of {room} positions; {new} more do not fit"
                 )
 
     def write(self, layer: int, b: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -126,8 +126,8 @@ class KVCache:
 
         The lengths stay as they are until `advance`, when all layers are done.
         """
-        row = self.rows[b]
-        start = self.lengths[row]
+        row: int = self.rows.item(b)
+        start: int = self.lengths.item(row)
         end = start + k.shape[1]
         self.k[layer, row, :, start:end] = k
         self.v[layer, row, :, start:end] = v
@@ -135,6 +135,7 @@ class KVCache:
 
     def advance(self, ids: Array) -> None:
         """Count the positions that `write` filled in every layer: those of ids (B, S)."""
-        for row, new in zip(self.rows, ids, strict=True):
-            self.ids[row, self.lengths[row] : self.lengths[row] + len(new)] = new
+        for row, new in zip(self.rows.tolist(), ids, strict=True):
+            start: int = self.lengths.item(row)
+            self.ids[row, start : start + len(new)] = new
         self.lengths[self.rows] += ids.shape[1]

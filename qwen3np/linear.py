@@ -33,18 +33,19 @@ def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = F
 
 def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Numerics = FLOAT32) -> list[Array]:
     """Return linear(x, w, bias) for each (w, bias): they start together, which saves waiting between them."""
-    ws, biases = zip(*layers, strict=True)
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
-    ys = [np.empty((len(rows), len(w)), numerics.dtype) for w in ws]
-    threads = threads_for(sum(w.size for w in ws))
-    if len(rows) == 1 and all(is_ready(w, numerics) for w in ws) and (threads == 1 or blas_limit() != 1):
-        _dot_products(rows[0], ws, ys, threads)
+    ws = [w for w, _ in layers]
+    threads = threads_for(sum([w.size for w in ws]))
+    if len(rows) == 1 and (threads == 1 or blas_limit() != 1) and all(is_ready(w, numerics) for w in ws):
+        ys = _dot_products(rows[0], ws, threads)
     else:
-        _share_products(rows, ws, ys, numerics)
-    for y, bias in zip(ys, biases, strict=True):
+        ys = _share_products(rows, ws, numerics)
+    found: list[Array] = []
+    for y, (w, bias) in zip(ys, layers, strict=True):
         if bias is not None:
             y += numerics.widen(bias)
-    return [numerics.round(y).reshape(*x.shape[:-1], len(w)) for w, y in zip(ws, ys, strict=True)]
+        found.append(numerics.round(y).reshape(*x.shape[:-1], len(w)))
+    return found
 
 
 def is_ready(w: Array, numerics: Numerics) -> bool:
@@ -52,22 +53,26 @@ def is_ready(w: Array, numerics: Numerics) -> bool:
     return w.dtype == numerics.dtype == numerics.storage and w.flags.c_contiguous and w.flags.aligned
 
 
-def _dot_products(x: Array, ws: Sequence[Array], ys: Sequence[Array], threads: int) -> None:
-    """Put W x into y (1, out) for each W and y. It is bound by memory, and BLAS's own threads begin the soonest.
+def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
+    """Return W x (out,) for each W. It is bound by memory, and BLAS's own threads begin the soonest.
 
     OpenBLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
     """
+
+    def apply(w: Array) -> Array:
+        cut = len(w) if threads == 1 else _multiple(len(w), 4 * threads)
+        if cut == len(w):
+            return w @ x
+        return np.concatenate([w[:cut] @ x, *[w[a:b] @ x for a, b in _pieces(cut, len(w), 4)]])
+
     with blas_threads(threads):
-        for w, y in zip(ws, ys, strict=True):
-            cut = len(w) if threads == 1 else _multiple(len(w), 4 * threads)
-            np.matmul(w[:cut], x, out=y[0, :cut])
-            for a, b in _pieces(cut, len(w), 4):
-                np.matmul(w[a:b], x, out=y[0, a:b])
+        return [apply(w) for w in ws]
 
 
-def _share_products(rows: Array, ws: Sequence[Array], ys: Sequence[Array], numerics: Numerics) -> None:
-    """Put rows Wᵀ (N, out) into y for each W and y, in blocks, over the threads."""
+def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> list[Array]:
+    """Return rows Wᵀ (N, out) for each W, made in blocks, over the threads."""
     count = len(rows)
+    ys = [np.empty((count, len(w)), numerics.dtype) for w in ws]
 
     def step(w: Array) -> int:
         if count > FEW_ROWS:
@@ -91,6 +96,7 @@ def _share_products(rows: Array, ws: Sequence[Array], ys: Sequence[Array], numer
         for piece in product(_pieces(0, count, TILE_ROWS), _pieces(0, len(w), step(w)))
     ]
     share(parts, count * sum(w.size for w in ws), apply)
+    return ys
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:

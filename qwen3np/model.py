@@ -61,11 +61,12 @@ def forward(
     with blas_threads(threads_for(matrix) if alone else 1):
         for layer in range(config.num_hidden_layers):
             x = block(x, weights, layer, config, tables, cache, n, record)
-        if last_only:
-            x = x[:, -1:]
-        x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
-        record("model.norm", x)
-        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+    if last_only:
+        x = x[:, -1:]
+    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
+    record("model.norm", x)
+    head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+    with blas_threads(threads_for(embedding.size) if alone else 1):
         logits = linear(x, head, None, n)
     record("lm_head", logits)
     if cache is not None:
@@ -125,7 +126,7 @@ def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -
         raise ValueError(f"{name}: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
     if ids.size == 0:
         raise ValueError(f"{name}: empty; a prompt needs at least one token")
-    if not np.issubdtype(ids.dtype, np.integer):
+    if ids.dtype.kind not in "iu":
         raise ValueError(f"{name}: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))

@@ -17,7 +17,7 @@ def rms_norm(x: Array, weight: Array, eps: float, numerics: Numerics = FLOAT32) 
     weight = numerics.widen(weight)
 
     def normalise(x: Array) -> Array:
-        mean_square = (x * x).sum(axis=-1, keepdims=True) / x.shape[-1]
+        mean_square = np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
         y = numerics.round(x * (1 / np.sqrt(mean_square + eps)))
         y *= weight
         return numerics.round(y)

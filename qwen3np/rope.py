@@ -6,6 +6,8 @@ product of a query and a key then depends on their positions only through the di
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from qwen3np.config import Config
@@ -13,6 +15,7 @@ from qwen3np.numerics import FLOAT32, Array, Numerics
 from qwen3np.threads import in_blocks
 
 
+@cache  # asked for with every token
 def inverse_frequencies(config: Config, numerics: Numerics = FLOAT32) -> Array:
     """Return 1 / theta^(2i/Dh) for i < Dh/2: (Dh/2,), radians per position.
 
@@ -23,7 +26,9 @@ def inverse_frequencies(config: Config, numerics: Numerics = FLOAT32) -> Array:
     base = numerics.dtype.type(config.rope_theta)
     # NumPy's float32 power is off by an ulp too often; torch's is almost always the float64 one, rounded
     powers = np.power(base, exponents, dtype=np.float64).astype(numerics.dtype)
-    return 1 / powers
+    frequencies = 1 / powers
+    frequencies.setflags(write=False)
+    return frequencies
 
 
 def rotary_tables(config: Config, positions: Array, numerics: Numerics = FLOAT32) -> tuple[Array, Array]:
@@ -40,9 +45,10 @@ def rotate(x: Array, tables: tuple[Array, Array], numerics: Numerics = FLOAT32) 
     r, half = numerics.round, x.shape[-1] // 2  # in bfloat16 both products are rounded before they are added
 
     def turn(x: Array, cos: Array, sin: Array) -> Array:
-        a, b, y = x[..., :half], x[..., half:], np.empty_like(x)
-        np.subtract(r(a * cos), r(b * sin), out=y[..., :half])
-        np.add(r(b * cos), r(a * sin), out=y[..., half:])
+        pairs = x.reshape(*x.shape[:-1], 2, half)
+        by_cos, by_sin, y = r(pairs * cos[..., None, :]), r(pairs * sin[..., None, :]), np.empty_like(x)
+        np.subtract(by_cos[..., 0, :], by_sin[..., 1, :], out=y[..., :half])
+        np.add(by_cos[..., 1, :], by_sin[..., 0, :], out=y[..., half:])
         return r(y)
 
     return in_blocks(turn, x, *tables)

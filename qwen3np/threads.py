@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -154,22 +153,31 @@ _held: dict[int, int] = {}  # a thread -> what it holds BLAS to
 _before: list[int] = []
 
 
-@contextmanager
-def blas_threads(limit: int = 1) -> Generator[None]:
-    """Hold BLAS to this many threads, and give it back what it had when the last caller, in any thread, is done.
+class blas_threads:  # a generator would take longer than a small product
+    """Hold BLAS to `limit` threads, and give it back what it had when the last caller, in any thread, is done.
 
     More than one is for products whose bits do not depend on it; while several threads are inside, BLAS has one. (An
     OpenBLAS that was built with OpenMP counts its threads for each thread by itself, and is not held by this.)
     """
-    outside = _here.limit
-    if outside == limit:
-        yield
-        return
-    try:
-        _hold(limit)
-        yield
-    finally:
-        _hold(outside)
+
+    def __init__(self, limit: int = 1) -> None:
+        """Take the limit; it holds from __enter__ to __exit__."""
+        self.limit = limit
+
+    def __enter__(self) -> None:
+        """Begin to hold."""
+        self.outside = _here.limit
+        if self.limit != self.outside:
+            try:
+                _hold(self.limit)
+            except BaseException:
+                _hold(self.outside)
+                raise
+
+    def __exit__(self, *error: object) -> None:
+        """Hold as before."""
+        if self.limit != self.outside:
+            _hold(self.outside)
 
 
 def blas_limit() -> int:
@@ -190,9 +198,11 @@ def _hold(limit: int) -> None:
             _held.pop(threading.get_ident(), None)
         alone = next(iter(_held.values())) if len(_held) == 1 else 1
         for library, before in zip(_blas(), _before, strict=True):
-            _clear(library)
-            library.set_num_threads(alone if _held else before)
-            _clear(library)
+            wanted = alone if _held else before
+            if library.get_num_threads() != wanted:
+                _clear(library)
+                library.set_num_threads(wanted)
+                _clear(library)
 
 
 def _clear(library: Any) -> None:

@@ -17,13 +17,12 @@ from qwen3np.config import Config
 from qwen3np.model import checked_ids, forward
 from qwen3np.numerics import FLOAT32, Array, Numerics, precision
 from qwen3np.rope import rotary_tables, rotate
-from qwen3np.threads import blas_threads, share
+from qwen3np.threads import share
 
 # Sequences that one thread takes at a time. Parts are added in their order, so the number of threads changes no bit.
 ROWS = 4
 
 
-@blas_threads()
 def loss_and_gradients(
     weights: Mapping[str, Array],
     config: Config,

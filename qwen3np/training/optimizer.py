@@ -33,10 +33,10 @@ def cosine_schedule(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-@blas_threads()  # BLAS would cut a sum where its number of threads says
 def clip(gradients: Mapping[str, Array], max_norm: float) -> float:
     """Scale gradients, in place, to an L2 norm of all of them together of at most max_norm; return what it was."""
-    norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
+    with blas_threads():  # BLAS would cut a sum where its number of threads says
+        norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
     if norm > max_norm:
         for gradient in gradients.values():
             gradient *= gradient.dtype.type(max_norm / norm)
