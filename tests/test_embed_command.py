@@ -67,7 +67,10 @@ def test_embed_writes_files(run, model, tmp_path):
         assert found["texts"].tolist() == TEXTS
     assert run("embed", *TEXTS, "--out", tmp_path / "x.jsonl") == ""
     assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == run("embed", *TEXTS)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.npz", "x.jsonl"}
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(SystemExit):  # not a name to write to, which comes out at the end
+        run("embed", *TEXTS, "--out", tmp_path / "folder.npy")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.npz", "x.jsonl", "folder.npy"}
 
 
 def test_embed_options(run, model, tmp_path):
