@@ -47,9 +47,9 @@ def test_embed(model, instruction):
         cut = cut / np.sqrt((cut**2).sum(axis=1, keepdims=True))
         found = embed(model, TEXTS, instruction, dimensions, progress=counts.append)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, cut, rtol=0, atol=3e-6)  # float32; measured: 1e-6
+        np.testing.assert_allclose(found, cut, rtol=0, atol=3e-6)  # float32; measured: 1.2e-6
         exact = embed(model, TEXTS, instruction, dimensions, numerics="float64")
-        np.testing.assert_allclose(exact, cut, rtol=0, atol=1e-14)  # measured: 1e-15
+        np.testing.assert_allclose(exact, cut, rtol=0, atol=1e-14)  # measured: 1.6e-15
     assert sum(counts) == 4 * len(TEXTS)
 
 
@@ -63,9 +63,9 @@ def test_rerank(model, instruction):
     assert np.ptp(expected) > 0.1  # it tells documents apart
     counts = []
     found = rerank(model, "What is {it}?", TEXTS, instruction, progress=counts.append)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)  # float32; measured: 4e-7
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)  # float32; measured: 7e-7
     exact = rerank(model, "What is {it}?", TEXTS, instruction, numerics="float64")
-    np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-14)  # measured: 1e-15
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-14)  # measured: 1.6e-15
     assert sum(counts) == len(TEXTS)
 
 
