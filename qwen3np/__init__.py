@@ -11,6 +11,7 @@ from qwen3np.checkpoint import (
 )
 from qwen3np.config import Config, ConfigError
 from qwen3np.conversation import Conversation
+from qwen3np.embeddings import embed, rerank
 from qwen3np.generate import generate, steps, stop_at, stream
 from qwen3np.loading import Model, load
 from qwen3np.model import forward
@@ -30,12 +31,14 @@ __all__ = [
     "Tokenizer",
     "Weights",
     "count_parameters",
+    "embed",
     "forward",
     "generate",
     "init_weights",
     "load",
     "log_probabilities",
     "read_checkpoint",
+    "rerank",
     "save_checkpoint",
     "score",
     "steps",

@@ -30,9 +30,12 @@ def forward(
     *,
     numerics: str = "float32",
     last_only: bool = False,
+    head: bool = True,
     trace: Record | None = None,
 ) -> Array:
     """Return the logits of the next token after each position: (B, S, V), or (B, 1, V) with last_only.
+
+    Without the head it is the hidden states after the final norm instead, (B, S, D) or (B, 1, D).
 
     input_ids: (B, S) token ids, or (S,) read as B = 1. With a cache, sequence b goes on at position cache.lengths[b],
     its keys and values are added, and the lengths advance when all is done. numerics is "float32", "float64" or
@@ -65,13 +68,14 @@ def forward(
         x = x[:, -1:]
     x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)
     record("model.norm", x)
-    head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    with blas_threads(threads_for(embedding.size) if alone else 1):
-        logits = linear(x, head, None, n)
-    record("lm_head", logits)
+    if head:
+        w = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        with blas_threads(threads_for(embedding.size) if alone else 1):
+            x = linear(x, w, None, n)
+        record("lm_head", x)
     if cache is not None:
         cache.advance(ids)
-    return logits
+    return x
 
 
 def block(

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from qwen3np import Model, forward, load
 from qwen3np.config import Config
+from qwen3np.hub import BUILTIN
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and so all processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,6 +64,18 @@ def weights(config) -> dict[str, np.ndarray]:
 def builtin() -> Model:
     """The checkpoint that comes with the package. Tests hold for any weights that know what it was trained for."""
     return load(progress=False)
+
+
+@pytest.fixture(scope="session")
+def yes_no(tmp_path_factory) -> Path:
+    """A folder with the built-in tokenizer, to which the words yes and no are added as tokens."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
+    backend.add_tokens(["yes", "no"])
+    folder = tmp_path_factory.mktemp("yes_no")
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture

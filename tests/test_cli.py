@@ -191,10 +191,10 @@ def test_threads(run, monkeypatch):
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1.5", ""])
-@pytest.mark.parametrize("command", ["generate", "chat", "score", "bench"])
+@pytest.mark.parametrize("command", ["generate", "chat", "score", "embed", "rerank", "bench"])
 def test_errors_of_threads(run, command, count, monkeypatch):
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")
-    assert run(command, f"--threads={count}", *["-"] * (command == "score")) == ""
+    assert run(command, f"--threads={count}", *["-"] * (command in ("score", "rerank"))) == ""
     assert run.status == 2
     assert re.fullmatch(rf"error: --threads={count!r} is not a whole number from 1\n", run.stderr)
     assert num_threads() == 1
@@ -215,6 +215,16 @@ def test_errors_of_threads(run, command, count, monkeypatch):
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
+        (("embed", "--file", "nowhere"), "No such file or directory"),
+        (("embed", "--file", "nowhere", "x"), "texts and --file are given; one of them is enough"),
+        (("embed", "--dimensions", "0", "x"), "dimensions must be a whole number from 1 to 160"),
+        (("embed", "--out", "x.csv", "x"), "--out x.csv: the name must end with one of .npy, .npz, .jsonl"),
+        (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
+        (
+            ("embed", "x", "7" * 300),
+            "texts[1]: 301 tokens with what the template adds; the context of this model is 256",
+        ),
+        (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that is made for it"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):
@@ -224,7 +234,10 @@ def test_errors_are_one_line(run, arguments, message):
     assert message in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), ()])
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), (), ("embed", "x"), ("rerank", "q", "x")],
+)
 def test_errors_of_arguments_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -16,11 +16,12 @@ from qwen3np.numerics import PRECISIONS
 from qwen3np.tokenizer import Tokenizer
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a checkpoint."""
+def add_model(parser: argparse.ArgumentParser, needed: str | None = None) -> None:
+    """Add the flags that name a checkpoint: one such as `needed`, where the built-in one cannot do what is asked."""
     group = parser.add_argument_group("checkpoint")
-    text = "a folder, or a Hub id such as Qwen/Qwen3-0.6B (default: the small checkpoint that is built in)"
-    group.add_argument("--model", metavar="M", help=text)
+    default = " (default: the small checkpoint that is built in)" if needed is None else ""
+    text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}{default}"
+    group.add_argument("--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
 
 
@@ -99,6 +100,18 @@ def read_text(path: str) -> str:
     return utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), path)
 
 
+def read_texts(given: list[str], path: str | None, what: str) -> list[str]:
+    """Return the texts given as arguments, else the lines of a file, or of stdin where no file is named either."""
+    if given and path is not None:
+        raise ValueError(f"{what} and --file are given; one of them is enough")
+    if given:
+        return given
+    if path is None and sys.stdin.isatty():
+        raise ValueError(f"no {what}: give them as arguments, or one a line with --file or on stdin")
+    found = read_text("-" if path is None else path)
+    return [line.removesuffix("\r") for line in found.removesuffix("\n").split("\n")] if found else []
+
+
 def utf8(data: bytes, where: str) -> str:
     """Return the text of bytes that come from `where`. Raises ValueError where they are not UTF-8."""
     try:
@@ -128,11 +141,11 @@ class Ends:
         return stop_at(self.tokenizer.stream(said, skip_special_tokens=True), self.strings)
 
 
-def progress_bar(total: int | None, what: str) -> Any:
+def progress_bar(total: int | None, what: str, unit: str = "tok") -> Any:
     """Return a tqdm bar on stderr that counts tokens, where that is a terminal; it goes when it is closed."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="tok", leave=False, disable=None)
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -1,0 +1,76 @@
+"""`qwen3np embed`: texts as vectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, text
+from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
+
+EXAMPLE = "qwen3np embed --model Qwen/Qwen3-Embedding-0.6B --file documents.txt --out documents.npy"
+HELP = "turn texts into vectors whose dot products compare them"
+FORMATS = (".npy", ".npz", ".jsonl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("texts", nargs="*", type=text, metavar="TEXT", help="a text (default: the lines of stdin)")
+    parser.add_argument("--file", metavar="F", help="read the texts from a file, one a line")
+    query = parser.add_mutually_exclusive_group()
+    query.add_argument(
+        "--query",
+        action="store_const",
+        dest="instruction",
+        const=DEFAULT_INSTRUCTION,
+        help="the texts are web searches",
+    )
+    instruction = "the texts are queries for this task, such as --query's: " + DEFAULT_INSTRUCTION
+    query.add_argument("--instruction", type=text, metavar="TASK", help=instruction)
+    parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N, normalised (default: all)")
+    out = ".npy: the array (texts, dimensions); .npz: it as embeddings, beside texts; .jsonl (default: JSON to stdout)"
+    parser.add_argument("--out", metavar="FILE", type=Path, help=out)
+    add_model(parser, "Qwen/Qwen3-Embedding-0.6B")
+    add_computation(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print or write a vector for each text."""
+    out: Path | None = arguments.out
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"--out {out}: the name must end with one of {', '.join(FORMATS)}")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: no such folder: {out.parent}")
+    texts = read_texts(arguments.texts, arguments.file, "texts")
+    model, _ = load_model(arguments)
+    with progress_bar(len(texts), "embedded", "text") as bar:
+        embeddings = embed(
+            model,
+            texts,
+            arguments.instruction,
+            arguments.dimensions,
+            numerics=arguments.numerics,
+            progress=bar.update,
+        )
+    rows = ({"text": text, "embedding": row.tolist()} for text, row in zip(texts, embeddings, strict=True))
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    part = out.with_name(f"{out.name}.part")  # so that the file appears whole or not at all
+    try:
+        with part.open("wb") as file:
+            if out.suffix == ".npy":
+                np.save(file, embeddings)
+            elif out.suffix == ".npz":
+                np.savez(file, embeddings=embeddings, texts=np.array(texts))
+            else:
+                file.writelines(line.encode() for line in lines)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)

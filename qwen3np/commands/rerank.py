@@ -1,0 +1,48 @@
+"""`qwen3np rerank`: documents in the order of how well they meet a query."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+
+from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, table, text
+from qwen3np.embeddings import DEFAULT_INSTRUCTION, rerank
+
+EXAMPLE = 'qwen3np rerank --model Qwen/Qwen3-Reranker-0.6B "capital of China" --file documents.txt'
+HELP = "sort documents by how well they meet a query"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("query", type=text, metavar="QUERY", help="what is looked for")
+    document = "a document (default: the lines of stdin)"
+    parser.add_argument("documents", nargs="*", type=text, metavar="DOCUMENT", help=document)
+    parser.add_argument("--file", metavar="F", help="read the documents from a file, one a line")
+    parser.add_argument("--instruction", type=text, metavar="TASK", help=f"the task (default: {DEFAULT_INSTRUCTION})")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line: index, score, document")
+    add_model(parser, "Qwen/Qwen3-Reranker-0.6B")
+    add_computation(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the documents with their scores, the best first."""
+    documents = read_texts(arguments.documents, arguments.file, "documents")
+    model, _ = load_model(arguments)
+    with progress_bar(len(documents), "ranked", "document") as bar:
+        scores = rerank(
+            model,
+            arguments.query,
+            documents,
+            arguments.instruction,
+            numerics=arguments.numerics,
+            progress=bar.update,
+        )
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    if arguments.json:
+        for n in order:
+            result = {"index": n, "score": float(scores[n]), "document": documents[n]}
+            print(json.dumps(result, ensure_ascii=False))
+        return
+    print(table([(f"{scores[n]:.6f}", " ".join(documents[n].split())) for n in order]))

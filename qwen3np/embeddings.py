@@ -1,0 +1,181 @@
+"""Texts as vectors, and documents ranked for a query (Zhang et al., 2025, https://arxiv.org/abs/2506.05176).
+
+The templates are those of the model cards of Qwen3-Embedding and Qwen3-Reranker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import numpy as np
+
+from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.generate import PREFILL_CHUNK
+from qwen3np.linear import linear
+from qwen3np.loading import Model
+from qwen3np.model import forward
+from qwen3np.numerics import Array, precision
+from qwen3np.sampling import log_probabilities
+from qwen3np.threads import blas_threads
+from qwen3np.tokenizer import Tokenizer
+
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+_BEFORE = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+_AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def embed(
+    model: Model,
+    texts: Sequence[str],
+    instruction: str | None = None,
+    dimensions: int | None = None,
+    *,
+    numerics: str = "float32",
+    progress: Callable[[int], object] | None = None,
+) -> Array:
+    """Return a vector of length 1 for each text: (N, D) float32, or (N, dimensions); float64 for numerics "float64".
+
+    The dot product of two of them is their cosine similarity. Documents are embedded as they are. Queries need an
+    instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
+    the first ones, normalised anew, which Qwen3-Embedding was trained for. progress is told how many texts are done.
+
+    Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
+    one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked.
+    """
+    tokenizer, (end,) = _tokenizer(model, "embed", "<|endoftext|>")
+    _check_texts(texts, "texts")
+    size = model.config.hidden_size
+    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
+        raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
+    if instruction is not None:
+        _check_text(instruction, "instruction")
+        texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
+
+    sequences = [[*tokenizer.encode(text), end] for text in texts]
+    x = _last_hidden_states(model, sequences, "texts", numerics, progress)[:, :dimensions]
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def rerank(
+    model: Model,
+    query: str,
+    documents: Sequence[str],
+    instruction: str | None = None,
+    *,
+    numerics: str = "float32",
+    progress: Callable[[int], object] | None = None,
+) -> Array:
+    """Return how well each document meets the query, from 0 to 1: (N,) float64, in the order of the documents.
+
+    It is the probability of "yes", where the model can only say "yes" or "no". instruction says what is looked for
+    (None: DEFAULT_INSTRUCTION). progress is told how many documents are done.
+
+    Raises ValueError for no documents, what is not a str, and a model without a tokenizer or with one that lacks the
+    tokens of the template; ContextOverflowError for a document that is too long: none is cut short unasked.
+    """
+    tokenizer, (no, yes, *_) = _tokenizer(
+        model, "rerank", "no", "yes", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
+    )
+    instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
+    for text, name in ((query, "query"), (instruction, "instruction")):
+        _check_text(text, name)
+    _check_texts(documents, "documents")
+
+    before, after = tokenizer.encode(_BEFORE), tokenizer.encode(_AFTER)
+    pairs = [f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}" for document in documents]
+    sequences = [before + tokenizer.encode(pair) + after for pair in pairs]
+    x = _last_hidden_states(model, sequences, "documents", numerics, progress)
+    head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    with blas_threads(1):
+        logits = linear(x, model.weights[head][[no, yes]], None, precision(numerics))
+    return np.exp(log_probabilities(logits)[:, 1])
+
+
+def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[int]]:
+    """Return the model's tokenizer and the ids of these tokens. Raises ValueError for what is missing."""
+    if model.tokenizer is None:
+        raise ValueError(f"{what}: the model has no tokenizer; load it from a folder with tokenizer.json")
+    ids = {token: model.tokenizer.token_to_id(token) for token in tokens}
+    if missing := [token for token, i in ids.items() if i is None]:
+        raise ValueError(
+            f"{what}: the tokenizer has no token {', '.join(missing)}; load a model that is made for it, such as "
+            f"Qwen/Qwen3-{'Embedding' if what == 'embed' else 'Reranker'}-0.6B"
+        )
+    return model.tokenizer, [i for i in ids.values() if i is not None]
+
+
+def _check_texts(texts: Sequence[str], name: str) -> None:
+    """Raise ValueError unless texts is a list (or the like) of one str or more."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name}: a list of str is needed, not a single one")
+    if len(texts) == 0:
+        raise ValueError(f"{name}: empty; at least one text is needed")
+    for n, text in enumerate(texts):
+        _check_text(text, f"{name}[{n}]")
+
+
+def _check_text(text: object, name: str) -> None:
+    """Raise ValueError for what is no str."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: a str is needed, not {type(text).__name__}")
+
+
+def _last_hidden_states(
+    model: Model,
+    sequences: Sequence[list[int]],
+    name: str,
+    numerics: str,
+    progress: Callable[[int], object] | None,
+) -> Array:
+    """Return the hidden states (N, D) of the last token of each of N sequences, after the final norm.
+
+    What all of them begin with is computed once. Sequences of about the same length go through the model together,
+    padded on the right, where no token sees it; long ones alone, in pieces.
+    """
+    config, n = model.config, precision(numerics)
+    lengths = np.array([len(sequence) for sequence in sequences])
+    context = config.max_position_embeddings
+    if lengths.max() > context:
+        raise ContextOverflowError(
+            f"{name}[{lengths.argmax()}]: {lengths.max()} tokens with what the template adds; the context of this "
+            f"model is {context}: cut it into parts"
+        )
+
+    def run(ids: Array, cache: KVCache) -> tuple[Array, int]:
+        """Bring the cache up to ids (B, S). Return the hidden states of the last piece, and where it starts."""
+        x, start = np.empty(0), 0
+        for start in range(int(cache.lengths[0]), ids.shape[1], PREFILL_CHUNK):
+            piece = ids[:, start : start + PREFILL_CHUNK]
+            x = forward(model.weights, config, piece, cache, numerics=numerics, head=False)
+        return x, start
+
+    shared = 0
+    if len(sequences) > 1:
+        beginnings = np.array([sequence[: lengths.min() - 1] for sequence in sequences])  # each has a token of its own
+        same = (beginnings == beginnings[0]).all(axis=0)
+        shared = int(same.argmin()) if not same.all() else len(same)
+    beginning = KVCache.allocate(config, 1, max(shared, 1), n.storage)
+    run(np.array([sequences[0][:shared]]), beginning)
+
+    found = np.empty((len(sequences), config.hidden_size), n.dtype)
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        longest = int(lengths[order[0]])
+        group, order = np.split(order, [max(PREFILL_CHUNK // longest, 1)])
+        ids = np.zeros((len(group), longest), np.int64)
+        for row, sequence in zip(ids, group, strict=True):
+            row[: lengths[sequence]] = sequences[sequence]
+        cache = KVCache.allocate(config, len(group), longest, n.storage)
+        for held, first in ((cache.k, beginning.k), (cache.v, beginning.v)):
+            held[..., :shared, :] = first[..., :shared, :]
+        cache.ids[:, :shared], cache.lengths[:] = ids[:, :shared], shared
+        x, start = run(ids, cache)  # a group of several is one piece
+        found[group] = x[np.arange(len(group)), lengths[group] - 1 - start]
+        if progress:
+            progress(len(group))
+    return found
