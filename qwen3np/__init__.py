@@ -12,6 +12,7 @@ from qwen3np.checkpoint import (
 from qwen3np.config import Config, ConfigError
 from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
+from qwen3np.finite import NonFiniteError
 from qwen3np.generate import generate, steps, stop_at, stream
 from qwen3np.loading import Model, load
 from qwen3np.model import forward
@@ -27,6 +28,7 @@ __all__ = [
     "Conversation",
     "KVCache",
     "Model",
+    "NonFiniteError",
     "SamplingParameters",
     "Tokenizer",
     "Weights",

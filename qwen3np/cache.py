@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import ref
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -14,6 +15,32 @@ from qwen3np.numerics import BFLOAT16, Array, Numerics
 
 class ContextOverflowError(ValueError):
     """More positions than there is room for. Nothing was written."""
+
+
+class _Origin:
+    """Which weights a cache was filled with. The embedding stands for all; if it is another array, samples decide."""
+
+    def __init__(self) -> None:
+        self.embedding: ref[Array] | None = None
+        self.sample: Array = np.empty(0)
+
+    def keep(self, weights: Mapping[str, Array]) -> None:
+        """Remember these weights."""
+        embedding = weights["model.embed_tokens.weight"]
+        if self.embedding is None or self.embedding() is not embedding:
+            self.embedding, self.sample = ref(embedding), self._sample(weights)
+
+    def is_of(self, weights: Mapping[str, Array]) -> bool:
+        """Whether these are the weights that were kept last, or a copy of them."""
+        if self.embedding is None or self.embedding() is weights["model.embed_tokens.weight"]:
+            return True
+        return np.array_equal(self.sample, self._sample(weights))
+
+    @staticmethod
+    def _sample(weights: Mapping[str, Array]) -> Array:
+        # not of the experts: of a mapped file only those are read that are hit
+        names = sorted(name for name in weights if ".experts." not in name)
+        return np.concatenate([weights[name].flat[:8].astype(np.float64) for name in names])
 
 
 @dataclass(eq=False, repr=False)
@@ -30,6 +57,7 @@ class KVCache:
     ids: Array  # (B, max_length)
     lengths: Array  # (B,)
     rows: Array  # the sequences this cache speaks of: all B, unless made by select
+    origin: _Origin = field(default_factory=lambda: _Origin())
 
     @classmethod
     def allocate(
@@ -72,7 +100,7 @@ class KVCache:
         selected = self.rows[list(rows)]
         if len(set(selected.tolist())) < len(selected):
             raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
-        return KVCache(self.k, self.v, self.ids, self.lengths, selected)
+        return KVCache(self.k, self.v, self.ids, self.lengths, selected, self.origin)
 
     def reserve(self, max_length: int) -> None:
         """Make room for max_length positions in each sequence, by moving to larger arrays if need be.
@@ -99,8 +127,10 @@ class KVCache:
         self.lengths[row] = differs[0] if len(differs) else len(held)
         return int(self.lengths[row])
 
-    def check(self, config: Config, numerics: Numerics, batch_size: int, new: int) -> None:
-        """Raise ValueError unless `new` more positions of batch_size sequences fit, for this config and precision.
+    def check(
+        self, weights: Mapping[str, Array], config: Config, numerics: Numerics, batch_size: int, new: int
+    ) -> None:
+        """Raise ValueError unless `new` more positions of batch_size sequences fit, for this model and precision.
 
         ContextOverflowError, a ValueError, when there is no room for them.
         """
@@ -115,6 +145,8 @@ class KVCache:
             raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
         if batch_size != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
+        if self.lengths.any() and not self.origin.is_of(weights):
+            raise ValueError("cache: what it holds was made with other weights; use a new one, or set its lengths to 0")
         for row, length in zip(self.rows.tolist(), self.lengths[self.rows].tolist(), strict=True):
             if not 0 <= length <= room - new:
                 raise ContextOverflowError(
@@ -133,8 +165,9 @@ class KVCache:
         self.v[layer, row, :, start:end] = v
         return self.k[layer, row, :, :end], self.v[layer, row, :, :end]
 
-    def advance(self, ids: Array) -> None:
-        """Count the positions that `write` filled in every layer: those of ids (B, S)."""
+    def advance(self, ids: Array, weights: Mapping[str, Array]) -> None:
+        """Count the positions that `write` filled in every layer, with these weights: those of ids (B, S)."""
+        self.origin.keep(weights)
         for row, new in zip(self.rows.tolist(), ids, strict=True):
             start: int = self.lengths.item(row)
             self.ids[row, start : start + len(new)] = new

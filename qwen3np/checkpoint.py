@@ -91,7 +91,7 @@ def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> di
     return weights
 
 
-def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
+def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     """Return the config and the mapped, read-only weights of a folder, after checking all of them.
 
     Reads config.json and the headers of model.safetensors, or of the shards in model.safetensors.index.json; not one
@@ -105,7 +105,9 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
     config = Config.from_file(folder / "config.json")
     problems: list[str] = []
     stored: dict[str, Array | None] = {}  # None: found, but not usable; its problem is listed
+    identities: dict[Path, tuple[int, int, int]] = {}
     for path, listed in _files(folder, problems).items():
+        identities[path] = _identity(path)
         tensors = _map_file(path, problems)
         for name in listed or ():
             if name not in tensors:
@@ -125,7 +127,36 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
             problems.append(f"{name}: shape {tensor.shape}, but the config asks for {shape}")
     if problems:
         raise CheckpointError(f"{folder}: not a usable checkpoint: {_listed(list(dict.fromkeys(problems)))}")
-    return config, {name: cast("Array", stored[name]) for name in expected}
+    weights = MappedWeights({name: cast("Array", stored[name]) for name in expected})
+    weights.files = identities
+    return config, weights
+
+
+class MappedWeights(dict[str, Array]):
+    """Weights by name that are views of mapped files."""
+
+    files: Mapping[Path, tuple[int, int, int]]  # what _identity said when they were mapped
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Return what tells whether it is still the same file, unchanged: its number, size and time of change."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def require_unchanged(weights: Weights) -> None:
+    """Raise CheckpointError if a mapped file was written to or cut since: its weights are not those that were checked.
+
+    A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
+    """
+    if isinstance(weights, MappedWeights):
+        for path, (number, *before) in weights.files.items():
+            try:
+                now, *found = _identity(path)
+            except FileNotFoundError:
+                continue
+            if now == number and found != before:
+                raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
 
 
 def release(tensor: Array) -> None:

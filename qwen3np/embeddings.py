@@ -11,6 +11,8 @@ from numbers import Integral
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.checkpoint import require_unchanged
+from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.linear import linear
 from qwen3np.loading import Model
@@ -45,7 +47,8 @@ def embed(
     the first ones, normalised anew, which Qwen3-Embedding was trained for. progress is told how many texts are done.
 
     Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
-    one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked.
+    one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
+    CheckpointError and NonFiniteError as generate.
     """
     tokenizer, (end,) = _tokenizer(model, "embed", "<|endoftext|>")
     _check_texts(texts, "texts")
@@ -76,7 +79,8 @@ def rerank(
     (None: DEFAULT_INSTRUCTION). progress is told how many documents are done.
 
     Raises ValueError for no documents, what is not a str, and a model without a tokenizer or with one that lacks the
-    tokens of the template; ContextOverflowError for a document that is too long: none is cut short unasked.
+    tokens of the template; ContextOverflowError for a document that is too long: none is cut short unasked;
+    CheckpointError and NonFiniteError as generate.
     """
     tokenizer, (no, yes, *_) = _tokenizer(
         model, "rerank", "no", "yes", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
@@ -146,6 +150,8 @@ def _last_hidden_states(
             f"model is {context}: cut it into parts"
         )
 
+    require_unchanged(model.weights)
+
     def run(ids: Array, cache: KVCache) -> tuple[Array, int]:
         """Bring the cache up to ids (B, S). Return the hidden states of the last piece, and where it starts."""
         x, start = np.empty(0), 0
@@ -176,6 +182,8 @@ def _last_hidden_states(
         cache.ids[:, :shared], cache.lengths[:] = ids[:, :shared], shared
         x, start = run(ids, cache)  # a group of several is one piece
         found[group] = x[np.arange(len(group)), lengths[group] - 1 - start]
+        for sequence in group:
+            require_finite(found[sequence], model.weights, config, sequences[sequence], numerics)
         if progress:
             progress(len(group))
     return found

@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeAlias, cast
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import Weights
+from qwen3np.checkpoint import Weights, require_unchanged
 from qwen3np.config import Config
+from qwen3np.finite import require_finite
 from qwen3np.model import checked_sequence, forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import SamplingParameters, sample
@@ -58,7 +59,8 @@ def generate(
     by piece, how many positions of the prompts were computed.
 
     Raises ValueError for bad ids and parameters (before anything is computed), ContextOverflowError for a prompt that
-    leaves no room in config.max_position_embeddings.
+    leaves no room in config.max_position_embeddings, CheckpointError for a mapped file that was changed since, and
+    NonFiniteError where NaN or infinity came out.
     """
     batch, single = _as_batch(input_ids)
     if cache is None:
@@ -184,7 +186,8 @@ def steps(
     # the last new token is never an input, so it needs no room
     most = [min(max_new_tokens, context + 1 - len(prompt)) for prompt in prompts]
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
-    cache.check(config, precision(numerics), len(batch), 0)
+    cache.check(weights, config, precision(numerics), len(batch), 0)
+    require_unchanged(weights)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
 
@@ -203,7 +206,9 @@ def steps(
         while active:
             going_on: list[int] = []
             for row, row_logits in zip(active, logits, strict=True):
-                new[row].append(sample(row_logits, sampling, generators[row], prompts[row] + new[row]))
+                so_far = prompts[row] + new[row]
+                require_finite(row_logits, weights, config, so_far, numerics)
+                new[row].append(sample(row_logits, sampling, generators[row], so_far))
                 done = len(new[row]) == most[row] or stop(new[row])
                 if not done:
                     going_on.append(row)
@@ -229,11 +234,12 @@ def _prefill(
     start = cache.keep_prefix(0, ids[:-1])  # the last token is always computed: its logits are needed
     while True:
         chunk = ids[start : start + PREFILL_CHUNK]
-        logits = forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
         start += len(chunk)
+        last = start == len(ids)
+        logits = forward(weights, config, chunk, cache, numerics=numerics, last_only=True, head=last)
         if progress:
             progress(len(chunk))
-        if start == len(ids):
+        if last:
             return logits[0, 0]
 
 

@@ -50,7 +50,7 @@ def forward(
     batch: int = ids.shape[0]
     new: int = ids.shape[1]
     if cache is not None:
-        cache.check(config, n, batch, new)
+        cache.check(weights, config, n, batch, new)
     starts = np.zeros(batch, np.int64) if cache is None else cache.lengths[cache.rows]
     tables = rotary_tables(config, starts[:, None] + np.arange(new), n)
 
@@ -74,7 +74,7 @@ def forward(
             x = linear(x, w, None, n)
         record("lm_head", x)
     if cache is not None:
-        cache.advance(ids)
+        cache.advance(ids, weights)
     return x
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import Weights
+from qwen3np.checkpoint import Weights, require_unchanged
 from qwen3np.config import Config
+from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.model import checked_sequence, forward
 from qwen3np.numerics import Array, precision
@@ -34,7 +35,8 @@ def score(
     window - stride tokens, and a text that fits into one window gets exactly the log-probabilities of one forward.
     progress is told how many tokens were scored. The perplexity of the text is exp(-mean of the result).
 
-    Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context.
+    Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context;
+    CheckpointError and NonFiniteError as generate.
     """
     ids = np.array(checked_sequence(input_ids, config) if len(input_ids) else [])
     context = config.max_position_embeddings
@@ -49,6 +51,7 @@ def score(
             f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
         )
 
+    require_unchanged(weights)
     cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
     result = np.empty(len(ids) - 1)
     scored, start = 1, 0  # tokens before `scored` have their log-probability, or are the first
@@ -57,10 +60,11 @@ def score(
         cache.lengths[0] = 0
         while (at := start + int(cache.lengths[0])) < scored - 1:  # context alone: its logits are not wanted
             chunk = ids[at : min(at + PREFILL_CHUNK, scored - 1)]
-            forward(weights, config, chunk, cache, numerics=numerics, last_only=True)
+            forward(weights, config, chunk, cache, numerics=numerics, last_only=True, head=False)
         while scored < end:
             chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
             logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
+            require_finite(logits, weights, config, ids[start : scored - 1 + len(chunk)].tolist(), numerics)
             targets = ids[scored : scored + len(chunk)]
             result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]
             scored += len(chunk)

@@ -1,0 +1,62 @@
+"""Numbers that are not finite are named, with their place in the model, instead of becoming text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qwen3np.cache import KVCache
+from qwen3np.config import Config
+from qwen3np.model import forward
+from qwen3np.numerics import Array, precision
+
+CHUNK = 16  # positions that are looked at together: all their scores are in memory at once
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity where there must be numbers; the message names the first recorded point and token."""
+
+
+class _Found(Exception):  # noqa: N818 (a message, not an error)
+    pass
+
+
+def require_finite(
+    logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str
+) -> None:
+    """Raise NonFiniteError where logits hold NaN or infinity; it says at which point and token of ids they begin."""
+    if not np.isfinite(logits).all():
+        raise NonFiniteError(_where(weights, config, ids, numerics))
+
+
+def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str) -> str:
+    """Compute ids once more, and say what is the first point that is not finite."""
+    cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
+
+    def look(name: str, x: Array) -> None:
+        bad = np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
+        if bad.any():
+            axis = 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
+            raise _Found(name, int(np.argwhere(bad)[:, axis].min()))
+
+    for start in range(0, len(ids), CHUNK):
+        try:
+            with np.errstate(all="ignore"):
+                forward(weights, config, ids[start : start + CHUNK], cache, numerics=numerics, trace=look)
+        except _Found as found:
+            point, token = found.args
+            at = start + token
+            return f"{point} is NaN or infinite at position {at} (id {ids[at]}){_cause(weights, config, point, numerics)}"
+    return "the logits are NaN or infinite"
+
+
+def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: str) -> str:
+    """Say whether the weights of a point are to blame."""
+    module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
+    for name, tensor in weights.items():
+        if name.startswith(f"{module}.") and "." not in name.removeprefix(f"{module}."):
+            bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+            if bad:
+                return f": {name} holds {bad:,} numbers that are not finite, so the checkpoint is damaged"
+    return f": the numbers outgrow {numerics}"
