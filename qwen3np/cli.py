@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
                 stream.reconfigure(encoding="utf-8", errors="replace")
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what is not finite is an error of its own
         arguments = _parsed(sys.argv[1:] if argv is None else argv)
         if getattr(arguments, "threads", None) is not None:
             check_threads(arguments.threads, "--threads")

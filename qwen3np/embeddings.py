@@ -182,7 +182,8 @@ def _last_hidden_states(
         cache.ids[:, :shared], cache.lengths[:] = ids[:, :shared], shared
         x, start = run(ids, cache)  # a group of several is one piece
         found[group] = x[np.arange(len(group)), lengths[group] - 1 - start]
-        for sequence in group:
+        members: list[int] = group.tolist()
+        for sequence in members:
             require_finite(found[sequence], model.weights, config, sequences[sequence], numerics)
         if progress:
             progress(len(group))

@@ -18,7 +18,7 @@ class NonFiniteError(ValueError):
     """NaN or infinity where there must be numbers; the message names the first recorded point and token."""
 
 
-class _Found(Exception):  # noqa: N818 (a message, not an error)
+class _Found(Exception):
     pass
 
 
@@ -47,7 +47,9 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], num
         except _Found as found:
             point, token = found.args
             at = start + token
-            return f"{point} is NaN or infinite at position {at} (id {ids[at]}){_cause(weights, config, point, numerics)}"
+            return (
+                f"{point} is NaN or infinite at position {at} (id {ids[at]}){_cause(weights, config, point, numerics)}"
+            )
     return "the logits are NaN or infinite"
 
 
@@ -56,7 +58,7 @@ def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: s
     module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
     for name, tensor in weights.items():
         if name.startswith(f"{module}.") and "." not in name.removeprefix(f"{module}."):
-            bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+            bad = tensor.size - int(np.isfinite(tensor).sum())
             if bad:
-                return f": {name} holds {bad:,} numbers that are not finite, so the checkpoint is damaged"
+                return f": {name} holds {bad:,} of {tensor.size:,} that are not finite, so the checkpoint is damaged"
     return f": the numbers outgrow {numerics}"
