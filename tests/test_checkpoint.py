@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from drawing import SEEDS, draw_config, draw_ids, trained_like
+from drawing import SEEDS, draw_any_config, draw_ids, trained_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +111,7 @@ def test_names_and_shapes_are_those_of_transformers(config):
 @given(SEEDS, st.sampled_from(list(DTYPES.values())))
 @settings(max_examples=10)
 def test_saved_and_read_are_the_same_bits(tmp_path_factory, seed, dtype):
-    config = draw_config(np.random.default_rng(seed))
+    config = draw_any_config(np.random.default_rng(seed))
     weights, folder = trained_like(config, seed), tmp_path_factory.mktemp("saved") / "new" / "folder"
     save_checkpoint(folder, config, weights, dtype=dtype)
     again, read = read_checkpoint(folder)
@@ -200,6 +200,40 @@ def test_tensors_need_no_alignment(tmp_path, config, weights):
         assert_same_bits(read, weights)
         for ids in ([3], [3, 1, 4]):
             np.testing.assert_array_equal(forward(read, config, ids), forward(weights, config, ids))
+
+
+def test_names_without_model_get_it(tmp_path, config, weights):
+    """As the embedding checkpoints are saved: without the head, so without the name of what holds it."""
+    for n, (tied, head) in enumerate([(True, False), (True, True), (False, True)]):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(replace(config, tie_word_embeddings=tied).to_dict()))
+        stored = {name.removeprefix("model."): w for name, w in weights.items() if head or name != "lm_head.weight"}
+        safetensors.numpy.save_file(stored, folder / "model.safetensors")
+        truth = {name: w for name, w in weights.items() if not tied or name != "lm_head.weight"}
+        assert_same_bits(read_checkpoint(folder)[1], truth)
+
+
+def test_names_of_which_only_some_lack_model_are_told(tmp_path, config, weights):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    stored = dict(weights)
+    stored["norm.weight"] = stored.pop("model.norm.weight")
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    told = problems(tmp_path)
+    assert "norm.weight: extra" in told
+    assert "model.norm.weight: missing" in told
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_stored_dtype_gives_the_logits_of_its_numbers(tmp_path, config, weights, dtype):
+    """Stored in any of the dtypes, mapped or copied: the bits are those of the same numbers in float32."""
+    save_checkpoint(tmp_path / "stored", config, weights, dtype=DTYPES[dtype])
+    _, mapped = read_checkpoint(tmp_path / "stored")
+    copied = {name: w.astype(DTYPES[dtype]).astype(np.float32) for name, w in weights.items()}
+    for numerics in ("float32", "float64", "bfloat16"):
+        for ids in ([3], [3, 1, 4], list(range(20))):
+            logits = forward(copied, config, ids, numerics=numerics)
+            np.testing.assert_array_equal(forward(mapped, config, ids, numerics=numerics), logits)
 
 
 def test_a_stored_head_is_left_out_where_the_config_ties_it(tmp_path, config, weights):
@@ -417,7 +451,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
 @given(SEEDS)
 @settings(max_examples=10)
 def test_new_weights_are_those_a_training_run_starts_with(seed):
-    config = replace(draw_config(np.random.default_rng(seed)), initializer_range=0.05)
+    config = replace(draw_any_config(np.random.default_rng(seed)), initializer_range=0.05)
     weights = init_weights(config, seed)
     assert_same_bits(init_weights(config, seed), weights)
     assert {name: w.shape for name, w in weights.items()} == weight_shapes(config)

@@ -212,6 +212,12 @@ def test_bad_input_is_refused(config, weights, changed, message):
         loss_and_gradients(weights, config, **(arguments | changed))
 
 
+def test_experts_are_refused(config, weights):
+    sparse = replace(config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    with pytest.raises(ValueError, match="num_experts = 4: gradients are computed for dense models only"):
+        loss_and_gradients(weights, sparse, GOOD, GOOD, np.ones(GOOD.shape, bool))
+
+
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
