@@ -47,7 +47,7 @@ def draw_any_config(rng: np.random.Generator) -> Config:
             factor=float(rng.uniform(2, 8)),
             original_max_position_embeddings=int(rng.choice([64, 100, 512])),
             truncate=bool(rng.integers(2)),
-            **[{}, {}, {"attention_factor": 1.3}, {"mscale": 0.7, "mscale_all_dim": 1.1}, {"beta_fast": 20.0}][
+            **[{}, {}, {"attention_factor": 0.9}, {"mscale": 0.7, "mscale_all_dim": 1.1}, {"beta_fast": 20.0}][
                 rng.integers(5)
             ],
         )
