@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import attended, draw_any_config, draw_config, draw_ids, relative, round_bfloat16, trained_like
+from drawing import attended, draw_any_config, draw_ids, relative, round_bfloat16, trained_like
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Config, KVCache, forward
 from qwen3np.linear import linear
 from qwen3np.mlp import swiglu
+from qwen3np.moe import experts, route
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, ignore, precision, silu, softmax
 from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
@@ -155,6 +156,19 @@ MODELS = {
         attention_bias=True,
     ),
 }
+# the rest of the family: a sparse layer and a dense one, YaRN, windows shorter than the prompt
+MODELS["experts"] = replace(
+    MODELS["tied"].extended(4),
+    sliding_window=40,
+    num_experts=16,
+    num_experts_per_tok=6,
+    moe_intermediate_size=96,
+    norm_topk_prob=True,
+    mlp_only_layers=(0,),
+)
+MODELS["windows"] = replace(
+    MODELS["untied_bias"], sliding_window=33, layer_types=("sliding_attention", "full_attention")
+)
 
 
 def ulps(x, y):
@@ -174,7 +188,7 @@ def steps(x):
     return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
-def each_from_theirs(theirs, weights, config, ids, start):
+def each_from_theirs(theirs, weights, config, ids, start, numerics=N):
     """Yield (kind, name, our value, theirs): each point by our function, from transformers' own inputs to it."""
 
     def project(name, x):
@@ -201,12 +215,13 @@ def each_from_theirs(theirs, weights, config, ids, start):
             yield elementwise(f"{attn}{name}_rope", rotate(np.swapaxes(theirs[f"{attn}{name}_norm"], 1, 2), tables, N))
 
         q, k, v = (theirs[attn + name] for name in ("q_rope", "keys", "values"))
-        visible = np.isfinite(theirs[f"{attn}scores"])
-        _, scores, _ = each_attended(q, k, v)
+        visible, window = np.isfinite(theirs[f"{attn}scores"]), config.window(layer)
+        _, scores, _ = each_attended(q, k, v, window)
+        np.testing.assert_array_equal(np.isfinite(scores), visible)
         yield "scaled product", f"{attn}scores", scores[visible], theirs[f"{attn}scores"][visible]
         # With the identity as keys, the product inside attend is its queries: here transformers' product, unchanged.
         q = np.pad(theirs[f"{attn}product"], [(0, 0)] * 3 + [(0, config.head_dim - k.shape[2])])
-        context, scores, probs = each_attended(q, np.broadcast_to(np.eye(*k.shape[2:]), k.shape), v)
+        context, scores, probs = each_attended(q, np.broadcast_to(np.eye(*k.shape[2:]), k.shape), v, window)
         yield elementwise(f"{attn}scores", scores)
         yield "softmax", f"{attn}probs", probs[visible], theirs[f"{attn}probs"][visible]
         fed = np.swapaxes((probs == theirs[f"{attn}probs"]).all(-1), 1, 2)  # (B, S, H): where V met the same numbers
@@ -216,19 +231,39 @@ def each_from_theirs(theirs, weights, config, ids, start):
         yield project(f"{attn}o_proj", f"{attn}context")
         yield elementwise(f"{at}.attn_residual", N.round(theirs[x] + theirs[f"{attn}o_proj"]))
         yield normalise(f"{at}.post_attention_layernorm", f"{at}.attn_residual")
-        yield from (project(f"{mlp}{name}_proj", f"{at}.post_attention_layernorm") for name in ("gate", "up"))
-        yield elementwise(f"{mlp}act", activation(theirs[f"{mlp}gate_proj"], theirs[f"{mlp}up_proj"]))
-        yield project(f"{mlp}down_proj", f"{mlp}act")
-        yield elementwise(at, N.round(theirs[f"{at}.attn_residual"] + theirs[f"{mlp}down_proj"]))
+        if config.is_sparse(layer):
+            yield from each_of_experts(theirs, weights, config, f"{at}.post_attention_layernorm", mlp, numerics)
+        else:
+            yield from (project(f"{mlp}{name}_proj", f"{at}.post_attention_layernorm") for name in ("gate", "up"))
+            yield elementwise(f"{mlp}act", activation(theirs[f"{mlp}gate_proj"], theirs[f"{mlp}up_proj"]))
+            yield project(f"{mlp}down_proj", f"{mlp}act")
+        fed = theirs[f"{mlp}experts" if config.is_sparse(layer) else f"{mlp}down_proj"]
+        yield elementwise(at, N.round(theirs[f"{at}.attn_residual"] + fed))
         x = at
     yield normalise("model.norm", x)
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     yield "matrix product", "lm_head", linear(theirs["model.norm"], head, None, N), theirs["lm_head"]
 
 
-def each_attended(q, k, v):
+def each_of_experts(theirs, weights, config, name, mlp, numerics):
+    """The same for a sparse layer; name is that of its input."""
+    x, logits, indices = theirs[name], theirs[f"{mlp}gate"], theirs[f"{mlp}router_indices"].astype(int)
+    yield "matrix product", f"{mlp}gate", linear(x, weights[f"{mlp}gate.weight"], None, N), logits
+    _, ours, shares = route(logits, np.eye(config.num_experts, dtype=np.float32), config, N)
+    yield "softmax", f"{mlp}router_weights", shares, theirs[f"{mlp}router_weights"]
+    # where two logits are equal in bfloat16 torch may choose either, or both in another order
+    largest = -np.sort(-logits, axis=-1)[..., : config.num_experts_per_tok + 1]
+    distinct = np.all(np.diff(largest) < 0, axis=-1)
+    yield "elementwise", f"{mlp}router_indices", ours[distinct].astype(float), indices[distinct].astype(float)
+    np.testing.assert_array_equal(np.take_along_axis(logits, ours, -1), np.take_along_axis(logits, indices, -1))
+    y = experts(x, weights, f"{mlp}experts.", indices, theirs[f"{mlp}router_weights"], numerics)
+    yield "experts", f"{mlp}experts", y, theirs[f"{mlp}experts"]
+
+
+def each_attended(q, k, v, window):
     """Return contexts, scores and probabilities of a batch."""
-    return [np.stack(y) for y in zip(*(attended(*sequence, N) for sequence in zip(q, k, v, strict=True)), strict=True)]
+    sequences = zip(q, k, v, strict=True)
+    return [np.stack(y) for y in zip(*(attended(*sequence, N, window) for sequence in sequences), strict=True)]
 
 
 def activation(gate, up):
@@ -239,26 +274,29 @@ def activation(gate, up):
     return swiglu(np.concatenate((gate, up), -1), matrices, "", N, ignore)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_steps(oracle, name):
+@pytest.mark.parametrize(("name", "how"), [*((name, "eager") for name in MODELS), ("experts", "grouped_mm")])
+def test_bfloat16_steps(oracle, name, how):
     """A prefill and decode steps, each step of the arithmetic fed transformers' own input to it."""
+    numerics = precision("bfloat16" if how == "eager" else "bfloat16-grouped")
     config, weights = MODELS[name], bfloat16_weights(MODELS[name], 0)
     ids = draw_ids(np.random.default_rng(0), config, 2, config.head_dim)
     points = []
-    oracle.prefill_and_decode(oracle.model_of(config, weights, "bfloat16"), ids, STEPS, points)
+    oracle.prefill_and_decode(oracle.model_of(config, weights, "bfloat16", how), ids, STEPS, points)
 
     limits = {  # the share of the elements that may differ, and by how many steps
         "elementwise": (0, 0),
         "matrix product": (5e-4, 1),  # another order of summation: measured 5e-5
         "scaled product": (5e-4, 2),  # the same: 3e-5; scaling moves the leading digits and can make two steps of one
         "norm": (5e-5, 2),  # a float32 mean, likewise: 6e-6; the weight can make two steps of one
-        "softmax": (5e-5, 1),  # a float32 sum, likewise, and another exp: 1.5e-5
+        "softmax": (1e-4, 1),  # a float32 sum, likewise, and another exp: 1.2e-5 to 4.2e-5
+        "experts": (6e-4, 2),  # matrix products, and a sum over six experts: measured 6e-5
     }
     figures = {kind: [] for kind in limits}
     start = 0
     for theirs in points:
         new = theirs["model.embed_tokens"].shape[1]
-        for kind, point, ours, truth in each_from_theirs(theirs, weights, config, ids[:, start : start + new], start):
+        part = ids[:, start : start + new]
+        for kind, point, ours, truth in each_from_theirs(theirs, weights, config, part, start, numerics):
             away = np.abs(steps(ours) - steps(truth))
             # A sum that cancels keeps the float32 noise of its terms, which can be many steps of the small result.
             far = away > limits[kind][1]
@@ -267,8 +305,10 @@ def test_bfloat16_steps(oracle, name):
             assert noise <= 5e-7, point  # measured 1.2e-7
             figures[kind].append((away.size, np.count_nonzero(away), away[~far].max(initial=0), noise))
         start += new
-    print(f"\n{name}, bfloat16, prefill {len(ids)} x {ids.shape[1] - STEPS} and {STEPS} decode steps")
+    print(f"\n{name}, {numerics.name}, prefill {len(ids)} x {ids.shape[1] - STEPS} and {STEPS} decode steps")
     for kind, (share, _) in limits.items():
+        if not figures[kind]:
+            continue
         sizes, counts, most, noise = zip(*figures[kind], strict=True)
         size, count = sum(sizes), sum(counts)
         print(
@@ -316,12 +356,49 @@ def test_bfloat16_softmax(oracle):
         assert away.max() <= 1
 
 
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+def test_bfloat16_experts(oracle, how):
+    """Bit for bit where the products are exact in whatever order: what is left are the roundings of the sum."""
+    config, rng = MODELS["experts"], np.random.default_rng(0)
+    count, k, size, hidden = 16, 6, 40, 64
+    weights = {}
+    for n in range(count):  # small whole numbers; each output is one activation, scaled
+        weights |= {f"{n}.{name}_proj.weight": rng.integers(-2, 3, (size, hidden)) * 1.0 for name in ("gate", "up")}
+        weights[f"{n}.down_proj.weight"] = np.eye(size)[rng.integers(size, size=hidden)] * rng.choice([-1.5, 0.75, 1])
+    weights = {name: w.astype(np.float32) for name, w in weights.items()}
+    x = rng.integers(-2, 3, (1, 300, hidden)).astype(np.float32)
+    _, indices, shares = route(
+        rng.standard_normal((1, 300, count), np.float32), np.eye(count, dtype=np.float32), config, N
+    )
+    changes = {"hidden_size": hidden, "moe_intermediate_size": size, "num_experts_per_tok": k}
+    theirs_config = oracle.Qwen3MoeConfig(**(config.to_dict() | changes))
+    theirs_config._experts_implementation = how
+    torch = oracle.torch
+    module = oracle.modeling_qwen3_moe.Qwen3MoeExperts(theirs_config).bfloat16().requires_grad_(False)
+    gate, up, down = (
+        np.stack([weights[f"{n}.{name}_proj.weight"] for n in range(count)]) for name in ("gate", "up", "down")
+    )
+    module.gate_up_proj.copy_(torch.from_numpy(np.concatenate((gate, up), 1)))
+    module.down_proj.copy_(torch.from_numpy(down))
+    arguments = (
+        torch.from_numpy(x[0]).bfloat16(),
+        torch.from_numpy(indices[0]),
+        torch.from_numpy(shares[0]).bfloat16(),
+    )
+    theirs = oracle.array(module(*arguments))
+    for numerics in ("bfloat16", "bfloat16-grouped"):
+        ours = experts(x, weights, "", indices, shares, precision(numerics))[0]
+        differ = np.mean(ours != theirs)
+        print(f"\nexperts {how} beside {numerics}: {differ:.1e} of {theirs.size} differ", end="")
+        assert (differ == 0) == ((how == "grouped_mm") == (numerics == "bfloat16-grouped"))
+
+
 def test_bfloat16_logits(oracle):
     """Whole models in bfloat16: much nearer to transformers' bfloat16 than that is to the truth, and as good."""
     figures = []
     for seed in range(24):
         rng = np.random.default_rng(seed)
-        config = draw_config(rng)
+        config = draw_any_config(rng)
         weights = bfloat16_weights(config, seed)
         ids = draw_ids(rng, config, 1, int(rng.integers(1, 257)) + STEPS)
         ours = prefill_and_decode(weights, config, ids, "bfloat16")
