@@ -9,7 +9,7 @@ import pytest
 from drawing import attended, draw_any_config, draw_ids, relative, round_bfloat16, trained_like
 from threadpoolctl import threadpool_limits
 
-from qwen3np import Config, KVCache, forward
+from qwen3np import Config, KVCache, forward, read_checkpoint, save_checkpoint
 from qwen3np.linear import linear
 from qwen3np.mlp import swiglu
 from qwen3np.moe import experts, route
@@ -86,6 +86,38 @@ def test_float64(drawn):
     worst = drawn["float64"].max()
     print(f"\nfloat64 logits, relative L2 against transformers wholly in float64: max {worst:.2e}")
     assert worst <= 2e-14  # measured 3e-15 to 9e-15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_checkpoints_go_both_ways(oracle, tmp_path, dtype):
+    """Ours as transformers reads it, and its own as we read it: names, spellings of the config, experts one by one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    kinds = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        config = draw_any_config(rng)
+        stored = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+        weights = {name: w.astype(stored) for name, w in trained_like(config, seed).items()}
+        ids = draw_ids(rng, config, 1, 80)
+        logits = forward(weights, config, ids)
+        ours, theirs, bare = (tmp_path / f"{name}{seed}" for name in ("ours", "theirs", "bare"))
+        save_checkpoint(ours, config, weights)
+        read = {"dtype": "float32", "attn_implementation": "eager"}
+        read |= {"experts_implementation": "eager"} if config.num_experts else {}
+        model = AutoModelForCausalLM.from_pretrained(ours, **read).eval()
+        assert relative(oracle.run(model, ids), logits) <= 3e-6
+
+        AutoModelForCausalLM.from_pretrained(ours).save_pretrained(theirs)
+        again, found = read_checkpoint(theirs)
+        assert {w.dtype for w in found.values()} == {stored}
+        np.testing.assert_array_equal(forward(found, again, ids), logits)
+        AutoModel.from_pretrained(ours).save_pretrained(bare)  # without the head, and without "model."
+        if config.tie_word_embeddings:
+            again, found = read_checkpoint(bare)
+            np.testing.assert_array_equal(forward(found, again, ids), logits)
+        kinds.add((config.num_experts > 0, config.sliding_window is not None, config.rope_scaling is not None))
+    assert len(kinds) >= 5
 
 
 def test_rotary_tables(oracle):
