@@ -16,7 +16,7 @@ HELP = "describe a checkpoint: architecture, parameters, memory"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    text = "say what memory N positions need (default: 1000)"
+    text = "say what memory a context of N positions needs (default: 1000)"
     parser.add_argument("--positions", type=int, metavar="N", default=1000, help=text)
     add_model(parser)
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = scaled(config, arguments)
     count = count_parameters(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
+    mapped, copied = stored + 4 * cache, 4 * (count["unique"] + cache)
     layers = range(config.num_hidden_layers)
     group = config.num_attention_heads // config.num_key_value_heads
     rows = [
@@ -61,7 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
         ("  active", f"{count['active']:,} for each token"),
         ("on disk", disk),
         ("cache", f"{4 * cache:,} bytes per {positions:,} positions in float32, {2 * cache:,} in bfloat16"),
-        ("memory", _memory(stored + 4 * cache, 4 * (count["unique"] + cache), positions)),
+        (
+            "memory",
+            f"{mapped / 1e9:,.1f} GB with the file mapped and this cache, {copied / 1e9:,.1f} with a float32 copy",
+        ),
+        ("this machine", _fits(mapped, copied)),
     ]
     if yarn := config.rope_scaling:
         original = yarn.original_max_position_embeddings
@@ -76,13 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(rows))
 
 
-def _memory(mapped: int, copied: int, positions: int) -> str:
-    """Say what so many bytes, with the file mapped or with a float32 copy, mean on this machine."""
-    text = f"{mapped / 1e9:,.1f} GB with the file mapped, {copied / 1e9:,.1f} GB with a float32 copy"
-    text += f", for {positions:,} positions"
+def _fits(mapped: int, copied: int) -> str:
+    """Say whether so many bytes, with the file mapped or with a float32 copy, fit into the memory that is free."""
     free = available_memory()
     if not free:
-        return text
-    fits = "both fit" if copied <= free else "the file mapped fits" if mapped <= free else "does not fit"
-    slow = ": weights are read from the disk again and again" if mapped > free else ""
-    return f"{text}; {free / 1e9:,.1f} GB are free here: {fits}{slow}"
+        return "its free memory is not known"
+    room = f"of the {free / 1e9:,.1f} GB that are free"
+    if mapped > free:
+        return f"does not fit {room}: weights are read from the disk again and again"
+    return f"fits {room}, {'mapped or copied' if copied <= free else 'mapped'}"
