@@ -141,18 +141,6 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, dict[str, Array]]:
     return config, {name: cast("Array", stored[name]) for name in expected}
 
 
-def release(tensor: Array) -> None:
-    """Let go of the memory of a mapped tensor, which is read from the file again when it is next used."""
-    owner: Any = tensor
-    while isinstance(owner, np.ndarray):
-        owner = cast("Any", owner).base
-    owner = owner.obj if isinstance(owner, memoryview) else owner
-    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        start = tensor.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        page = start - start % mmap.PAGESIZE
-        owner.madvise(mmap.MADV_DONTNEED, page, start + tensor.nbytes - page)
-
-
 def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dtype: DTypeLike | None = None) -> None:
     """Write config.json and model.safetensors, which transformers loads unchanged.
 

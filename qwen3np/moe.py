@@ -12,6 +12,7 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.linear import linear
+from qwen3np.mapped import will_need
 from qwen3np.mlp import swiglu
 from qwen3np.numerics import Array, Numerics, Record, ignore, softmax
 from qwen3np.threads import share
@@ -68,6 +69,8 @@ def experts(
 
     def apply(part: tuple[int, Array]) -> None:
         expert, places = part
+        for name in ("gate_proj", "up_proj", "down_proj"):  # page by page the system would read more, and wait more
+            will_need(weights[f"{prefix}{expert}.{name}.weight"])
         y = swiglu(rows[places // k], weights, f"{prefix}{expert}.", numerics, ignore)
         outputs[places] = numerics.round(y * by_weight[places])
 

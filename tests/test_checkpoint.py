@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
+import os
 import re
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3np import CheckpointError, ConfigError, forward, init_weights, read_checkpoint, save_checkpoint
-from qwen3np.checkpoint import _map_file, release, weight_shapes
+from qwen3np.checkpoint import _map_file, weight_shapes
+from qwen3np.mapped import release, will_need
 from qwen3np.numerics import BFLOAT16
 
 DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -518,3 +522,31 @@ def test_release_gives_back_the_memory_of_a_mapped_tensor_but_not_its_numbers(tm
     np.testing.assert_array_equal(tensors["a"], large[0])
     release(large[0])  # what is not mapped stays
     np.testing.assert_array_equal(tensors["a"], large[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_will_need_reads_a_tensor_and_nothing_around_it(tmp_path):
+    large = np.random.default_rng(0).standard_normal((4, 1 << 21)).astype(np.float32)  # 8 MB each
+    file = tmp_path / "large.safetensors"
+    safetensors.numpy.save_file(dict(zip("abcd", large, strict=True)), file)
+    with file.open("rb") as opened:  # not one page of it stays in memory
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tensors = _map_file(file, [])
+
+    def in_memory(name):  # the share of its pages
+        first = tensors[name].ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        pages = (ctypes.c_ubyte * (large[0].nbytes // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(large[0].nbytes), pages) == 0
+        return np.mean(np.frombuffer(pages, np.uint8) & 1)
+
+    if in_memory("b"):
+        pytest.skip("this file system keeps its files in memory")
+    will_need(tensors["b"])
+    until = time.monotonic() + 20
+    while in_memory("b") < 0.99 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert in_memory("b") >= 0.99
+    assert max(map(in_memory, "acd")) <= 0.05
+    np.testing.assert_array_equal(tensors["b"], large[1])
+    will_need(large[0])  # what is not mapped stays as it is
