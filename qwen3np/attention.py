@@ -2,7 +2,7 @@
 
 Attention: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; groups of query heads that share a key and value
 head: Ainslie et al., 2023, https://arxiv.org/abs/2305.13245; norms on queries and keys: Qwen3 technical report, 2025,
-https://arxiv.org/abs/2505.09388.
+https://arxiv.org/abs/2505.09388; windows: Beltagy et al., 2020, https://arxiv.org/abs/2004.05150.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def self_attention(
     config: Config,
     tables: tuple[Array, Array],
     cache: tuple[KVCache, int] | None,
+    window: int | None,
     numerics: Numerics,
     record: Record,
 ) -> Array:
     """Project, normalise, rotate, attend, project back. x (B, S, D) -> (B, S, D).
 
     prefix is the layer's ("model.layers.0.self_attn."), tables come from rotary_tables, cache is the KVCache with the
-    layer's number, or None when nothing comes before x and nothing shall follow it.
+    layer's number, or None when nothing comes before x and nothing shall follow it, window is config.window(layer).
     """
 
     def project(y: Array, *names: str) -> list[Array]:
@@ -68,7 +69,7 @@ def self_attention(
         if record is not ignore:  # one sequence's scores alone are large; they are kept only for a trace
             shape = (*q[b].shape[:2], keys.shape[1])
             steps.append((np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)))
-        contexts.append(attend(q[b], keys, values, numerics, steps[b] if steps else None))
+        contexts.append(attend(q[b], keys, values, numerics, steps[b] if steps else None, window))
     if steps:
         record(f"{prefix}scores", _stack([scores for scores, _ in steps], -np.inf))
         record(f"{prefix}probs", _stack([probs for _, probs in steps], 0))
@@ -78,12 +79,18 @@ def self_attention(
 
 
 def attend(
-    q: Array, k: Array, v: Array, numerics: Numerics = FLOAT32, steps: tuple[Array, Array] | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    numerics: Numerics = FLOAT32,
+    steps: tuple[Array, Array] | None = None,
+    window: int | None = None,
 ) -> Array:
     """Return softmax(q kᵀ / sqrt(Dh)) v for one sequence, causal. -> (S, H * Dh).
 
     q (H, S, Dh) are the queries of the last S of T positions, k and v (K, T, Dh) the keys and values of all. steps, if
-    given, are two arrays (H, S, T), filled with -inf and 0, that get the scores (scaled) and the probabilities.
+    given, are two arrays (H, S, T), filled with -inf and 0, that get the scores (scaled) and the probabilities. window,
+    if given, is how many positions, its own the last of them, a query sees.
 
     Scores are made in blocks that stay in the cache, and only those that a query may see. A row longer than a block
     gets its softmax from running values: its largest score so far, and the sums relative to it (Milakov and Gimelshein,
@@ -97,26 +104,37 @@ def attend(
     context = np.empty((new, kv_heads, group, head_dim), numerics.dtype)
     if steps:
         steps = steps[0].reshape(*q.shape[:3], total), steps[1].reshape(*q.shape[:3], total)
+    most = max(min(new, BLOCK_ROWS // group), 1)  # queries in a block
+    reach = total if window is None else min(total, window + most - 1)  # keys that some query of a block sees
     # bfloat16 rounds each probability, so it needs the sum of a whole row before it goes on
-    width = total if numerics.rounds else min(total, BLOCK_KEYS)
-    step = max(min(new, BLOCK_ROWS // group, BLOCK_SCORES // (group * width)), 1)
-    together = max(min(-(-kv_heads // threads_for(q.size * total)), BLOCK_SCORES // (group * step * width)), 1)
+    width = reach if numerics.rounds else min(reach, BLOCK_KEYS)
+    step = max(min(most, BLOCK_SCORES // (group * width)), 1)
+    together = max(min(-(-kv_heads // threads_for(q.size * reach)), BLOCK_SCORES // (group * step * width)), 1)
 
     def attend_part(part: tuple[int, int]) -> None:
         head, start = part
-        heads, queries, seen = slice(head, head + together), slice(start, start + step), total - new + start + step
-        part_steps = steps and (steps[0][heads, :, queries, :seen], steps[1][heads, :, queries, :seen])
-        mixed = _attend_block(q[heads, :, queries], k[heads, :seen], v[heads, :seen], width, numerics, part_steps)
+        heads, queries = slice(head, head + together), slice(start, start + step)
+        first, end = total - new + start, min(total - new + start + step, total)  # the positions of the queries
+        seen = slice(0 if window is None else max(first - window + 1, 0), end)
+        part_steps = steps and (steps[0][heads, :, queries, seen], steps[1][heads, :, queries, seen])
+        keys, values = k[heads, seen], v[heads, seen]
+        mixed = _attend_block(q[heads, :, queries], keys, values, width, numerics, part_steps, window)
         context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
 
     starts = reversed(range(0, new, step))  # the last queries see most, and come first
     parts = [(head, start) for start in starts for head in range(0, kv_heads, together)]
-    share(parts, q.size * total, attend_part)
+    share(parts, q.size * reach, attend_part)
     return context.reshape(new, -1)
 
 
 def _attend_block(
-    q: Array, k: Array, v: Array, width: int, numerics: Numerics, steps: tuple[Array, Array] | None
+    q: Array,
+    k: Array,
+    v: Array,
+    width: int,
+    numerics: Numerics,
+    steps: tuple[Array, Array] | None,
+    window: int | None,
 ) -> Array:
     """Attend with queries q (h, G, s, Dh) at the last s positions of k and v (h, T, Dh), `width` keys at a time.
 
@@ -135,10 +153,14 @@ def _attend_block(
         if a + width > total - last + 1:
             hidden = np.triu(np.ones((last, keys.shape[1]), np.bool_), total - last - a + 1)
             np.copyto(in_groups, -np.inf, where=hidden)
+        if window is not None and a < total - window:
+            hidden = np.tril(np.ones((last, keys.shape[1]), np.bool_), total - last - a - window)
+            np.copyto(in_groups, -np.inf, where=hidden)
         if steps:
             steps[0][..., a : a + width] = in_groups
 
-        before, largest = largest, scores.max(axis=-1, keepdims=True)
+        # a window may hide a whole block from a query: a finite largest score then makes each exp 0
+        before, largest = largest, scores.max(axis=-1, keepdims=True, initial=np.finfo(scores.dtype).min)
         if a:
             np.maximum(largest, before, out=largest)
         scores -= largest

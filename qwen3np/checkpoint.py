@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor of this model, in the order of use."""
-    d, f, dh = config.hidden_size, config.intermediate_size, config.head_dim
+    d, dh = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * dh, config.num_key_value_heads * dh
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
     for name, outputs, inputs in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
@@ -45,11 +45,19 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             layer[f"self_attn.{name}.bias"] = (outputs,)
     layer |= {"self_attn.q_norm.weight": (dh,), "self_attn.k_norm.weight": (dh,)}
     layer |= {"post_attention_layernorm.weight": (d,)}
-    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+
+    def mlp(prefix: str, f: int) -> dict[str, tuple[int, ...]]:
+        projections = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+        return {f"{prefix}{name}.weight": shape for name, shape in projections.items()}
+
+    dense, sparse = mlp("mlp.", config.intermediate_size), {"mlp.gate.weight": (config.num_experts, d)}
+    for expert in range(config.num_experts):
+        sparse |= mlp(f"mlp.experts.{expert}.", config.moe_intermediate_size)
 
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
     for n in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+        whole = layer | (sparse if config.is_sparse(n) else dense)
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in whole.items()}
     shapes["model.norm.weight"] = (d,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
@@ -60,12 +68,15 @@ def count_parameters(config: Config) -> dict[str, int]:
     """Return how many parameters the model has.
 
     "total" counts a tied head as a matrix of its own, "unique" counts what is stored, "non_embedding" leaves out the
-    embedding and the head, "active" is what one token uses (all that is unique, in a dense model).
+    embedding and the head, "active" is what one token uses: all that is unique but the experts it is not sent to.
     """
     embedding = config.vocab_size * config.hidden_size
     unique = sum(math.prod(shape) for shape in weight_shapes(config).values())
     total = unique + embedding * config.tie_word_embeddings
-    return {"total": total, "unique": unique, "non_embedding": total - 2 * embedding, "active": unique}
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    sparse = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    active = unique - sparse * (config.num_experts - config.num_experts_per_tok) * expert
+    return {"total": total, "unique": unique, "non_embedding": total - 2 * embedding, "active": active}
 
 
 def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> dict[str, Array]:
@@ -95,9 +106,9 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     """Return the config and the mapped, read-only weights of a folder, after checking all of them.
 
     Reads config.json and the headers of model.safetensors, or of the shards in model.safetensors.index.json; not one
-    weight. A head that is stored though the config ties it to the embedding is left out. Raises ConfigError for the
-    config, CheckpointError for the rest: one message that lists what is missing, extra, truncated, or of another shape
-    or dtype than the config asks for.
+    weight. A head that is stored though the config ties it to the embedding is left out, and names without `model.`
+    (of a file that was saved without the head) get it. Raises ConfigError for the config, CheckpointError for the rest:
+    one message that lists what is missing, extra, truncated, or of another shape or dtype than the config asks for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -117,6 +128,8 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
         stored |= tensors
 
     expected = weight_shapes(config)
+    if not any(name.startswith("model.") for name in stored):
+        stored = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in stored.items()}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     problems += [f"{name}: extra: no such tensor in this model" for name in sorted(stored.keys() - expected.keys())]
@@ -157,18 +170,6 @@ def require_unchanged(weights: Weights) -> None:
                 continue
             if now == number and found != before:
                 raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
-
-
-def release(tensor: Array) -> None:
-    """Let go of the memory of a mapped tensor, which is read from the file again when it is next used."""
-    owner: Any = tensor
-    while isinstance(owner, np.ndarray):
-        owner = cast("Any", owner).base
-    owner = owner.obj if isinstance(owner, memoryview) else owner
-    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        start = tensor.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        page = start - start % mmap.PAGESIZE
-        owner.madvise(mmap.MADV_DONTNEED, page, start + tensor.nbytes - page)
 
 
 def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dtype: DTypeLike | None = None) -> None:

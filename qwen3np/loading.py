@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint, release
+from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint
 from qwen3np.config import Config, ConfigError, read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
+from qwen3np.mapped import release
 from qwen3np.model import forward
 from qwen3np.numerics import Array
 from qwen3np.threads import share

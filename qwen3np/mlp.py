@@ -10,9 +10,9 @@ from qwen3np.threads import in_blocks
 
 
 def swiglu(x: Array, weights: Mapping[str, Array], prefix: str, numerics: Numerics, record: Record) -> Array:
-    """Return (silu(x gateᵀ) * (x upᵀ)) downᵀ. x (B, S, D) -> (B, S, D), through (B, S, F).
+    """Return (silu(x gateᵀ) * (x upᵀ)) downᵀ. x (..., D) -> (..., D), through (..., F).
 
-    prefix is the layer's: "model.layers.0.mlp.".
+    prefix is the layer's: "model.layers.0.mlp.", or an expert's: "model.layers.0.mlp.experts.0.".
     """
 
     def activate(gate: Array, up: Array) -> Array:

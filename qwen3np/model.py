@@ -16,6 +16,7 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.linear import is_ready, linear
 from qwen3np.mlp import swiglu
+from qwen3np.moe import mixture
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
@@ -38,8 +39,9 @@ def forward(
     Without the head it is the hidden states after the final norm instead, (B, S, D) or (B, 1, D).
 
     input_ids: (B, S) token ids, or (S,) read as B = 1. With a cache, sequence b goes on at position cache.lengths[b],
-    its keys and values are added, and the lengths advance when all is done. numerics is "float32", "float64" or
-    "bfloat16" (which rounds where transformers' eager bfloat16 does); logits are float32, or float64 for "float64".
+    its keys and values are added, and the lengths advance when all is done. numerics is "float32", "float64",
+    "bfloat16" (which rounds where transformers' eager bfloat16 does) or "bfloat16-grouped" (the same, but for the sum
+    over experts); logits are float32, or float64 for "float64".
     trace is called once for each recorded point, in order, with its name and its array, to keep but not to change.
 
     Raises ValueError for ids that are empty, out of range or no integers, and for a cache that does not match
@@ -58,9 +60,10 @@ def forward(
     x = n.widen(embedding[ids])  # (B, S, D)
     record("model.embed_tokens", x)
     # BLAS's own threads begin soonest, but wait awake, in the way of ours: for one row, until attention is half a layer
+    # (or experts are)
     matrix = config.hidden_size * config.intermediate_size
     attention = 2 * config.num_attention_heads * config.head_dim * int(starts.max() + new)
-    alone = ids.size == 1 and is_ready(embedding, n) and attention < 4 * matrix
+    alone = ids.size == 1 and is_ready(embedding, n) and attention < 4 * matrix and not config.num_experts
     with blas_threads(threads_for(matrix) if alone else 1):
         for layer in range(config.num_hidden_layers):
             x = block(x, weights, layer, config, tables, cache, n, record)
@@ -88,7 +91,7 @@ def block(
     numerics: Numerics,
     record: Record,
 ) -> Array:
-    """One decoder layer: x + attention(norm(x)), then the same with the MLP. x (B, S, D) -> (B, S, D)."""
+    """One decoder layer: x + attention(norm(x)), then the same with the MLP, or experts. x (B, S, D) -> (B, S, D)."""
     prefix = f"model.layers.{layer}."
 
     def normalise(y: Array, name: str) -> Array:
@@ -100,11 +103,15 @@ def block(
         return numerics.round(x + h)
 
     h = normalise(x, "input_layernorm")
-    here = None if cache is None else (cache, layer)
-    h = self_attention(h, weights, f"{prefix}self_attn.", config, tables, here, numerics, record)
+    here, window = None if cache is None else (cache, layer), config.window(layer)
+    h = self_attention(h, weights, f"{prefix}self_attn.", config, tables, here, window, numerics, record)
     x = in_blocks(add, x, h)
     record(f"{prefix}attn_residual", x)
-    h = swiglu(normalise(x, "post_attention_layernorm"), weights, f"{prefix}mlp.", numerics, record)
+    h = normalise(x, "post_attention_layernorm")
+    if config.is_sparse(layer):
+        h = mixture(h, weights, f"{prefix}mlp.", config, numerics, record)
+    else:
+        h = swiglu(h, weights, f"{prefix}mlp.", numerics, record)
     x = in_blocks(add, x, h)
     record(prefix[:-1], x)
     return x

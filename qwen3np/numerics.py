@@ -1,10 +1,12 @@
-"""The three precisions, and how numbers get into them.
+"""The precisions, and how numbers get into them.
 
 - float32: the everyday precision.
 - float64: the truth to measure against; everything is computed in float64, from the upcast of the weights on.
 - bfloat16: float32 arithmetic whose results are rounded to bfloat16 at the points where transformers' eager bfloat16
   rounds them. Between those points the values are bfloat16 numbers held in float32 arrays: ml_dtypes arrays have no
   matrix product of their own, and their sums and means lose what float32 keeps.
+- bfloat16-grouped: the same, but for the sum over a token's experts. transformers' eager experts round after each
+  addend, its grouped ones (`grouped_mm`, its default) once. Without experts it is bfloat16.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Numerics:
     dtype: np.dtype[Any]
     storage: np.dtype[Any]
     rounds: bool = False  # whether results are rounded to bfloat16
+    grouped: bool = False  # whether the sum over experts is rounded only once
 
     def round(self, x: Array) -> Array:
         """Return R(x): the nearest bfloat16 of each element, ties to even; x itself in the other precisions."""
@@ -51,7 +54,8 @@ class Numerics:
 FLOAT32 = Numerics("float32", np.dtype(np.float32), np.dtype(np.float32))
 FLOAT64 = Numerics("float64", np.dtype(np.float64), np.dtype(np.float64))
 ROUNDED = Numerics("bfloat16", np.dtype(np.float32), BFLOAT16, rounds=True)
-PRECISIONS = {n.name: n for n in (FLOAT32, FLOAT64, ROUNDED)}
+GROUPED = Numerics("bfloat16-grouped", np.dtype(np.float32), BFLOAT16, rounds=True, grouped=True)
+PRECISIONS = {n.name: n for n in (FLOAT32, FLOAT64, ROUNDED, GROUPED)}
 
 
 def precision(name: str) -> Numerics:

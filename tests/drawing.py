@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from hypothesis import strategies as st
 
 from qwen3np.attention import attend
 from qwen3np.checkpoint import init_weights
-from qwen3np.config import Config
+from qwen3np.config import Config, Yarn
 from qwen3np.numerics import FLOAT32, Numerics
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -35,6 +38,37 @@ def draw_config(rng: np.random.Generator) -> Config:
     )
 
 
+def draw_any_config(rng: np.random.Generator) -> Config:
+    """Draw a small config of the whole family: each of YaRN, sliding windows and experts comes in half of them."""
+    config, changes = draw_config(rng), dict[str, Any]()
+    layers = config.num_hidden_layers
+    if rng.integers(2):
+        changes["rope_scaling"] = Yarn(
+            factor=float(rng.uniform(2, 8)),
+            original_max_position_embeddings=int(rng.choice([64, 100, 512])),
+            truncate=bool(rng.integers(2)),
+            **[{}, {}, {"attention_factor": 0.9}, {"mscale": 0.7, "mscale_all_dim": 1.1}, {"beta_fast": 20.0}][
+                rng.integers(5)
+            ],
+        )
+    if rng.integers(2):
+        changes["num_experts"] = experts = int(rng.integers(2, 17))
+        changes["num_experts_per_tok"] = int(rng.integers(1, min(experts, 8) + 1))
+        changes["moe_intermediate_size"] = int(rng.integers(8, 41))
+        changes["norm_topk_prob"] = bool(rng.integers(2))
+        changes["decoder_sparse_step"] = int(rng.integers(1, 3))
+        changes["mlp_only_layers"] = tuple(np.flatnonzero(rng.random(layers) < 0.2).tolist())
+    if rng.integers(2):
+        changes["sliding_window"] = int(rng.integers(2, 65))
+        if "num_experts" not in changes and rng.integers(2):
+            kinds = np.where(rng.random(layers) < 0.5, "sliding_attention", "full_attention")
+            kinds[rng.integers(layers)] = "sliding_attention"
+            changes["layer_types"] = tuple(kinds.tolist())
+        elif "num_experts" not in changes:
+            changes["max_window_layers"] = int(rng.integers(layers))
+    return replace(config, **changes)
+
+
 def trained_like(config: Config, seed: int) -> dict[str, np.ndarray]:
     """Return float32 weights as they are after training: norm weights other than 1, matrices scaled by their inputs."""
     return init_weights(config, seed, trained_like=True)
@@ -58,8 +92,10 @@ def round_bfloat16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + odd) & 0xFFFF0000).view(np.float32)
 
 
-def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, numerics: Numerics = FLOAT32) -> tuple[np.ndarray, ...]:
+def attended(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, numerics: Numerics = FLOAT32, window: int | None = None
+) -> tuple[np.ndarray, ...]:
     """Return what attend gives, and the scores and probabilities (H, S, T) on the way."""
     shape = (*q.shape[:2], k.shape[1])
     steps = np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)
-    return attend(q, k, v, numerics, steps), *steps
+    return attend(q, k, v, numerics, steps, window), *steps

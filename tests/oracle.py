@@ -5,29 +5,50 @@ Nothing here computes: the hooks and wrappers only look at what transformers' co
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3 import modeling_qwen3
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3 import modeling_qwen3  # noqa: F401  # for the tests
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from qwen3np import Config
 
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # it warns of every drawn YaRN factor that is no ratio of two contexts
 torch.set_num_threads(1)  # models this small only lose time to more
 Points = dict[str, np.ndarray]
+Model = Qwen3ForCausalLM | Qwen3MoeForCausalLM
 
 
-def model_of(config: Config, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> Qwen3ForCausalLM:
-    """Return transformers' model of this config and these weights, eager, in "float32", "bfloat16" or "float64"."""
-    model = Qwen3ForCausalLM._from_config(
-        Qwen3Config(**config.to_dict()), dtype=getattr(torch, dtype), attn_implementation="eager"
-    )
+def model_of(
+    config: Config, weights: Mapping[str, np.ndarray], dtype: str = "float32", experts: str = "eager"
+) -> Model:
+    """Return transformers' model of this config and these weights, eager, in "float32", "bfloat16" or "float64".
+
+    experts is how it adds up experts: "eager" or "grouped_mm".
+    """
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+    if config.num_experts:
+        options["experts_implementation"] = experts
+        model = Qwen3MoeForCausalLM._from_config(Qwen3MoeConfig(**config.to_dict()), **options)
+    else:
+        model = Qwen3ForCausalLM._from_config(Qwen3Config(**config.to_dict()), **options)
     state = {name: torch.from_numpy(np.array(w, np.float32)) for name, w in weights.items()}
+    for layer in filter(config.is_sparse, range(config.num_hidden_layers)):  # in memory all experts are one tensor
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack([state.pop(f"{prefix}{n}.{name}_proj.weight") for n in range(config.num_experts)])
+            for name in ("gate", "up", "down")
+        )
+        state |= {f"{prefix}gate_up_proj": torch.cat((gate, up), 1), f"{prefix}down_proj": down}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
@@ -45,17 +66,13 @@ class Float64(TorchFunctionMode):
         return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
 
 
-def run(
-    model: Qwen3ForCausalLM, ids: np.ndarray, cache: DynamicCache | None = None, points: Points | None = None
-) -> np.ndarray:
+def run(model: Model, ids: np.ndarray, cache: DynamicCache | None = None, points: Points | None = None) -> np.ndarray:
     """Return the logits (B, S, V) of ids (B, S), and put every point on the way into points."""
     with torch.no_grad(), nullcontext() if points is None else _recording(model, points):
         return array(model(torch.from_numpy(ids), past_key_values=cache, use_cache=cache is not None).logits)
 
 
-def prefill_and_decode(
-    model: Qwen3ForCausalLM, ids: np.ndarray, steps: int, points: list[Points] | None = None
-) -> np.ndarray:
+def prefill_and_decode(model: Model, ids: np.ndarray, steps: int, points: list[Points] | None = None) -> np.ndarray:
     """Return the logits (B, S, V) when the last `steps` of the S ids are fed one by one, through a DynamicCache."""
     cache = DynamicCache(config=model.config)
     logits: list[np.ndarray] = []
@@ -72,7 +89,7 @@ def array(x: torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _recording(model: Qwen3ForCausalLM, points: Points) -> Iterator[None]:
+def _recording(model: Model, points: Points) -> Iterator[None]:
     """Put every recorded point into points, under our names and in our shapes.
 
     Beside them, for checks of single steps: self_attn.product, the unscaled q kᵀ, and self_attn.keys and .values, what
@@ -85,7 +102,25 @@ def _recording(model: Qwen3ForCausalLM, points: Points) -> Iterator[None]:
     def input_(name: str) -> Callable[..., None]:
         return lambda module, args: points.__setitem__(name, array(args[0]))
 
-    recorded = (torch.nn.Linear, torch.nn.Embedding, modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3DecoderLayer)
+    def router(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, result: Any) -> None:
+            mlp = name.removesuffix("gate")
+            for point, x in zip(("gate", "router_weights", "router_indices"), result, strict=True):
+                points[mlp + point] = array(x).reshape(*points["model.embed_tokens"].shape[:2], -1)
+
+        return hook
+
+    def experts(name: str) -> Callable[..., None]:  # they see one row of tokens
+        return lambda module, args, y: points.__setitem__(name, array(y).reshape(points["model.embed_tokens"].shape))
+
+    modeling = sys.modules[type(model).__module__]
+    kind = type(model).__name__.removesuffix("ForCausalLM")
+    recorded = (
+        torch.nn.Linear,
+        torch.nn.Embedding,
+        getattr(modeling, f"{kind}RMSNorm"),
+        getattr(modeling, f"{kind}DecoderLayer"),
+    )
     inputs = {
         "o_proj": "context",
         "post_attention_layernorm": "attn_residual",
@@ -95,11 +130,15 @@ def _recording(model: Qwen3ForCausalLM, points: Points) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, recorded):
             hooks.append(module.register_forward_hook(output(name)))
+        elif isinstance(module, modeling_qwen3_moe.Qwen3MoeTopKRouter):
+            hooks.append(module.register_forward_hook(router(name)))
+        elif isinstance(module, modeling_qwen3_moe.Qwen3MoeExperts):
+            hooks.append(module.register_forward_hook(experts(name)))
         parent, _, own = name.rpartition(".")
         if own in inputs:
             hooks.append(module.register_forward_pre_hook(input_(f"{parent}.{inputs[own]}")))
 
-    attention = modeling_qwen3.eager_attention_forward
+    attention = modeling.eager_attention_forward
 
     def eager_attention_forward(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         prefix = f"model.layers.{module.layer_idx}.self_attn."
@@ -120,11 +159,11 @@ def _recording(model: Qwen3ForCausalLM, points: Points) -> Iterator[None]:
         )
         return result
 
-    modeling_qwen3.eager_attention_forward = eager_attention_forward
+    modeling.eager_attention_forward = eager_attention_forward
     try:
         yield
     finally:
-        modeling_qwen3.eager_attention_forward = attention
+        modeling.eager_attention_forward = attention
         for hook in hooks:
             hook.remove()
 

@@ -87,8 +87,38 @@ def test_probabilities_sum_to_1_and_are_0_where_hidden(seed, name):
     np.testing.assert_array_equal(scores == -np.inf, np.broadcast_to(hidden, probs.shape))
     assert not probs[:, hidden].any()
     assert probs.min() >= 0
-    tolerance = {"float64": 1e-15, "float32": 3e-7, "bfloat16": 2**-8}[name]
+    tolerance = {"float64": 1e-15, "float32": 3e-7}.get(name, 2**-8)
     np.testing.assert_allclose(probs.sum(-1), 1, atol=tolerance)
+
+
+@given(SEEDS, NAMES)
+def test_a_window_hides_what_lies_before_it_and_nothing_else(seed, name):
+    q, k, v, rng = draw(seed, name)
+    numerics, new, total = precision(name), q.shape[1], k.shape[1]
+    window = int(rng.integers(1, total + 2))
+    context, scores, probs = attended(q, k, v, numerics, window)
+    at = np.arange(total - new, total)[:, None]
+    hidden = (np.arange(total) > at) | (np.arange(total) <= at - window)
+    np.testing.assert_array_equal(scores == -np.inf, np.broadcast_to(hidden, probs.shape))
+    assert not probs[:, hidden].any()
+    tolerance = {"float64": 1e-14, "float32": 3e-6}.get(name, 0.03)
+    for s in range(new):  # the same query, and no other key than those of the window
+        end = total - new + s + 1
+        seen = slice(max(end - window, 0), end)
+        alone, _, _ = attended(q[:, s : s + 1], k[:, seen], v[:, seen], numerics)
+        np.testing.assert_allclose(context[s], alone[0], rtol=0, atol=tolerance)
+    if window >= total:
+        np.testing.assert_array_equal(context, attended(q, k, v, numerics)[0])
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_keys_that_a_window_hides_are_not_touched(name):
+    q, k, v, _ = draw(3, name)
+    k, v = np.repeat(k, 50, axis=1), np.repeat(v, 50, axis=1)
+    total, new, window = k.shape[1], q.shape[1], 4
+    context = attended(q, k, v, precision(name), window)[0]
+    k[:, : total - new - window + 1], v[:, : total - new - window + 1] = np.nan, np.nan  # 0 * nan would be nan
+    np.testing.assert_array_equal(attended(q, k, v, precision(name), window)[0], context)
 
 
 @given(SEEDS, st.floats(-1000, 1000))

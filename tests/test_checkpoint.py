@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
+import os
 import re
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +17,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from drawing import SEEDS, draw_config, draw_ids, trained_like
+from drawing import SEEDS, draw_any_config, draw_ids, trained_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3np import CheckpointError, ConfigError, forward, init_weights, read_checkpoint, save_checkpoint
-from qwen3np.checkpoint import _map_file, release, weight_shapes
+from qwen3np.checkpoint import _map_file, weight_shapes
+from qwen3np.mapped import release, will_need
 from qwen3np.numerics import BFLOAT16
 
 DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -111,7 +115,7 @@ def test_names_and_shapes_are_those_of_transformers(config):
 @given(SEEDS, st.sampled_from(list(DTYPES.values())))
 @settings(max_examples=10)
 def test_saved_and_read_are_the_same_bits(tmp_path_factory, seed, dtype):
-    config = draw_config(np.random.default_rng(seed))
+    config = draw_any_config(np.random.default_rng(seed))
     weights, folder = trained_like(config, seed), tmp_path_factory.mktemp("saved") / "new" / "folder"
     save_checkpoint(folder, config, weights, dtype=dtype)
     again, read = read_checkpoint(folder)
@@ -200,6 +204,40 @@ def test_tensors_need_no_alignment(tmp_path, config, weights):
         assert_same_bits(read, weights)
         for ids in ([3], [3, 1, 4]):
             np.testing.assert_array_equal(forward(read, config, ids), forward(weights, config, ids))
+
+
+def test_names_without_model_get_it(tmp_path, config, weights):
+    """As the embedding checkpoints are saved: without the head, so without the name of what holds it."""
+    for n, (tied, head) in enumerate([(True, False), (True, True), (False, True)]):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(replace(config, tie_word_embeddings=tied).to_dict()))
+        stored = {name.removeprefix("model."): w for name, w in weights.items() if head or name != "lm_head.weight"}
+        safetensors.numpy.save_file(stored, folder / "model.safetensors")
+        truth = {name: w for name, w in weights.items() if not tied or name != "lm_head.weight"}
+        assert_same_bits(read_checkpoint(folder)[1], truth)
+
+
+def test_names_of_which_only_some_lack_model_are_told(tmp_path, config, weights):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    stored = dict(weights)
+    stored["norm.weight"] = stored.pop("model.norm.weight")
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    told = problems(tmp_path)
+    assert "norm.weight: extra" in told
+    assert "model.norm.weight: missing" in told
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_stored_dtype_gives_the_logits_of_its_numbers(tmp_path, config, weights, dtype):
+    """Stored in any of the dtypes, mapped or copied: the bits are those of the same numbers in float32."""
+    save_checkpoint(tmp_path / "stored", config, weights, dtype=DTYPES[dtype])
+    _, mapped = read_checkpoint(tmp_path / "stored")
+    copied = {name: w.astype(DTYPES[dtype]).astype(np.float32) for name, w in weights.items()}
+    for numerics in ("float32", "float64", "bfloat16"):
+        for ids in ([3], [3, 1, 4], list(range(20))):
+            logits = forward(copied, config, ids, numerics=numerics)
+            np.testing.assert_array_equal(forward(mapped, config, ids, numerics=numerics), logits)
 
 
 def test_a_stored_head_is_left_out_where_the_config_ties_it(tmp_path, config, weights):
@@ -417,7 +455,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
 @given(SEEDS)
 @settings(max_examples=10)
 def test_new_weights_are_those_a_training_run_starts_with(seed):
-    config = replace(draw_config(np.random.default_rng(seed)), initializer_range=0.05)
+    config = replace(draw_any_config(np.random.default_rng(seed)), initializer_range=0.05)
     weights = init_weights(config, seed)
     assert_same_bits(init_weights(config, seed), weights)
     assert {name: w.shape for name, w in weights.items()} == weight_shapes(config)
@@ -484,3 +522,31 @@ def test_release_gives_back_the_memory_of_a_mapped_tensor_but_not_its_numbers(tm
     np.testing.assert_array_equal(tensors["a"], large[0])
     release(large[0])  # what is not mapped stays
     np.testing.assert_array_equal(tensors["a"], large[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_will_need_reads_a_tensor_and_nothing_around_it(tmp_path):
+    large = np.random.default_rng(0).standard_normal((4, 1 << 21)).astype(np.float32)  # 8 MB each
+    file = tmp_path / "large.safetensors"
+    safetensors.numpy.save_file(dict(zip("abcd", large, strict=True)), file)
+    with file.open("rb") as opened:  # not one page of it stays in memory
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tensors = _map_file(file, [])
+
+    def in_memory(name):  # the share of its pages
+        first = tensors[name].ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        pages = (ctypes.c_ubyte * (large[0].nbytes // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(large[0].nbytes), pages) == 0
+        return np.mean(np.frombuffer(pages, np.uint8) & 1)
+
+    if in_memory("b"):
+        pytest.skip("this file system keeps its files in memory")
+    will_need(tensors["b"])
+    until = time.monotonic() + 20
+    while in_memory("b") < 0.99 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert in_memory("b") >= 0.99
+    assert max(map(in_memory, "acd")) <= 0.05
+    np.testing.assert_array_equal(tensors["b"], large[1])
+    will_need(large[0])  # what is not mapped stays as it is

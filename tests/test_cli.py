@@ -165,6 +165,57 @@ def test_info(run, model):
     assert "bfloat16" in out
 
 
+def test_info_of_every_official_config(run, data):
+    published = json.loads((data / "param_counts.json").read_text())
+    for name, counts in published.items():
+        out = run("info", "--positions", "4096", model=data / "checkpoints" / name)
+        config = json.loads((data / "checkpoints" / name / "config.json").read_text())
+        unique = counts["total_params"]
+        cache = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4096
+        assert f"{unique:,} unique" in out
+        assert f"{counts['non_embedding']:,}" in out
+        assert f"on disk          {2 * unique:,} bytes in bfloat16 (no weights in this folder)" in out
+        assert f"{4 * cache:,} bytes per 4,096 positions in float32" in out
+        mapped, copied = (2 * unique + 4 * cache) / 1e9, 4 * (unique + cache) / 1e9
+        assert f"{mapped:,.1f} GB with the file mapped and this cache, {copied:,.1f} with a float32 copy" in out
+        assert re.search(r"this machine +(does not fit|fits) of the [\d.]+ GB that are free", out)
+        assert ("128 of size" in out) == ("num_experts" in config)
+
+
+def test_info_says_what_fits(run, model, monkeypatch):
+    unique, cache = sum(tensor.size for tensor in model.weights.values()), 4 * 2 * 4 * 2 * 64 * 1000
+    mapped, copied = sum(file.stat().st_size for file in BUILTIN.glob("*.safetensors")) + cache, 4 * unique + cache
+    for free, said in (
+        (copied, "fits of the 0.0 GB that are free, mapped or copied\n"),
+        (copied - 1, "fits of the 0.0 GB that are free, mapped\n"),
+        (mapped, "fits of the 0.0 GB that are free, mapped\n"),
+        (mapped - 1, "does not fit of the 0.0 GB that are free: weights are read from the disk again and again\n"),
+        (0, "its free memory is not known\n"),
+    ):
+        monkeypatch.setattr("qwen3np.commands.info.available_memory", lambda free=free: free)
+        assert run("info").endswith(f"this machine     {said}")
+
+
+def test_rope_scaling(run, model, endless):
+    flags = ("generate", "--max-new-tokens", "5", *endless, PROMPT)
+    ids, config = model.tokenizer.encode(PROMPT), model.config.extended(4)
+    new = generate(model.weights, config, ids, max_new_tokens=5)[0]
+    assert run(*flags, "--rope-scaling", "yarn:4") == model.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    out = run("info", "--rope-scaling", "yarn:4")
+    assert "1,024 positions" in out
+    assert "factor 4 over 256 positions" in out
+    for wrong, message in (
+        ("linear:2", "type 'linear' is not supported; supported: yarn:FACTOR"),
+        ("yarn", "no factor; an example: yarn:4"),
+        ("yarn:x", "'x' is no number"),
+        ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: numbers from 1"),
+        ("yarn:nan", "rope_scaling.factor = NaN"),
+    ):
+        assert run("info", "--rope-scaling", wrong) == ""
+        assert (run.status, run.stderr.count("\n")) == (2, 1)
+        assert message in run.stderr
+
+
 def test_bench(run, model):
     result = json.loads(run("bench", "--json", "--weights-dtype", "bfloat16"))
     assert result["weights_dtype"] == "bfloat16"

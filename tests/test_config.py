@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from drawing import SEEDS, draw_config
+from drawing import SEEDS, draw_any_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3np import Config, ConfigError, count_parameters, init_weights
+from qwen3np.checkpoint import weight_shapes
+from qwen3np.config import Yarn
 
 OFFICIAL = {  # Qwen/Qwen3-0.6B
     "architectures": ["Qwen3ForCausalLM"],
@@ -55,30 +57,29 @@ def official(data):
     return [(file.parent.name, json.loads(file.read_text())) for file in files]
 
 
-def test_every_official_dense_config_is_read_as_it_stands(data):
-    dense = [(name, d) for name, d in official(data) if d["model_type"] == "qwen3"]
-    assert len(dense) == 11
-    for name, d in dense:
-        config = Config.from_file(data / "checkpoints" / name)
-        for key, value in asdict(config).items():
-            assert value == (d[key] if key != "eos_token_id" else (d[key],)), (name, key)
-
-
-def test_every_official_mixture_of_experts_is_refused_by_its_model_type(data):
-    sparse = [d for _, d in official(data) if d["model_type"] != "qwen3"]
-    assert len(sparse) == 3
-    for d in sparse:
-        with pytest.raises(ConfigError, match='model_type = "qwen3_moe" is not supported; supported: qwen3'):
-            Config.from_dict(d)
-
-
-def test_parameters_of_every_official_dense_config(data):
-    published = json.loads((data / "param_counts.json").read_text())
+def test_every_official_config_is_read_as_it_stands(data):
     for name, d in official(data):
-        if d["model_type"] == "qwen3":
-            counts = count_parameters(Config.from_dict(d))
-            assert counts["unique"] == counts["active"] == published[name]["total_params"], name
-            assert counts["non_embedding"] == published[name]["non_embedding"], name
+        config = Config.from_file(data / "checkpoints" / name)
+        sparse = d["model_type"] == "qwen3_moe"
+        assert sparse == (config.num_experts == 128) == config.is_sparse(0)
+        for key, value in asdict(config).items():
+            if key == "eos_token_id":
+                assert value == (d[key],)
+            elif key in d and key != "max_window_layers":  # which means nothing without windows
+                assert (list(value) if isinstance(value, tuple) else value) == d[key], (name, key)
+        assert [config.window(layer) for layer in range(config.num_hidden_layers)] == [None] * d["num_hidden_layers"]
+
+
+def test_parameters_of_every_official_config(data):
+    published = json.loads((data / "param_counts.json").read_text())
+    active = {"Qwen3-30B-A3B": 3.3e9, "Qwen3-30B-A3B-Instruct-2507": 3.3e9, "Qwen3-235B-A22B": 22e9}  # of their cards
+    for name, d in official(data):
+        config = Config.from_dict(d)
+        counts = count_parameters(config)
+        assert counts["unique"] == published[name]["total_params"], name
+        assert counts["non_embedding"] == published[name]["non_embedding"], name
+        assert len(weight_shapes(config)) == published[name]["tensors"], name
+        assert counts["active"] == pytest.approx(active.get(name, counts["unique"]), rel=0.02), name
 
 
 def test_parameters_of_the_smallest_with_its_tied_head_counted_twice():
@@ -88,10 +89,13 @@ def test_parameters_of_the_smallest_with_its_tied_head_counted_twice():
 
 @given(SEEDS)
 def test_parameters_are_those_of_the_weights(seed):
-    config = draw_config(np.random.default_rng(seed))
+    config = draw_any_config(np.random.default_rng(seed))
     counts, weights = count_parameters(config), init_weights(config, 0)
     embedding = weights["model.embed_tokens.weight"].size
-    assert counts["unique"] == counts["active"] == sum(w.size for w in weights.values())
+    assert counts["unique"] == sum(w.size for w in weights.values())
+    rest = {str(expert) for expert in range(config.num_experts_per_tok, config.num_experts)}
+    idle = sum(w.size for name, w in weights.items() if ".experts." in name and name.split(".")[5] in rest)
+    assert counts["active"] == counts["unique"] - idle
     assert counts["total"] == counts["unique"] + (embedding if config.tie_word_embeddings else 0)
     assert counts["non_embedding"] == counts["total"] - 2 * embedding
 
@@ -135,28 +139,40 @@ def test_defaults_are_those_of_transformers():
 
 @given(SEEDS, st.lists(st.integers(0, 10**6), max_size=3))
 def test_round_trip(seed, eos):
-    config = draw_config(np.random.default_rng(seed))
-    config = Config(**{**asdict(config), "eos_token_id": tuple(eos)})
+    config = draw_any_config(np.random.default_rng(seed))
+    config = replace(config, eos_token_id=tuple(eos))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 27}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+
 UNSUPPORTED = [  # what is changed, and what the message must say: key, value, what is supported
-    ({"model_type": "llama"}, 'model_type = "llama"', "qwen3"),
+    ({"model_type": "llama"}, 'model_type = "llama"', "qwen3 and qwen3_moe"),
     ({"hidden_act": "gelu"}, 'hidden_act = "gelu"', "silu"),
     ({"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}', "bfloat16, float16 or float32"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5", "1.0"),
     ({"is_causal": False}, "is_causal = false", "true"),
-    ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 27}, "use_sliding_window = true", "false"),
-    ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types = [", "full_attention"),
+    ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types = [", "a sliding_window"),
+    ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "layer_types = [", "sliding_attention"),
+    ({**SLIDING, "sliding_window": 0}, "sliding_window = 0", "whole numbers from 1"),
+    ({**SLIDING, "max_window_layers": -1}, "max_window_layers = -1", "whole numbers from 0"),
+    ({"use_sliding_window": "yes"}, 'use_sliding_window = "yes"', "true and false"),
     ({"layer_types": ["full_attention"] * 27}, "layer_types = [", "full_attention"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_scaling.rope_type = "yarn"', "default"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 'rope_scaling.type = "linear"', "default"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 'rope_scaling.type = "linear"', "default and yarn"),
+    ({"rope_parameters": {"rope_type": "llama3", **THETA}}, 'rope_parameters.rope_type = "llama3"', "default and yarn"),
+    ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor = 0.5", "numbers from 1"),
+    ({"rope_scaling": {**YARN, "factor": "4"}}, 'rope_scaling.factor = "4"', "finite numbers"),
+    ({"rope_scaling": {**YARN, "truncate": None}}, "rope_scaling.truncate = null", "true and false"),
+    ({"rope_scaling": {**YARN, "long_factor": [1.0]}}, "rope_scaling.long_factor = [1.0]", "beta_fast"),
+    ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta = 1", "above 1"),
     ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor = 4.0", "default"),
     ({"rope_scaling": "yarn"}, 'rope_scaling = "yarn"', "null or an object"),
     (
         {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
         "rope_parameters.partial_rotary_factor = 0.5",
-        "def",
+        "whole head",
     ),
     ({"rope_theta": 0}, "rope_theta = 0", "above 0"),
     ({"rope_theta": "1e6"}, 'rope_theta = "1e6"', "finite numbers"),
@@ -173,6 +189,12 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({"attention_bias": 1}, "attention_bias = 1", "true and false"),
     ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings = "yes"', "true and false"),
     ({"eos_token_id": [1, -2]}, "eos_token_id = -2", "whole numbers from 0"),
+    ({**EXPERTS, "num_experts_per_tok": 5}, "num_experts_per_tok = 5", "1 to num_experts (4)"),
+    ({**EXPERTS, "num_experts_per_tok": 0}, "num_experts_per_tok = 0", "whole numbers from 1"),
+    ({**EXPERTS, "num_experts": -1}, "num_experts = -1", "whole numbers from 0"),
+    ({**EXPERTS, "decoder_sparse_step": 0}, "decoder_sparse_step = 0", "whole numbers from 1"),
+    ({**EXPERTS, "mlp_only_layers": 3}, "mlp_only_layers = 3", "a list"),
+    ({**EXPERTS, "norm_topk_prob": 1}, "norm_topk_prob = 1", "true and false"),
 ]
 
 
@@ -183,6 +205,96 @@ def test_an_unsupported_value_is_refused_with_key_value_and_what_is_supported(ch
     said, offered = str(error.value).split("; supported: ")
     assert what in said
     assert supported in offered
+
+
+@pytest.mark.parametrize(
+    ("d", "yarn"),
+    [
+        (without(rope_scaling=YARN), Yarn(4.0, 40960)),
+        (without("rope_theta", rope_parameters={**YARN, **THETA}), Yarn(4.0, 40960)),
+        (
+            without(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}),
+            Yarn(4, 32768),
+        ),
+        (without(rope_scaling=YARN, rope_parameters={**YARN, **THETA}), Yarn(4.0, 40960)),
+        (without(rope_scaling=YARN, original_max_position_embeddings=4096), Yarn(4.0, 4096)),
+        (without(rope_scaling={**YARN, "attention_factor": 1.2, "mscale": None}), Yarn(4.0, 40960, 1.2)),
+        (
+            without(rope_scaling={**YARN, "truncate": False, "beta_slow": 2}),
+            Yarn(4, 40960, beta_slow=2, truncate=False),
+        ),
+    ],
+)
+def test_spellings_of_yarn(d, yarn):
+    assert Config.from_dict(d) == replace(Config.from_dict(OFFICIAL), rope_scaling=yarn)
+
+
+def test_yarn_needs_a_factor():
+    with pytest.raises(ConfigError, match=r"rope_scaling.factor is missing: YaRN needs it"):
+        Config.from_dict(without(rope_scaling={"rope_type": "yarn"}))
+
+
+def test_two_rotary_types_are_an_error():
+    with pytest.raises(ConfigError, match="rope_scaling is given more than once, with different values"):
+        Config.from_dict(without(rope_scaling=YARN, rope_parameters=THETA))
+
+
+@pytest.mark.parametrize(("positions", "extended"), [(32768, 131_072), (40960, 131_072), (262_144, 1_048_576)])
+def test_extended(positions, extended):
+    config = Config.from_dict(without(max_position_embeddings=positions)).extended(4)
+    assert config.max_position_embeddings == extended
+    assert config.rope_scaling == Yarn(4, extended // 4)
+    assert config.extended(2).max_position_embeddings == extended // 2  # of the original, not of the extended
+
+
+@pytest.mark.parametrize(
+    ("change", "sliding"),
+    [
+        ({**SLIDING}, range(27, 28)),
+        ({**SLIDING, "max_window_layers": 0}, range(28)),
+        ({**SLIDING, "layer_types": ["sliding_attention", "full_attention"] * 14}, range(0, 28, 2)),
+        ({**SLIDING, **EXPERTS}, range(28)),  # whatever max_window_layers says
+        ({**SLIDING, **EXPERTS, "layer_types": ["full_attention"] * 28}, range(28)),
+        ({**SLIDING, "use_sliding_window": None}, ()),
+    ],
+)
+def test_windows(change, sliding):
+    config = Config.from_dict(without(**change))
+    assert [config.window(layer) for layer in range(28)] == [64 if layer in sliding else None for layer in range(28)]
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_window_without_a_size_is_that_of_transformers():
+    assert Config.from_dict(without("sliding_window", use_sliding_window=True, max_window_layers=0)).window(0) == 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "sparse"),
+    [
+        ({}, range(28)),
+        ({"decoder_sparse_step": 2}, range(1, 28, 2)),
+        ({"mlp_only_layers": [0, 5, 99]}, {*range(28)} - {0, 5}),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, range(5, 28, 3)),
+        ({"num_experts": 0}, ()),
+        ({"model_type": "qwen3"}, ()),
+        ({"model_type": None}, range(28)),
+    ],
+)
+def test_sparse_layers(change, sparse):
+    config = Config.from_dict(without(**(EXPERTS | change)))
+    assert [layer for layer in range(28) if config.is_sparse(layer)] == sorted(sparse)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_both_spellings_of_the_number_of_experts():
+    expected = Config.from_dict(without(**EXPERTS))
+    other = {key: value for key, value in EXPERTS.items() if key != "num_experts"} | {"num_local_experts": 4}
+    assert Config.from_dict(without(**other)) == Config.from_dict(without(**EXPERTS, num_local_experts=4)) == expected
+    with pytest.raises(ConfigError, match=r"num_experts and num_local_experts .* different values: \[4, 8\]"):
+        Config.from_dict(without(**EXPERTS, num_local_experts=8))
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        with pytest.raises(ConfigError, match=f"{key} is missing"):
+            Config.from_dict(without(**(EXPERTS | {key: None})))
 
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -210,7 +322,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_theta", "type", "x"]), inner),
     max_leaves=5,
 )
-KEYS = sorted({*OFFICIAL, "layer_types", "rope_parameters", "num_experts", "is_causal", "quantization_config"})
+KEYS = sorted(
+    {
+        *OFFICIAL,
+        *EXPERTS,
+        "mlp_only_layers",
+        "layer_types",
+        "rope_parameters",
+        "num_experts",
+        "is_causal",
+        "quantization_config",
+    }
+)
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from qwen3np import forward
 from qwen3np.checkpoint import weight_shapes
+from qwen3np.config import Yarn
 from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, precision, silu
@@ -76,6 +77,7 @@ def test_every_gradient_is_the_derivative_of_the_loss(tied, bias, seed):
     rng = np.random.default_rng(seed)
     _, config, ids, targets, mask = draw(seed)
     config = replace(config, tie_word_embeddings=tied, attention_bias=bias)
+    config = replace(config, rope_scaling=Yarn(4.0, 64) if tied else None, sliding_window=3 if bias else None)
     weights = {name: w.astype(np.float64) for name, w in trained_like(config, seed).items()}
     loss, gradients = loss_and_gradients(weights, config, ids, targets, mask, numerics="float64")
     assert isinstance(loss, float)
@@ -210,6 +212,12 @@ def test_bad_input_is_refused(config, weights, changed, message):
     loss_and_gradients(weights, config, **arguments)
     with pytest.raises(ValueError, match=message):
         loss_and_gradients(weights, config, **(arguments | changed))
+
+
+def test_experts_are_refused(config, weights):
+    sparse = replace(config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    with pytest.raises(ValueError, match="num_experts = 4: gradients are computed for dense models only"):
+        loss_and_gradients(weights, sparse, GOOD, GOOD, np.ones(GOOD.shape, bool))
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import SEEDS, draw_config, draw_ids, relative, round_bfloat16, trained_like
+from drawing import SEEDS, draw_any_config, draw_ids, relative, round_bfloat16, trained_like
 from hypothesis import given, settings
 from threadpoolctl import threadpool_limits
 
@@ -19,8 +19,10 @@ def naive(weights, config, ids):
     """Return every recorded point of one sequence, without the batch axis, in float64."""
     c, dh, points = config, config.head_dim, {}
     w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
-    angles = np.outer(np.arange(len(ids)), [c.rope_theta ** (-2 * i / dh) for i in range(dh // 2)])
-    turns = np.exp(1j * angles)[:, None]  # (S, 1, Dh/2)
+    speeds, size = [c.rope_theta ** (-2 * i / dh) for i in range(dh // 2)], 1.0
+    if c.rope_scaling:
+        speeds, size = slowed(speeds, c.rope_scaling, c.rope_theta, dh)
+    turns = size * np.exp(1j * np.outer(np.arange(len(ids)), speeds))[:, None]  # (S, 1, Dh/2)
 
     def norm(x, name):
         return x / np.sqrt((x**2).sum(-1, keepdims=True) / x.shape[-1] + c.rms_norm_eps) * w[name + ".weight"]
@@ -48,8 +50,8 @@ def naive(weights, config, ids):
         scores = np.full((len(q), len(ids), len(ids)), -np.inf)
         probs, context = np.zeros_like(scores), np.zeros((len(ids), len(q), dh))
         for head, s in np.ndindex(len(q), len(ids)):
-            group = head // (len(q) // len(k))
-            scores[head, s, : s + 1] = k[group, : s + 1] @ q[head, s] / dh**0.5
+            group, seen = head // (len(q) // len(k)), slice(max(s + 1 - (c.window(n) or s + 1), 0), s + 1)
+            scores[head, s, seen] = k[group, seen] @ q[head, s] / dh**0.5
             probs[head, s] = np.exp(scores[head, s]) / np.exp(scores[head, s]).sum()
             context[s, head] = probs[head, s] @ v[:, group]
         p["self_attn.scores"], p["self_attn.probs"] = scores, probs
@@ -57,16 +59,48 @@ def naive(weights, config, ids):
         p["self_attn.o_proj"] = project(p["self_attn.context"], f"{layer}.self_attn.o_proj")
         x = p["attn_residual"] = x + p["self_attn.o_proj"]
         h = p["post_attention_layernorm"] = norm(x, f"{layer}.post_attention_layernorm")
-        gate = p["mlp.gate_proj"] = project(h, f"{layer}.mlp.gate_proj")
-        up = p["mlp.up_proj"] = project(h, f"{layer}.mlp.up_proj")
-        p["mlp.act"] = gate / (1 + np.exp(-gate)) * up
-        p["mlp.down_proj"] = project(p["mlp.act"], f"{layer}.mlp.down_proj")
-        x = x + p["mlp.down_proj"]
+        if f"{layer}.mlp.gate.weight" in w:
+            logits = p["mlp.gate"] = project(h, f"{layer}.mlp.gate")
+            chosen = p["mlp.router_indices"] = np.empty((len(ids), c.num_experts_per_tok), int)
+            shares, y = np.empty(chosen.shape), np.zeros(h.shape)
+            for s, row in enumerate(logits):
+                chosen[s] = sorted(range(len(row)), key=lambda e, row=row: -row[e])[: c.num_experts_per_tok]
+                shares[s] = np.exp(row[chosen[s]]) / (np.exp(row[chosen[s]] if c.norm_topk_prob else row)).sum()
+                for e, share in zip(chosen[s], shares[s], strict=True):
+                    gate, up = (
+                        project(h[s : s + 1], f"{layer}.mlp.experts.{e}.{name}_proj") for name in ("gate", "up")
+                    )
+                    y[s] += share * project(gate / (1 + np.exp(-gate)) * up, f"{layer}.mlp.experts.{e}.down_proj")[0]
+            p["mlp.router_weights"], p["mlp.experts"] = shares, y
+        else:
+            gate = p["mlp.gate_proj"] = project(h, f"{layer}.mlp.gate_proj")
+            up = p["mlp.up_proj"] = project(h, f"{layer}.mlp.up_proj")
+            p["mlp.act"] = gate / (1 + np.exp(-gate)) * up
+            y = p["mlp.down_proj"] = project(p["mlp.act"], f"{layer}.mlp.down_proj")
+        x = x + y
         points |= {f"{layer}.{name}": array for name, array in p.items()}
         points[layer] = x
     x = points["model.norm"] = norm(x, "model.norm")
     points["lm_head"] = project(x, "model.embed_tokens" if c.tie_word_embeddings else "lm_head")
     return points
+
+
+def slowed(speeds, yarn, theta, dh):
+    """Return what YaRN makes of the speeds of the lanes, and the factor of queries and keys."""
+    low, high = (
+        dh * np.log(yarn.original_max_position_embeddings / (2 * np.pi * turns)) / (2 * np.log(theta))
+        for turns in (yarn.beta_fast, yarn.beta_slow)
+    )
+    if yarn.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, dh - 1)
+    high += 0.001 * (low == high)
+    shares = [min(max((i - low) / (high - low), 0), 1) for i in range(dh // 2)]
+    size = 0.1 * np.log(yarn.factor) + 1
+    if yarn.mscale is not None:
+        size = (0.1 * yarn.mscale * np.log(yarn.factor) + 1) / (0.1 * yarn.mscale_all_dim * np.log(yarn.factor) + 1)
+    speeds = [share * speed / yarn.factor + (1 - share) * speed for share, speed in zip(shares, speeds, strict=True)]
+    return speeds, yarn.attention_factor or size
 
 
 def traced(*args, **kwargs):
@@ -80,13 +114,13 @@ def traced(*args, **kwargs):
 @given(SEEDS)
 def test_float64_equals_an_independent_forward_at_every_point(seed):
     rng = np.random.default_rng(seed)
-    config = draw_config(rng)
+    config = draw_any_config(rng)
     weights, ids = trained_like(config, seed), draw_ids(rng, config, int(rng.integers(1, 40)))
     logits, points = traced(weights, config, ids, numerics="float64")
     truth = naive(weights, config, ids)
     assert list(points) == list(truth)  # the order too
     for name, array in truth.items():
-        assert points[name].dtype == np.float64
+        assert points[name].dtype == (np.int64 if name.endswith("indices") else np.float64)
         assert points[name].shape == (1, *array.shape)
         hidden = np.isneginf(array)
         np.testing.assert_array_equal(np.isneginf(points[name][0]), hidden)
@@ -98,7 +132,7 @@ def test_float64_equals_an_independent_forward_at_every_point(seed):
 @settings(max_examples=10)
 def test_float32_is_as_near_to_float64_as_float32_allows(seed):
     rng = np.random.default_rng(seed)
-    config = draw_config(rng)
+    config = draw_any_config(rng)
     weights, ids = trained_like(config, seed), draw_ids(rng, config, 120)
     logits = forward(weights, config, ids)
     assert logits.dtype == np.float32
@@ -194,13 +228,31 @@ def test_recorded_arrays_are_right_for_ragged_sequences_and_stay_as_they_are(wei
         np.testing.assert_array_equal(array, copies[name], name)
 
 
-def test_tracing_changes_no_bit(weights, config):
+def test_tracing_changes_no_bit(either):
+    weights, config = either
     ids = draw_ids(np.random.default_rng(3), config, 2, 9)
     np.testing.assert_array_equal(traced(weights, config, ids)[0], forward(weights, config, ids))
 
 
+@pytest.fixture(params=["dense", "experts"])
+def either(request, config, weights):
+    """The model of the other tests; and one with experts, in one of its two layers, YaRN and windows."""
+    if request.param == "dense":
+        return weights, config
+    config = replace(
+        config.extended(4),
+        sliding_window=5,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        mlp_only_layers=(0,),
+    )
+    return trained_like(config, 1), config
+
+
 @pytest.mark.parametrize("numerics", PRECISIONS)
-def test_bits_do_not_depend_on_how_the_weights_are_stored(weights, config, numerics):
+def test_bits_do_not_depend_on_how_the_weights_are_stored(either, numerics):
+    weights, config = either
     mapped = {name: w.astype(BFLOAT16) for name, w in weights.items()}
     copied = {name: w.astype(np.float32) for name, w in mapped.items()}
     for length in (1, 2, 17):
@@ -210,7 +262,8 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(weights, config, numer
 
 
 @pytest.mark.parametrize("numerics", PRECISIONS)
-def test_bits_do_not_depend_on_the_number_of_threads(weights, config, numerics, monkeypatch):
+def test_bits_do_not_depend_on_the_number_of_threads(either, numerics, monkeypatch):
+    weights, config = either
     monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)  # small as the model is, share every product
     monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
     ids = draw_ids(np.random.default_rng(8), config, 2, 17)
@@ -226,7 +279,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(weights, config, numerics, 
 
 
 @pytest.mark.parametrize("numerics", PRECISIONS)
-def test_blocks_of_rows_move_no_bit(weights, config, numerics, monkeypatch):
+def test_blocks_of_rows_move_no_bit(either, numerics, monkeypatch):
+    weights, config = either
     ids = draw_ids(np.random.default_rng(9), config, 2, 17)
     whole = traced(weights, config, ids, numerics=numerics)[1]
     monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
@@ -277,7 +331,8 @@ def test_one_sequence_is_a_batch_of_one(weights, config, kind):
     np.testing.assert_array_equal(logits, forward(weights, config, ids[None]))
 
 
-def test_a_batch_equals_its_sequences_alone(weights, config):
+def test_a_batch_equals_its_sequences_alone(either):
+    weights, config = either
     ids = draw_ids(np.random.default_rng(7), config, 3, 9)
     together = forward(weights, config, ids, numerics="float64")
     for row, logits in zip(ids, together, strict=True):

@@ -11,8 +11,9 @@ from drawing import SEEDS, draw_config, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen3np.config import Yarn
 from qwen3np.numerics import precision
-from qwen3np.rope import inverse_frequencies, rotary_tables, rotate
+from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 FLOAT64 = precision("float64")
 POSITIONS = st.integers(0, 40_959)
@@ -139,6 +140,33 @@ def test_float64_tables_are_right_to_the_rounding_of_the_angle(config, head_dim,
         assert table.dtype == np.float64
         error = np.abs(table[0, 0] - truth.astype(np.float64))
         assert np.all(error <= 2**-52 * (1 + 2 * SOME[:, None] * frequencies))
+
+
+def test_yarn_of_the_released_models(config):
+    """The published values for theta 1e6, heads of 128 and 32,768 positions, extended four times."""
+    plain = replace(config, head_dim=128, rope_theta=1e6, max_position_embeddings=32768)
+    ratios = inverse_frequencies(plain.extended(4), FLOAT64) / inverse_frequencies(plain, FLOAT64)
+    expected = {0: 1, 23: 1, 24: 0.955882, 31: 0.647059, 39: 0.294118, 40: 0.25, 63: 0.25}
+    np.testing.assert_allclose(ratios[list(expected)], list(expected.values()), rtol=0, atol=5e-7)
+    assert attention_factor(plain.extended(4)) == pytest.approx(1.1386294, abs=5e-8)
+    assert attention_factor(plain) == 1
+    for numerics in ("float32", "float64", "bfloat16"):
+        cos, _ = rotary_tables(plain.extended(4), np.zeros((1, 1), int), precision(numerics))
+        assert cos.ravel() == pytest.approx(np.full(64, 1.1386294), rel=4e-3 if numerics == "bfloat16" else 1e-7)
+
+
+@given(SEEDS, st.floats(1, 16), st.booleans())
+def test_yarn_slows_no_lane_more_than_factor_and_the_slow_ones_most(seed, factor, truncate):
+    config, _ = draw(seed)
+    yarn = Yarn(factor, 2048, truncate=truncate)
+    plain = inverse_frequencies(config, FLOAT64)
+    ratios = inverse_frequencies(replace(config, rope_scaling=yarn), FLOAT64) / plain
+    assert np.all(np.diff(ratios) <= 1e-15)
+    assert np.all((ratios >= (1 - 1e-15) / factor) & (ratios <= 1 + 1e-15))
+    turns = 2048 * plain / (2 * np.pi)  # in the original context: from 32 on a lane stays, up to 1 it is slowed wholly
+    if not truncate:
+        np.testing.assert_allclose(ratios[turns >= 32], 1, rtol=1e-14)
+        np.testing.assert_allclose(ratios[turns <= 1], 1 / factor, rtol=1e-14)
 
 
 @given(SEEDS, POSITIONS)

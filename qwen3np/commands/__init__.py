@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwen3np.config import Config, ConfigError
 from qwen3np.generate import stop_at
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import PRECISIONS
@@ -23,6 +24,24 @@ def add_model(parser: argparse.ArgumentParser, needed: str | None = None) -> Non
     text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}{default}"
     group.add_argument("--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
+    scaling = (
+        "yarn:FACTOR extends the context, of 32,768 positions to 131,072 with yarn:4 (default: as config.json says)"
+    )
+    group.add_argument("--rope-scaling", metavar="TYPE:FACTOR", help=scaling)
+
+
+def scaled(config: Config, arguments: argparse.Namespace) -> Config:
+    """Return the config as --rope-scaling extends it. Raises ConfigError for what is not yarn:FACTOR."""
+    if arguments.rope_scaling is None:
+        return config
+    kind, _, factor = arguments.rope_scaling.partition(":")
+    if kind != "yarn":
+        raise ConfigError(f"--rope-scaling: type {kind!r} is not supported; supported: yarn:FACTOR")
+    try:
+        return config.extended(float(factor))
+    except ValueError as error:
+        reason = error if isinstance(error, ConfigError) else f"{factor!r} is no number" if factor else "no factor"
+        raise ConfigError(f"--rope-scaling {arguments.rope_scaling}: {reason}; an example: yarn:4") from None
 
 
 def named(arguments: argparse.Namespace) -> str | None:
@@ -76,9 +95,15 @@ def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str,
     return options | ({"stop_ids": tuple(arguments.stop_id)} if arguments.stop_id else {})
 
 
+def load_named(arguments: argparse.Namespace) -> Model:
+    """Return the model that the flags name."""
+    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    return replace(model, config=scaled(model.config, arguments))
+
+
 def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     """Return the model that the flags name, and its tokenizer. Raises ValueError where it has none."""
-    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load_named(arguments)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model}: has no tokenizer.json (nor vocab.json with merges.txt); text needs one")
     size, stops = model.tokenizer.vocab_size, model.generation_defaults()["stop_ids"]

@@ -17,10 +17,10 @@ from typing import Any, cast
 import numpy as np
 
 from qwen3np.cache import KVCache
-from qwen3np.commands import add_computation, add_model, named, table
+from qwen3np.commands import add_computation, add_model, load_named, table
 from qwen3np.config import Config
 from qwen3np.generate import new_cache, stream
-from qwen3np.loading import Model, load
+from qwen3np.loading import Model
 from qwen3np.model import forward
 from qwen3np.threads import num_threads
 
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print medians of a few repetitions, with the machine they hold for."""
-    name, numerics = named(arguments), arguments.numerics
+    name, numerics = arguments.model, arguments.numerics
     began = time.perf_counter()
-    model = load(name, revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load_named(arguments)
     loaded = time.perf_counter() - began
     context = model.config.max_position_embeddings
     prompt, positions = min(PROMPT, context), sorted({min(position, context - 1) for position in POSITIONS})

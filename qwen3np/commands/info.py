@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 
 from qwen3np.checkpoint import count_parameters, read_checkpoint
-from qwen3np.commands import add_model, named, table
+from qwen3np.commands import add_model, named, scaled, table
+from qwen3np.config import Config
 from qwen3np.hub import resolve
+from qwen3np.loading import available_memory
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
 HELP = "describe a checkpoint: architecture, parameters, memory"
@@ -14,19 +16,32 @@ HELP = "describe a checkpoint: architecture, parameters, memory"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
+    text = "say what memory a context of N positions needs (default: 1000)"
+    parser.add_argument("--positions", type=int, metavar="N", default=1000, help=text)
     add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the architecture table."""
+    """Print the architecture table. A folder that holds nothing but a config.json is described too."""
+    positions: int = arguments.positions
+    if positions < 1:
+        raise ValueError(f"--positions={positions} is not a whole number from 1")
     folder = resolve(named(arguments), revision=arguments.revision)
-    config, weights = read_checkpoint(folder)
-    count = count_parameters(config)
     files = sorted(folder.glob("*.safetensors"))
-    stored = sum(file.stat().st_size for file in files)
-    dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
-    positions = 1000
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
+    if files or not (folder / "config.json").exists():
+        config, weights = read_checkpoint(folder)
+        stored = sum(file.stat().st_size for file in files)
+        dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
+        disk = f"{stored:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {', '.join(dtypes)}"
+    else:
+        config = Config.from_file(folder)
+        stored = 2 * count_parameters(config)["unique"]
+        disk = f"{stored:,} bytes in bfloat16 (no weights in this folder)"
+    config = scaled(config, arguments)
+    count = count_parameters(config)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
+    mapped, copied = stored + 4 * cache, 4 * (count["unique"] + cache)
+    layers = range(config.num_hidden_layers)
     group = config.num_attention_heads // config.num_key_value_heads
     rows = [
         ("checkpoint", str(folder)),
@@ -44,7 +59,34 @@ def run(arguments: argparse.Namespace) -> None:
         ("norm epsilon", f"{config.rms_norm_eps:g}"),
         ("parameters", f"{count['total']:,} in total, {count['unique']:,} unique"),
         ("  non-embedding", f"{count['non_embedding']:,}"),
-        ("on disk", f"{stored:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {', '.join(dtypes)}"),
-        ("cache", f"{4 * values:,} bytes per {positions:,} positions in float32, {2 * values:,} in bfloat16"),
+        ("  active", f"{count['active']:,} for each token"),
+        ("on disk", disk),
+        ("cache", f"{4 * cache:,} bytes per {positions:,} positions in float32, {2 * cache:,} in bfloat16"),
+        (
+            "memory",
+            f"{mapped / 1e9:,.1f} GB with the file mapped and this cache, {copied / 1e9:,.1f} with a float32 copy",
+        ),
+        ("this machine", _fits(mapped, copied)),
     ]
+    if yarn := config.rope_scaling:
+        original = yarn.original_max_position_embeddings
+        rows.insert(8, ("  YaRN", f"factor {yarn.factor:g} over {original:,} positions"))
+    if any(config.window(layer) for layer in layers):
+        sliding = sum(config.window(layer) is not None for layer in layers)
+        rows.insert(5, ("  window", f"{config.sliding_window:,} positions in {sliding} layers"))
+    if config.num_experts:
+        sparse = sum(config.is_sparse(layer) for layer in layers)
+        text = f"{config.num_experts} of size {config.moe_intermediate_size:,} in {sparse} layers"
+        rows.insert(4, ("  experts", f"{text}, {config.num_experts_per_tok} of them for each token"))
     print(table(rows))
+
+
+def _fits(mapped: int, copied: int) -> str:
+    """Say whether so many bytes, with the file mapped or with a float32 copy, fit into the memory that is free."""
+    free = available_memory()
+    if not free:
+        return "its free memory is not known"
+    room = f"of the {free / 1e9:,.1f} GB that are free"
+    if mapped > free:
+        return f"does not fit {room}: weights are read from the disk again and again"
+    return f"fits {room}, {'mapped or copied' if copied <= free else 'mapped'}"

@@ -36,8 +36,11 @@ def loss_and_gradients(
 
     input_ids, targets and mask are (B, S): targets[b, s] is the id that should follow input_ids[b, :s + 1], and counts
     where mask[b, s] is true. numerics is "float32" or "float64". A head that is tied to the embedding adds to its
-    gradient. Raises ValueError for shapes that differ, ids outside the vocabulary and a mask that counts nothing.
+    gradient. Raises ValueError for shapes that differ, ids outside the vocabulary, a mask that counts nothing and a
+    config with experts.
     """
+    if config.num_experts:
+        raise ValueError(f"config: num_experts = {config.num_experts}: gradients are computed for dense models only")
     n = precision(numerics)
     if n.rounds:
         raise ValueError(f"numerics={numerics!r}: gradients are computed in float32 or float64")
