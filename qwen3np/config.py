@@ -7,7 +7,7 @@ is either read here or refused by name, so a checkpoint that would need other ma
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -117,7 +117,7 @@ class Config:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file; a checkpoint folder needs one") from None
     except OSError as error:
@@ -127,6 +127,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"holds a JSON {type(value).__name__}, not an object")
     return cast("dict[str, Any]", value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError for bad ones, and for an object that has a name twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r} is given twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _unsupported(key: str, value: object, supported: str) -> ConfigError:
@@ -139,7 +153,7 @@ def _check_int(key: str, value: object) -> None:
 
 
 def _check_float(key: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise _unsupported(key, value, "finite numbers above 0")
 
 
