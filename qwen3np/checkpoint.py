@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from qwen3np.config import Config, ConfigError, read_json
+from qwen3np.config import Config, ConfigError, parse_json, read_json
 from qwen3np.numerics import BFLOAT16, Array
 
 Weights: TypeAlias = Mapping[str, Array]
@@ -27,6 +27,7 @@ Weights: TypeAlias = Mapping[str, Array]
 _DTYPES: dict[str, np.dtype[Any]] = {"BF16": BFLOAT16, "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _LISTED = 20  # problems told one by one, so that an error stays readable
 
 
@@ -113,6 +114,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    check_links(folder)
     config = Config.from_file(folder / "config.json")
     problems: list[str] = []
     stored: dict[str, Array | None] = {}  # None: found, but not usable; its problem is listed
@@ -170,6 +172,15 @@ def require_unchanged(weights: Weights) -> None:
                 continue
             if now == number and found != before:
                 raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
+
+
+def check_links(folder: Path) -> None:
+    """Raise CheckpointError for a link in the folder that leads out of it, but to the blobs of the Hub's own cache."""
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.is_symlink() and not {root, blobs} & set(path.resolve().parents):
+            raise CheckpointError(f"{path}: leads to {path.resolve()}, outside the checkpoint's folder; copy that file")
 
 
 def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dtype: DTypeLike | None = None) -> None:
@@ -269,8 +280,11 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         if length > size - 8:
             problems.append(f"{path.name}: truncated: {size} bytes, too few for its header")
             return {}
+        if length > _HEADER:
+            problems.append(f"{path.name}: its header has {length} bytes; at most {_HEADER} are read")
+            return {}
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         except (ValueError, RecursionError) as error:
             problems.append(f"{path.name}: the header is not JSON: {error}")
             return {}
@@ -282,11 +296,14 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
     spans: list[tuple[int, int, str]] = []
     for name, entry in cast("dict[str, Any]", header).items():
         if name == "__metadata__":
+            texts = list(cast("dict[str, Any]", entry).values()) if isinstance(entry, dict) else [None]
+            if not all(isinstance(text, str) for text in texts):
+                problems.append(f"{path.name}: the metadata is not an object of texts")
             continue
         tensors[name] = None
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = isinstance(dtype, str) and all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+            whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
         except (KeyError, TypeError, ValueError):
             whole, dtype, shape, begin, end = False, "", (), 0, 0
         if not whole:

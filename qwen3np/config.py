@@ -8,7 +8,7 @@ that would need other mathematics never runs silently wrong.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -87,6 +87,8 @@ class Config:
             )
         if self.head_dim % 2:
             raise _unsupported("head_dim", self.head_dim, "even numbers: the rotation works on halves of a head")
+        if self.num_hidden_layers * max(self.num_experts, 1) > _MOST_MLPS:
+            raise _unsupported("num_hidden_layers", self.num_hidden_layers, f"{_MOST_MLPS:,} with all their experts")
         if self.rope_scaling and self.rope_theta <= 1:
             raise _unsupported("rope_theta", self.rope_theta, "numbers above 1, with YaRN")
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -192,7 +194,7 @@ class Config:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file; a checkpoint folder needs one") from None
     except OSError as error:
@@ -202,6 +204,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"holds a JSON {type(value).__name__}, not an object")
     return cast("dict[str, Any]", value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError for bad ones, and for an object that has a name twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r} is given twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _unsupported(key: str, value: object, supported: str) -> ConfigError:
@@ -230,7 +246,7 @@ def _check_count(key: str, value: object) -> None:
 
 
 def _check_float(key: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise _unsupported(key, value, "finite numbers above 0")
 
 
@@ -264,6 +280,8 @@ _CHECKS = {
     "Yarn": _check_yarn,
 }
 _SLIDING = "sliding_attention"
+_MOST_MLPS = 100_000  # layers times experts; the largest released model has 12,032. A name is made for each tensor
+
 _SIZES = (
     "vocab_size",
     "hidden_size",

@@ -57,7 +57,8 @@ def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: s
     """Say whether the weights of a point are to blame."""
     module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
     for name, tensor in weights.items():
-        if name.startswith(f"{module}.") and "." not in name.removeprefix(f"{module}."):
+        own = name.removeprefix(f"{module}.")
+        if own != name and ("." not in own or module.endswith(".experts")):
             bad = tensor.size - int(np.isfinite(tensor).sum())
             if bad:
                 return f": {name} holds {bad:,} of {tensor.size:,} that are not finite, so the checkpoint is damaged"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from qwen3np.chat import render_chat
-from qwen3np.checkpoint import CheckpointError
+from qwen3np.checkpoint import CheckpointError, check_links
+from qwen3np.config import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -50,6 +50,7 @@ class Tokenizer:
         files = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
         if not (files["tokenizer.json"] or (files["vocab.json"] and files["merges.txt"])):
             raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
+        check_links(folder)
         return cls(folder, model_vocab_size)
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +190,7 @@ class Tokenizer:
         if not file.is_file():
             return {}
         try:
-            config = json.loads(_read(file))
+            config = parse_json(_read(file))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not JSON: {error}") from error
         if not isinstance(config, dict):

@@ -1,0 +1,285 @@
+"""Changes the files of a checkpoint at random, loads and runs what comes out, and reports what is not refused well.
+
+    python tests/fuzz.py --cases 100000 --seed 0    # in processes of 500 cases
+    python tests/fuzz.py --atheris                      # guided by coverage, until it is stopped; needs atheris
+
+A case is good if it is refused by a named error, or loads and has the numbers that the safetensors library reads from
+the same files. A case that crashes its process, takes more than 5 seconds or ends in another exception is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qwen3np
+from qwen3np import CheckpointError, Config, ConfigError, ContextOverflowError, NonFiniteError
+from qwen3np.hub import BUILTIN
+
+SECONDS = 5
+PER_PROCESS = 500
+CONFIG = Config(
+    vocab_size=2048,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    rope_theta=1e4,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+)
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+NUMBERS = [0, 1, -1, 2, 3, 4, 8, 255, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400]
+VALUES = [
+    *NUMBERS, 0.5, 1e-300, 1e300, math.inf, -math.inf, math.nan, True, False, None, "", "x", "..", "/etc/passwd",
+    "../model.safetensors", "\0", "\ud800", "F64", "BF16", "F32", "default", "yarn", [], {}, [[]], [1, 2], {"a": 1},
+]  # fmt: skip
+Files = Mapping[str, bytes]
+
+
+def originals() -> dict[str, bytes]:
+    """Return the files of a small checkpoint, in shards, with an index, a tokenizer and a template."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        qwen3np.save_checkpoint(folder, CONFIG, qwen3np.init_weights(CONFIG, 0, trained_like=True))
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    header, data = split(files.pop("model.safetensors"))
+    names = [name for name in header if name != "__metadata__"]
+    weight_map: dict[str, str] = {}
+    for n, part in enumerate((names[:12], names[12:]), 1):
+        shard, end, own, body = f"model-0000{n}-of-00002.safetensors", 0, {}, b""
+        for tensor in part:
+            a, b = header[tensor]["data_offsets"]
+            own[tensor] = header[tensor] | {"data_offsets": [end, end + b - a]}
+            body, end = body + data[a:b], end + b - a
+            weight_map[tensor] = shard
+        files[shard] = join(json.dumps(own).encode(), body)
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    for known in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        files[known] = (BUILTIN / known).read_bytes()
+    files["chat_template.jinja"] = TEMPLATE.encode()
+    return files
+
+
+def split(file: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the header and the data of a safetensors file."""
+    length = int.from_bytes(file[:8], "little")
+    return json.loads(file[8 : 8 + length]), file[8 + length :]
+
+
+def join(header: bytes, data: bytes) -> bytes:
+    """Return a safetensors file."""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def mutate(files: Files, draw: random.Random) -> dict[str, bytes]:
+    """Return the files with one to three changes."""
+    changed = dict(files)
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        name = draw.choice(sorted(changed))
+        change = draw.choice([_change_bytes, _change_json, _change_json, _change_json])
+        if draw.random() < 0.02:
+            del changed[name]
+            if not changed:
+                break
+        elif name.endswith(".safetensors") and change is _change_json:
+            header, data = split(files[name]) if name in files else ({}, b"")
+            changed[name] = join(_mutated_json(header, draw).encode(errors="surrogatepass"), data)
+        else:
+            changed[name] = change(changed[name], draw)
+    return changed
+
+
+def _change_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Flip, cut, repeat, insert or drop some bytes, near the front more often."""
+    at = min(int(draw.expovariate(1 / 64)), len(data)) if draw.random() < 0.5 else draw.randint(0, len(data))
+    to = min(at + int(draw.expovariate(1 / 8)), len(data))
+    some = bytes(draw.randrange(256) for _ in range(draw.randint(1, 8)))
+    kind = draw.randrange(6)
+    return [
+        data[:at] + some + data[at + len(some) :],
+        data[:at],
+        data[:at] + data[at:to] * 2 + data[to:],
+        data[:at] + some + data[at:],
+        data[:at] + data[to:],
+        data[:at] + bytes([255] * (to - at)) + data[to:],
+    ][kind]
+
+
+def _change_json(data: bytes, draw: random.Random) -> bytes:
+    """Change a value somewhere in a JSON file; any other file, its bytes."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return _change_bytes(data, draw)
+    return _mutated_json(value, draw).encode(errors="surrogatepass")
+
+
+def _mutated_json(value: Any, draw: random.Random) -> str:
+    """Return JSON with one change: another value, a key or an entry less or twice, another key, nesting."""
+    value = json.loads(json.dumps(value))
+    places: list[tuple[Any, Any]] = []
+
+    def collect(x: Any) -> None:
+        for key in list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ():
+            places.append((x, key))
+            collect(x[key])
+
+    collect(value)
+    if not places:
+        return json.dumps(draw.choice(VALUES))
+    holder, key = draw.choice(places)
+    kind = draw.randrange(8)
+    if kind <= 2:
+        holder[key] = draw.choice(VALUES)
+    elif kind == 3:
+        del holder[key]
+    elif kind == 4 and isinstance(holder[key], int):
+        holder[key] += draw.choice([-8, -1, 1, 8, 2**32])
+    elif kind == 5 and isinstance(holder, dict):
+        holder[draw.choice([*holder, "x", "rope_scaling", "quantization_config", "__class__"])] = holder[key]
+    elif kind == 6:
+        text = json.dumps(value)
+        return "[" * draw.choice([10, 100_000]) + text
+    elif isinstance(holder, dict):  # the same key twice
+        text, other = json.dumps(value), json.dumps(draw.choice(VALUES))
+        return f"{{{json.dumps(key)}: {other}, {text[1:]}" if text.startswith("{") else text
+    return json.dumps(value)
+
+
+def run(files: Files, folder: Path) -> str:
+    """Load the files and use what comes out. Return the name of the error that refused them, or "loaded".
+
+    Raises any other exception, and AssertionError for numbers that are not those of the safetensors library.
+    """
+    for old in folder.iterdir():
+        old.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    try:
+        model = qwen3np.load(folder, weights_dtype="bfloat16", progress=False)
+    except (CheckpointError, ConfigError) as error:
+        if "\n" in str(error):
+            raise AssertionError(f"more than a line: {error}") from None
+        return type(error).__name__
+    _same_numbers(model.weights, folder)
+    outcome = "loaded"
+    try:
+        model.generate([1, 2, 3], max_new_tokens=2)
+    except (NonFiniteError, ContextOverflowError, CheckpointError) as error:
+        outcome = type(error).__name__
+    except ValueError as error:  # of values in generation_config.json, which are named in the message
+        if not any(word in str(error) for word in ("outside the vocabulary", "must be", "leave the range")):
+            raise
+        outcome = "ValueError"
+    if model.tokenizer is not None:
+        try:
+            text = model.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+            model.tokenizer.decode(model.tokenizer.encode(text))
+        except ValueError as error:
+            outcome = f"tokenizer: {type(error).__name__}"
+    return outcome
+
+
+def _same_numbers(weights: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Raise AssertionError unless the safetensors library reads the same from the files that count."""
+    from safetensors.torch import load_file
+
+    stored: dict[str, Any] = {}
+    single = folder / "model.safetensors"
+    for path in [single] if single.exists() else sorted(folder.glob("*.safetensors")):
+        stored |= load_file(path)
+    for name, tensor in weights.items():
+        other = stored[name].float().numpy()
+        assert np.array_equal(tensor.astype(np.float32), other, equal_nan=True), name
+
+
+def cases(seed: int, count: int, report: Callable[[int, str], object]) -> None:
+    """Run these cases, each within SECONDS, and report each outcome."""
+    files = originals()
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    with tempfile.TemporaryDirectory() as name:
+        for n in range(seed, seed + count):
+            signal.alarm(SECONDS)
+            try:
+                outcome = run(mutate(files, random.Random(n)), Path(name))
+            except Exception as error:
+                outcome = f"BAD: {type(error).__name__}: {error}"
+            finally:
+                signal.alarm(0)
+            report(n, outcome)
+
+
+def _in_processes(seed: int, count: int) -> None:
+    outcomes: Counter[str] = Counter()
+    bad: list[str] = []
+    for first in range(seed, seed + count, PER_PROCESS):
+        size = min(PER_PROCESS, seed + count - first)
+        command = [sys.executable, __file__, "--worker", "--seed", str(first), "--cases", str(size)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line.split("\t", 1) for line in done.stdout.splitlines()]
+        for n, outcome in lines:
+            if outcome.startswith("BAD"):
+                bad.append(f"{n}: {outcome}")
+            outcomes[outcome.split(":")[0]] += 1
+        if done.returncode:
+            bad.append(f"{first + len(lines)}: the process ended with {done.returncode}: {done.stderr[-300:]}")
+    print(*bad, sep="\n")
+    print(f"{count} cases from seed {seed}: {dict(outcomes.most_common())}; {len(bad)} bad")
+    sys.exit(bool(bad))
+
+
+def _guided() -> None:
+    import atheris  # pyright: ignore[reportMissingImports]
+
+    files, folder = originals(), Path(tempfile.mkdtemp())
+    names = sorted(files)
+
+    def one(data: bytes) -> None:
+        if data:
+            run({**files, names[data[0] % len(names)]: data[1:]}, folder)
+
+    atheris.instrument_all()
+    corpus = Path(tempfile.mkdtemp())
+    for n, name in enumerate(names):
+        (corpus / name).write_bytes(bytes([n]) + files[name])
+    atheris.Setup([sys.argv[0], str(corpus), f"-timeout={SECONDS}"], one)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--atheris", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.atheris:
+        _guided()
+    elif a.worker:
+        cases(a.seed, a.cases, lambda n, outcome: print(n, outcome.replace("\n", " "), sep="\t", flush=True))
+    else:
+        _in_processes(a.seed, a.cases)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""A short run of the fuzzer; `python tests/fuzz.py --cases 100000` is the long one."""
+
+import os
+
+import fuzz
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qwen3np
+from qwen3np import CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def originals():
+    return fuzz.originals()
+
+
+@settings(max_examples=150)
+@given(draw=st.randoms(use_true_random=False))
+def test_changed_files_are_refused_or_read_as_the_safetensors_library_reads_them(originals, tmp_path, draw):
+    pytest.importorskip("torch")
+    fuzz.run(fuzz.mutate(originals, draw), tmp_path)
+
+
+def test_unchanged_files_load(originals, tmp_path):
+    pytest.importorskip("torch")
+    assert fuzz.run(originals, tmp_path) == "loaded"
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    for name, data in originals.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(folder, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside") / name
+    os.rename(folder / name, outside)
+    os.symlink(outside, folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}: leads to {outside}, outside the checkpoint's folder"):
+        qwen3np.load(folder, progress=False)
+
+
+def test_the_links_of_the_hub_cache_are_followed(folder, tmp_path_factory):
+    repository = tmp_path_factory.mktemp("hub") / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for n, path in enumerate(sorted(folder.iterdir())):
+        os.rename(path, repository / "blobs" / str(n))
+        os.symlink(f"../../blobs/{n}", snapshot / path.name)
+    qwen3np.load(snapshot, progress=False)
+
+
+def test_a_number_of_layers_takes_no_memory(folder):
+    text = (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 4000000000')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="num_hidden_layers = 4000000000 is not supported; supported: 100,000 with"):
+        qwen3np.load(folder, progress=False)
+
+
+def test_a_header_of_any_length_takes_no_memory(folder):
+    path = folder / "model-00001-of-00002.safetensors"
+    with path.open("r+b") as file:
+        file.write((2 * 10**12).to_bytes(8, "little"))
+        file.truncate(2 * 10**12 + 100)  # sparse
+    with pytest.raises(CheckpointError, match="its header has 2000000000000 bytes; at most 100000000 are read"):
+        qwen3np.load(folder, progress=False)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_name_that_is_given_twice_is_refused(folder, file):
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("{", '{"num_hidden_layers": 1, "weight_map": {}, ', 1))
+    with pytest.raises((CheckpointError, ConfigError), match="is given twice"):
+        qwen3np.load(folder, progress=False)
