@@ -19,7 +19,7 @@ from qwen3np.rope import rotary_tables, rotate
 # How many times the noise floor is still rounding: another order of summation, or another place to round.
 MARGIN = 4.0
 # No floor is below a share of the rounding of a single number: some points are exact in the reference.
-LEAST = {"float32": 2**-26, "bfloat16": 2**-10, "float64": 2**-55}
+LEAST = {"float32": 2**-25, "bfloat16": 2**-10, "float64": 2**-55}
 HIDDEN = -9000.0  # scores below stand for -inf, as ports mask with -1e4, -1e9 or the lowest number of a type
 SHIFTS = 16  # constant shifts of the positions that are tried
 
