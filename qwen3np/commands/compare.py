@@ -13,22 +13,21 @@ from qwen3np.porting import Comparison, PointReport, Recording, compare, read_du
 from qwen3np.porting.dumps import read_map
 
 EXAMPLE = "qwen3np compare golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
-HELP = "compare the numbers of another implementation with a recording"
+HELP = "compare the numbers of another implementation with a recording; status 0: rounding, 1: different, 2: unusable"
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.description = (
-        f"{HELP[0].upper()}{HELP[1:]}. Status 0: equal, or no more than rounding apart; 1: different; 2: unusable input."
-    )
     parser.add_argument("golden", metavar="GOLDEN", help="a recording: qwen3np trace -o")
     parser.add_argument(
         "mine",
         metavar="MINE",
         help="a .safetensors, a .npz, a folder of .npy, or of transformers' model_addition_debugger_context",
     )
-    parser.add_argument("--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}')
+    parser.add_argument(
+        "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'
+    )
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), help="what the port computes in (default: as its numbers look)"
     )

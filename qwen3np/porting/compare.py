@@ -129,16 +129,19 @@ def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
     """Return the shape of each point, whole."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, ids, positions in golden.passes:
-        size = (*ids.shape, int(positions[0, -1]) + 1)
-        shapes |= {prefix + name: point_shape(name, golden.config, *size) for name in point_names(golden.config)}
+        batch, new, total = len(ids), ids.shape[1], int(positions[0, -1]) + 1
+        shapes |= {
+            prefix + name: point_shape(name, golden.config, batch, new, total) for name in point_names(golden.config)
+        }
     return shapes
 
 
 def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _Found | None:
     """Bring an array to the reference's layout, and its mask to -inf. None where it fits in no way."""
-    if x.dtype.kind not in "fiuV" or x.dtype.kind == "V" and x.dtype != BFLOAT16:
+    if x.dtype.kind not in "fiuV" or (x.dtype.kind == "V" and x.dtype != BFLOAT16):
         return None
     is_scores, hidden = name.endswith(".scores"), False
+    short = (str(x.dtype),) if x.dtype in (np.float16, BFLOAT16) else ()
     if is_scores:
         with np.errstate(invalid="ignore"):
             hidden = bool((x <= HIDDEN).any())
@@ -147,6 +150,7 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _F
     if recognised is None:
         return None
     notes, whole, part, truth = recognised
+    notes = (*notes, *short)
     fault = ""
     if is_scores and not hidden and not np.isfinite(truth).all():
         notes = (*notes, "before the mask")
@@ -171,7 +175,8 @@ def _precision(found: Mapping[str, _Found]) -> str:
         sample = here.whole.ravel()[:65536]
         sample = sample[np.isfinite(sample)].astype(np.float64)
         with np.errstate(over="ignore"):
-            is_short = any(np.mean(sample.astype(t).astype(np.float64) == sample) > 0.99 for t in (BFLOAT16, np.float16))
+            kept = [np.mean(sample.astype(t).astype(np.float64) == sample) for t in (BFLOAT16, np.float16)]
+        is_short = bool(max(kept) > 0.99)
         short[is_short] += 1
     return "bfloat16" if short[True] > short[False] else "float32"
 
@@ -179,7 +184,8 @@ def _precision(found: Mapping[str, _Found]) -> str:
 def _tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
     """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own."""
     floors = [
-        [max(floor, LEAST[p]) for floor in golden.floors.get(p, {}).get(name, (0.0, 0.0))] for p in (port, golden.numerics)
+        [max(floor, LEAST[p]) for floor in golden.floors.get(p, {}).get(name, (0.0, 0.0))]
+        for p in (port, golden.numerics)
     ]
     return math.hypot(floors[0][0], floors[1][0]), math.hypot(floors[0][1], floors[1][1])
 
@@ -267,9 +273,11 @@ def _verdict(
         return "rounding", None, f"positions shifted by {shift}, for queries and keys alike: this changes no score"
 
     first = different[0]
-    adding = [r for r in reports if r.added is not None and r.added_floor is not None and r.added > MARGIN * r.added_floor]
+    adding = [
+        r for r in reports if r.added is not None and r.added_floor is not None and r.added > MARGIN * r.added_floor
+    ]
     kind = split_layer(first.name)[1]
-    if first.notes and first.rel_l2 is None:
+    if first.name not in found or found[first.name].fault:
         return "different", first.name, f"a bug at {first.name}: {first.notes[-1]}"
     why = ""
     if shift is not None:
@@ -286,7 +294,9 @@ def _verdict(
         for r in reports
     ):
         why = ", or at a step before it that the dump does not have"
-    if port == "float32" and all(r.rel_l2 is not None and r.rel_l2 <= MARGIN * _tolerance(r.name, golden, "bfloat16")[0] for r in different):
+    if port == "float32" and all(
+        r.rel_l2 is not None and r.rel_l2 <= MARGIN * _tolerance(r.name, golden, "bfloat16")[0] for r in different
+    ):
         why += "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
     return "different", first.name, f"a bug at {first.name}{why}"
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+from zipfile import BadZipFile
 
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.porting.record import HEADS, METADATA, Recording, distance
+from qwen3np.numerics import Array
+from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 from qwen3np.porting.steps import position_axis, split_layer
 
 LAYER = "model.layers.{N}"
@@ -83,22 +84,13 @@ def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
+    if path.suffix not in (".npy", ".npz"):
+        arrays, metadata = read_safetensors(path)
+        return arrays, json.loads(metadata.get(METADATA, "{}"))
     try:
-        if path.suffix == ".npy":
-            return {"": np.load(path, allow_pickle=False)}, {}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}, {}
-        with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, ValueError, EOFError, OSError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "BadZipFile":
-            raise
+        found = np.load(path, allow_pickle=False)
+        return ({"": found} if path.suffix == ".npy" else dict(found)), {}
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
 
 
@@ -135,7 +127,7 @@ def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[s
         if plain := translate(own):
             return prefix + plain
         own = re.sub(r"^[A-Z]\w*?(\.|_(?=outputs|inputs))", "", own)  # the model's class
-        own = re.sub(r"^(?=(embed_tokens|layers|norm)\b)", "model.", own)
+        own = re.sub(r"^(?=(embed_tokens|layers|norm)($|[._]))", "model.", own)
         own = re.sub(r"(_inputs)(_args_0|_kwargs_hidden_states)$", r"\1", own)
         own = re.sub(r"[._]output(s)?$", "", own)
         return prefix + (translate(own) or own)
@@ -149,7 +141,9 @@ def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iter
     flat = kind in ("q_proj", "k_proj", "v_proj", "context")
     axis = position_axis(name)
     if x.ndim and x.shape[-1] > shape[-1] and kind in ("scores", "probs"):  # a cache of fixed size
-        yield from ((("only the positions so far", *how), y) for how, y in layouts(name, x[..., : shape[-1]], shape, config))
+        yield from (
+            (("only the positions so far", *how), y) for how, y in layouts(name, x[..., : shape[-1]], shape, config)
+        )
         return
     last = (*shape[:axis], 1, *shape[axis + 1 :])
     for target, note in ((shape, ()), (last, (LAST,))) if shape != last else ((shape, ()),):
@@ -157,10 +151,7 @@ def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iter
             continue
         seen: list[tuple[tuple[str, ...], Array]] = []
         if kind in HEADS or flat:
-            if flat:
-                split = (*target[:2], target[2] // config.head_dim, config.head_dim)
-            else:
-                split = tuple(target)
+            split = (*target[:2], target[2] // config.head_dim, config.head_dim) if flat else target
             other = (split[0], split[2], split[1], *split[3:])
             if x.shape in (target, target[1:]) or (x.ndim == 2 and flat):
                 seen.append(((), x.reshape(target)))
@@ -197,7 +188,9 @@ def recognise(
     wrong ones.
     """
     reference, axis = golden.points[name], position_axis(name)
-    readings = [(how, y, y if LAST in how else golden.cut(name, y)) for how, y in layouts(name, x, shape, golden.config)]
+    readings = [
+        (how, y, y if LAST in how else golden.cut(name, y)) for how, y in layouts(name, x, shape, golden.config)
+    ]
     if reference.shape != shape:
         readings += [(how, y, y) for how, y in layouts(name, x, reference.shape, golden.config)]
     best = None
@@ -209,7 +202,4 @@ def recognise(
         away = away if np.isfinite(away) else np.inf
         if best is None or away < 0.1 * best[0]:
             best = away, (how, y, part, truth)
-    if best is None:
-        return None
-    how, y, part, truth = best[1]
-    return (*how, *([str(x.dtype)] if x.dtype in (np.float16, BFLOAT16) else [])), y, part, truth
+    return None if best is None else best[1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -46,14 +46,14 @@ class Recording:
     def passes(self) -> list[tuple[str, Array, Array]]:
         """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
         prompt = self.ids.shape[1] - self.steps
-        positions = np.broadcast_to(np.arange(self.ids.shape[1]), self.ids.shape)
+        positions: Array = np.tile(np.arange(self.ids.shape[1]), (len(self.ids), 1))
         cuts = range(prompt, self.ids.shape[1])
         names = ["", *(f"decode.{i}." for i in range(self.steps))]
         return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  # PathLike of anything
 
         about: dict[str, Any] = {
             "version": qwen3np.__version__,
@@ -69,7 +69,9 @@ class Recording:
         path = Path(path)
         partial = path.with_name(f"{path.name}.partial")
         try:
-            save_file({k: np.ascontiguousarray(x) for k, x in self.points.items()}, partial, {METADATA: json.dumps(about)})
+            save_file(
+                {k: np.ascontiguousarray(x) for k, x in self.points.items()}, partial, {METADATA: json.dumps(about)}
+            )
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -77,20 +79,11 @@ class Recording:
     @classmethod
     def load(cls, path: str | Path) -> Recording:
         """Read a file that save wrote. Raises ValueError for any other, and for one that is not whole."""
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file")
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        found, metadata = read_safetensors(Path(path))
         if METADATA not in metadata:
             raise ValueError(f"{path}: not a recording: make one with qwen3np trace -o")
         try:
-            about = json.loads(metadata[METADATA])
+            about: dict[str, Any] = json.loads(metadata[METADATA])
             config = Config.from_dict(about["config"])
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
             floors = {p: {name: (a, b) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
@@ -130,13 +123,13 @@ def record(
     n = precision(numerics)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
-    for what, chosen, limit in (
+    for what, wanted, limit in (
         ("layer", layers, config.num_hidden_layers),
         ("token", tokens, prompt.shape[1]),
         ("head", heads, config.num_attention_heads),
     ):
-        outside = [i for i in chosen or () if not 0 <= i < limit]
-        if outside or (chosen is not None and not chosen):
+        outside = [i for i in wanted or () if not 0 <= i < limit]
+        if outside or (wanted is not None and not wanted):
             raise ValueError(f"{what}s: {outside or 'none'} chosen; there are {what}s 0 to {limit - 1}")
 
     patterns = [pattern.strip() for pattern in points.split(",")]
@@ -194,9 +187,20 @@ def record(
     return Recording(recorded, config, all_ids, steps, n.name, floors, *kept)
 
 
-def cut(
-    name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None
-) -> Array:
+def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the arrays and the metadata of a file. Raises ValueError where it is missing or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with cast("Any", safe_open)(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None) -> Array:
     """Return these positions (of a prefill) and these query heads, or their key heads, of a whole point."""
     if tokens is not None and not split_pass(name)[0]:
         x = np.take(x, tokens, position_axis(name))
@@ -213,7 +217,7 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
     An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
     """
     seen = np.isfinite(truth)
-    y = np.where(seen, truth, 0).astype(np.float64)
+    y: Array = np.where(seen, truth, 0).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.square(np.where(seen, x, 0) - y)
     others = tuple(i for i in range(x.ndim) if i != axis)

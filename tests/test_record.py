@@ -1,0 +1,153 @@
+"""Recordings: what they hold, how they are cut, and that a file gives back what was recorded."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from drawing import draw_ids, relative
+from safetensors import safe_open
+
+from qwen3np import forward, save_checkpoint
+from qwen3np.cli import main
+from qwen3np.numerics import precision
+from qwen3np.porting import Recording, record
+from qwen3np.porting.record import distance
+from qwen3np.porting.steps import Rerun, point_names, point_shape, split_pass
+
+PROMPT, STEPS = 12, 2
+
+
+@pytest.fixture(scope="module")
+def ids(config):
+    return draw_ids(np.random.default_rng(0), config, 2, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def golden(config, weights, ids):
+    return record(weights, config, ids, steps=STEPS)
+
+
+def test_points_are_those_of_forward(config, weights, ids, golden):
+    """The prefill bit for bit; the decode steps as the same positions of one forward over all ids."""
+    points, whole = {}, {}
+    forward(weights, config, ids, trace=points.__setitem__)
+    forward(weights, config, golden.ids, trace=whole.__setitem__)
+    assert list(golden.points) == [p + name for p in ("", "decode.0.", "decode.1.") for name in points]
+    assert list(points) == point_names(config)
+    for name, x in points.items():
+        np.testing.assert_array_equal(golden.points[name], x)
+    for i in range(STEPS):
+        for name in ("model.embed_tokens", "model.layers.1", "lm_head"):
+            assert relative(golden.points[f"decode.{i}.{name}"][:, 0], whole[name][:, PROMPT + i]) <= 2e-6
+    greedy = whole["lm_head"][:, PROMPT - 1 : -1].argmax(-1)
+    np.testing.assert_array_equal(golden.ids, np.concatenate((ids, greedy), 1))
+
+
+def test_shapes(config, golden):
+    for prefix, ids, positions in golden.passes:
+        for name in point_names(config):
+            shape = point_shape(name, config, *ids.shape, positions[0, -1] + 1)
+            assert golden.points[prefix + name].shape == shape, name
+
+
+@pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16"])
+def test_steps_make_the_points(config, weights, ids, numerics):
+    """Each step on the recorded inputs, and from the ids alone: the recorded point, but for the order of sums."""
+    golden = record(weights, config, ids, steps=STEPS, numerics=numerics)
+    limit = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2e-2}[numerics]
+    for given in (golden.points, {}):
+        rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
+        for name, x in golden.points.items():
+            assert distance(rerun.step(name), x, 1)[0] <= limit, name
+
+
+def test_floors(config, weights, golden):
+    """They are distances from the float64 evaluation: nothing for what is gathered, 2^-8 and 2^-24 or so elsewhere."""
+    truth = {}
+    forward(weights, config, golden.ids, numerics="float64", trace=truth.__setitem__)
+    for name, (low, high) in {"float32": (1e-8, 1e-6), "bfloat16": (1e-3, 3e-2)}.items():
+        floors = golden.floors[name]
+        assert set(floors) == set(golden.points)
+        assert all(low < overall < high for point, (overall, _) in floors.items() if "embed" not in point)
+        assert all(worst >= 0.9 * overall for overall, worst in floors.values())
+    measured = relative(golden.points["lm_head"], truth["lm_head"][:, :PROMPT])
+    assert golden.floors["float32"]["lm_head"][0] == pytest.approx(measured)
+    assert golden.floors["float32"]["model.embed_tokens"] == (0, 0)
+
+
+def test_cuts(config, weights, ids, golden):
+    cut = record(
+        weights, config, ids, steps=STEPS, points="layers.1.*,lm_head", tokens=(0, 5), heads=(1, 4), layers=(1,)
+    )
+    layer = {name for name in point_names(config) if name.startswith("model.layers.1")} | {"lm_head"}
+    assert {split_pass(name)[1] for name in cut.points} == layer
+    x, whole = cut.points, golden.points
+    at = "model.layers.1.self_attn."
+    np.testing.assert_array_equal(x["lm_head"], whole["lm_head"][:, [0, 5]])
+    np.testing.assert_array_equal(x[f"{at}probs"], whole[f"{at}probs"][:, [1, 4]][:, :, [0, 5]])
+    np.testing.assert_array_equal(x[f"{at}k_rope"], whole[f"{at}k_rope"][:, [0, 1]][:, :, [0, 5]])  # G is 3
+    np.testing.assert_array_equal(x[f"decode.1.{at}q_norm"], whole[f"decode.1.{at}q_norm"][:, :, [1, 4]])
+
+
+def test_saved_and_loaded(golden, tmp_path):
+    path = tmp_path / "golden.safetensors"
+    golden.save(path)
+    loaded = Recording.load(path)
+    assert list(loaded.points) == list(golden.points)
+    for name, x in golden.points.items():
+        np.testing.assert_array_equal(loaded.points[name], x)
+    assert (loaded.config, loaded.floors, loaded.numerics) == (golden.config, golden.floors, "float32")
+    np.testing.assert_array_equal(loaded.ids, golden.ids)
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["qwen3np"])
+    assert about["positions"] == [list(range(PROMPT)), [PROMPT], [PROMPT + 1]]
+    assert [p.name for p in tmp_path.iterdir()] == ["golden.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"points": "layers.9.*"}, "nothing matches"),
+        ({"layers": [2]}, "layers 0 to 1"),
+        ({"tokens": [PROMPT]}, "tokens 0 to 11"),
+        ({"heads": []}, "none chosen"),
+        ({"steps": -1}, "at least 0"),
+    ],
+)
+def test_impossible_choices(config, weights, ids, choice, message):
+    with pytest.raises(ValueError, match=message):
+        record(weights, config, ids, **choice)
+
+
+def test_not_a_recording(golden, tmp_path):
+    path = tmp_path / "golden.safetensors"
+    golden.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Recording.load(path)
+    with pytest.raises(ValueError, match="no such file"):
+        Recording.load(tmp_path / "other.safetensors")
+
+
+def test_command(config, weights, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model", config, weights)
+    flags = ["trace", "--model", str(tmp_path / "model"), "--ids", "1,5-7", "--points", "layers.0.*"]
+    main(flags)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["point", "shape"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    points = {}
+    forward(weights, config, [1, 5, 6, 7], trace=points.__setitem__)
+    x = points["model.layers.0"]
+    assert table["model.layers.0"][0] == "1x4x40"
+    np.testing.assert_allclose(
+        np.array(table["model.layers.0"][1:], float), [x.mean(), np.sqrt((x * x).mean()), x.min(), x.max(), 0], 1e-3
+    )
+    assert table["model.layers.0.self_attn.scores"][-1] == "36"  # 6 heads, 6 hidden of 4 x 4
+
+    main([*flags, "-o", str(tmp_path / "golden.safetensors")])
+    assert capsys.readouterr().out == ""
+    loaded = Recording.load(tmp_path / "golden.safetensors")
+    np.testing.assert_array_equal(loaded.points["model.layers.0"], x)
