@@ -222,6 +222,38 @@ def test_names(config, name, point):
     assert namer(config)(name) == point
 
 
+def test_llama_cpp(config, weights, golden, dump):
+    """As its callback sees them: no batch axis, a cache of 256 positions, in the last layer the last position alone."""
+    heads = lambda x: x.reshape(PROMPT, -1, config.head_dim)  # noqa: E731
+    mine = {"inp_embd": dump["model.embed_tokens"][0], "inp_pos": np.arange(PROMPT)}
+    for i in range(2):
+        rows = slice(None) if i == 0 else slice(-1, None)
+        at = f"model.layers.{i}"
+        mine |= {
+            f"attn_norm-{i}": dump[f"{at}.input_layernorm"][0],
+            f"Qcur_normed-{i}": dump[f"{at}.self_attn.q_norm"][0],
+            f"Qcur-{i}": np.swapaxes(dump[f"{at}.self_attn.q_rope"][0], 0, 1),
+            f"Kcur-{i}": np.swapaxes(dump[f"{at}.self_attn.k_rope"][0], 0, 1),
+            f"Vcur-{i}": heads(dump[f"{at}.self_attn.v_proj"]),
+            f"kq_soft_max-{i}": np.pad(dump[f"{at}.self_attn.probs"][0], ((0, 0), (0, 0), (0, 256 - PROMPT))),
+            f"kqv_out-{i}": dump[f"{at}.self_attn.context"][0],
+            f"ffn_inp-{i}": dump[f"{at}.attn_residual"][0, rows],
+            f"ffn_norm-{i}": dump[f"{at}.post_attention_layernorm"][0, rows],
+            f"ffn_swiglu-{i}": dump[f"{at}.mlp.act"][0, rows],
+            f"ffn_out-{i}": dump[f"{at}.mlp.down_proj"][0, rows],
+            f"l_out-{i}": dump[at][0, rows],
+        }
+    mine |= {"result_norm": dump["model.norm"][0, -1:], "result_output": dump["lm_head"][0, -1:]}
+    found = compare(golden, mine, weights=weights)
+    assert (found.verdict, found.unknown) == ("equal", ["inp_pos"])
+    assert len(found.points) == len(mine) - 1
+    assert all(r.added <= 4 * r.added_floor for r in found.points)
+
+    mine["ffn_out-1"] = mine["ffn_out-1"] * 1.01
+    found = compare(golden, mine, weights=weights)
+    assert found.first_point == "model.layers.1.mlp.down_proj"
+
+
 def test_map(golden, dump, tmp_path):
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}))

@@ -175,8 +175,8 @@ def _precision(found: Mapping[str, _Found]) -> str:
         sample = here.whole.ravel()[:65536]
         sample = sample[np.isfinite(sample)].astype(np.float64)
         with np.errstate(over="ignore"):
-            kept = [np.mean(sample.astype(t).astype(np.float64) == sample) for t in (BFLOAT16, np.float16)]
-        is_short = bool(max(kept) > 0.99)
+            kept = [int(np.sum(sample.astype(t).astype(np.float64) == sample)) for t in (BFLOAT16, np.float16)]
+        is_short = max(kept) > 0.99 * sample.size
         short[is_short] += 1
     return "bfloat16" if short[True] > short[False] else "float32"
 

@@ -46,7 +46,7 @@ class Recording:
     def passes(self) -> list[tuple[str, Array, Array]]:
         """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
         prompt = self.ids.shape[1] - self.steps
-        positions: Array = np.tile(np.arange(self.ids.shape[1]), (len(self.ids), 1))
+        positions = np.tile(np.arange(self.ids.shape[1], dtype=np.int64), (len(self.ids), 1))
         cuts = range(prompt, self.ids.shape[1])
         names = ["", *(f"decode.{i}." for i in range(self.steps))]
         return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
@@ -168,7 +168,7 @@ def record(
     all_ids = run(n.name, prompt, recorded.__setitem__)
     truth = recorded
     if n is not FLOAT64:
-        truth = {}
+        truth = dict[str, Array]()
         run("float64", all_ids, truth.__setitem__)
     floors: dict[str, dict[str, tuple[float, float]]] = {}
     for name in ("float32", "bfloat16"):
@@ -217,11 +217,12 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
     An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
     """
     seen = np.isfinite(truth)
-    y: Array = np.where(seen, truth, 0).astype(np.float64)
+    y: Array = np.where(seen, truth, 0.0).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        error = np.square(np.where(seen, x, 0) - y)
-    others = tuple(i for i in range(x.ndim) if i != axis)
-    errors, norms = np.sqrt(error.sum(others)), np.sqrt(np.square(y).sum(others))
-    tiny = np.finfo(np.float64).tiny
-    by_index = errors / np.maximum(norms, max(float(np.median(norms)), tiny))
+        error: Array = np.square(np.where(seen, x, 0.0) - y)
+    others = tuple(i for i in range(truth.ndim) if i != axis)
+    errors: Array = np.sqrt(error.sum(others))
+    norms: Array = np.sqrt(np.square(y).sum(others))
+    tiny, usual = float(np.finfo(np.float64).tiny), float(np.median(norms))
+    by_index = errors / np.maximum(norms, max(usual, tiny))
     return float(np.linalg.norm(errors) / max(float(np.linalg.norm(norms)), tiny)), by_index
