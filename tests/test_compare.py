@@ -113,6 +113,19 @@ def test_shifted_positions(config, golden, dump, shift):
     assert (found.verdict, found.first_point) == ("different", Q_ROPE)
     assert found.meaning == f"a bug at {Q_ROPE}: positions shifted by {shift}"
 
+    ropes = {name: x for name, x in dump.items() if name.endswith("_rope")}
+    assert compare(golden, ropes).verdict == "different"  # nothing shows that the scores are the same
+
+
+def test_one_position_beyond_the_floor(golden, dump):
+    """An error that drowns in the whole point shows at its position."""
+    name = "model.layers.1"
+    floor = golden.floors["bfloat16"][name][0]
+    dump[name][0, 7] *= 1 + 11 * floor
+    here = report(compare(golden, dump, precision="bfloat16"), name)
+    assert here.rel_l2 < 4 * here.floor
+    assert (here.verdict, here.token) == ("different", 7)
+
 
 def interleaved(x, config):
     lanes = x.reshape(*x.shape[:-1], -1, 2, config.head_dim // 2)
@@ -129,24 +142,27 @@ def test_permuted_lanes(config, weights, golden, dump):
     assert LANES in report(found, Q_ROPE).notes
 
 
-def test_nan_and_infinity(golden, dump):
+def test_nan_and_infinity(weights, golden, dump):
     dump["model.layers.0.attn_residual"][0, 4, 7] = np.nan
     dump["lm_head"][0, 0, 0] = np.inf
-    found = compare(golden, dump)
+    found = compare(golden, dump, weights=weights)
     assert found.first_point == "model.layers.0.attn_residual"
+    assert report(found, "model.layers.0").added < 1e-6  # computed around the hole
     assert "1 numbers are NaN or infinite, first at (0, 4, 7)" in found.meaning
 
 
 @pytest.mark.parametrize("mask", [-1e9, np.finfo(np.float32).min, -1e4])
-def test_masks(golden, dump, mask):
+def test_masks(weights, golden, dump, mask):
     """Any large negative number hides; a mask off by one is no mask of ours; none at all is a dump before the mask."""
     name = "model.layers.1.self_attn.scores"
     hidden = np.isneginf(dump[name])
     dump[name][hidden] = mask
     assert compare(golden, dump).verdict == "equal"
     dump[name][:, :, 3, 4] = 0
-    found = compare(golden, dump)
+    found = compare(golden, dump, weights=weights)
     assert found.first_point == name
+    after = report(found, "model.layers.1.self_attn.probs")
+    assert (after.rel_l2, after.added > 0.01) == (0, True)  # right, but not what these scores make
     assert "another mask, first at (0, 0, 3, 4)" in found.meaning
     dump[name][hidden] = 1
     found = compare(golden, dump)

@@ -198,7 +198,7 @@ def _added(
     port: str,
 ) -> dict[str, tuple[float, float]]:
     """Return per point the distance from the reference step on the port's inputs, and what rounding makes of it."""
-    given = {name: f.whole for name, f in found.items() if f.whole.shape == shapes[name] and not f.fault}
+    given = {name: f.whole for name, f in found.items() if f.whole.shape == shapes[name]}
     runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, precision(port))]
     added: dict[str, tuple[float, float]] = {}
     for prefix, _, _ in golden.passes:

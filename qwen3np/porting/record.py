@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,4 +226,4 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
     norms: Array = np.sqrt(np.square(y).sum(others))
     tiny, usual = float(np.finfo(np.float64).tiny), float(np.median(norms))
     by_index = errors / np.maximum(norms, max(usual, tiny))
-    return float(np.linalg.norm(errors) / max(float(np.linalg.norm(norms)), tiny)), by_index
+    return math.hypot(*errors) / max(math.hypot(*norms), tiny), by_index
