@@ -170,6 +170,17 @@ def test_masks(weights, golden, dump, mask):
     assert "before the mask" in report(found, name).notes
 
 
+def test_sixteen_bits_within_a_float32_port(config, weights, golden):
+    """Its numbers do not look like bfloat16's, but lie as far off: the last line says what to try."""
+    prompt = golden.ids[:, :PROMPT]
+    mine = record(weights, config, prompt, numerics="bfloat16").points
+    noisy = {name: x * np.float32(1 + 1e-6) for name, x in mine.items()}
+    found = compare(record(weights, config, prompt), noisy)
+    assert (found.verdict, found.precision) == ("different", "float32")
+    assert found.meaning.endswith("see with --precision bfloat16")
+    assert compare(record(weights, config, prompt), noisy, precision="bfloat16").verdict == "rounding"
+
+
 # --- layouts and names ------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 from drawing import draw_ids, relative
 from safetensors import safe_open
 
-from qwen3np import forward, save_checkpoint
+from qwen3np import forward, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.numerics import precision
 from qwen3np.porting import Recording, record
@@ -151,3 +151,26 @@ def test_command(config, weights, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     loaded = Recording.load(tmp_path / "golden.safetensors")
     np.testing.assert_array_equal(loaded.points["model.layers.0"], x)
+
+
+def test_fixture(tmp_path):
+    """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
+    main(["fixture", "-o", str(tmp_path / "kit")])
+    assert (tmp_path / "kit" / "README.md").exists()
+    for name in ("tied", "untied"):
+        folder = tmp_path / "kit" / name
+        config, weights = read_checkpoint(folder)
+        tolerances = json.loads((folder / "tolerances.json").read_text())
+        golden = np.load(folder / "golden.npz")
+        recording = Recording.load(folder / "golden.safetensors")
+        assert set(golden.files) == {"ids", *recording.points}
+        assert list(tolerances["float32"]) == list(recording.points)
+
+        def beyond(weights, precision, config=config, golden=golden, tolerances=tolerances):
+            points = record(weights, config, golden["ids"][:, :256], numerics=precision).points
+            return [k for k, x in points.items() if distance(x, golden[k], 1)[0] > tolerances[precision][k]]
+
+        assert beyond(weights, "float32") == beyond(weights, "bfloat16") == []
+        key = "model.layers.1.mlp.up_proj.weight"
+        bad = weights | {key: weights[key] * np.float32(1.0001)}
+        assert beyond(bad, "float32")[0] == "model.layers.1.mlp.up_proj"
