@@ -13,7 +13,7 @@ from qwen3np.config import Config
 from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
 from qwen3np.porting.dumps import LANES, LAST, namer, recognise
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import STEPS, Rerun, point_names, point_shape, position_axis, split_layer
+from qwen3np.porting.steps import STEPS, Rerun, point_names, point_shape, position_axis, split_layer, split_pass
 from qwen3np.rope import rotary_tables, rotate
 
 # How many times the noise floor is still rounding: another order of summation, or another place to round.
@@ -182,12 +182,16 @@ def _precision(found: Mapping[str, _Found]) -> str:
 
 
 def _tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
-    """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own."""
-    floors = [
-        [max(floor, LEAST[p]) for floor in golden.floors.get(p, {}).get(name, (0.0, 0.0))]
-        for p in (port, golden.numerics)
-    ]
-    return math.hypot(floors[0][0], floors[1][0]), math.hypot(floors[0][1], floors[1][1])
+    """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own.
+
+    A decode step has few numbers, whose floor may be small by luck: it is not taken below that of the prefill.
+    """
+
+    def floor(p: str, i: int) -> float:
+        of = golden.floors.get(p, {})
+        return max([LEAST[p], *(of[key][i] for key in {name, split_pass(name)[1]} if key in of)])
+
+    return math.hypot(floor(port, 0), floor(golden.numerics, 0)), math.hypot(floor(port, 1), floor(golden.numerics, 1))
 
 
 def _added(
@@ -201,14 +205,15 @@ def _added(
     given = {name: f.whole for name, f in found.items() if f.whole.shape == shapes[name]}
     runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, precision(port))]
     added: dict[str, tuple[float, float]] = {}
+    floors: dict[str, float] = {}  # of a point in any pass so far
     for prefix, _, _ in golden.passes:
         for name in point_names(golden.config):
             exact, rounded = (run.step(prefix + name) for run in runs)
             if prefix + name in found:
                 here, axis = found[prefix + name], position_axis(name)
-                floor = distance(rounded, exact, axis)[0]
+                floors[name] = max(distance(rounded, exact, axis)[0], floors.get(name, LEAST[port]))
                 exact = np.take(exact, [-1], axis) if LAST in here.notes else golden.cut(prefix + name, exact)
-                added[prefix + name] = distance(here.part, exact, axis)[0], max(floor, LEAST[port])
+                added[prefix + name] = distance(here.part, exact, axis)[0], floors[name]
     return added
 
 
