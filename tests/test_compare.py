@@ -289,9 +289,19 @@ def test_map(golden, dump, tmp_path):
     assert [r.name for r in found.points] == ["model.layers.1.self_attn.q_proj"]
     assert found.unknown == ["other"]
     assert len(found.missing) == len(dump) - 1
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="JSON object"):
-        read_map(path)
+    for text, message in (
+        ("[]", "JSON object"),
+        ('{"q": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
+        ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
+        ('{"q{N}": "model.layers.{N}.qproj"}', "no such point"),
+        ("{", "not a map of names"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_map(path)
+    path.write_text('{"step{N}": "decode.{N}.lm_head"}')
+    found = compare(golden, {"step1": dump["decode.1.lm_head"]}, names=read_map(path))
+    assert [r.name for r in found.points] == ["decode.1.lm_head"]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -307,6 +317,7 @@ def test_files(golden, dump, tmp_path):
         arrays, about = read_dump(tmp_path / name)
         assert about == {}
         assert compare(golden, arrays).verdict == "equal"
+    assert list(read_dump(tmp_path / "mine" / "lm_head.npy")[0]) == ["lm_head"]
 
 
 @pytest.mark.parametrize("name", ["mine.safetensors", "mine.npz", "mine/lm_head.npy"])
@@ -326,6 +337,13 @@ def test_unusable(config, weights, golden, dump, tmp_path):
         read_dump(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no arrays"):
         read_dump(tmp_path)
+    (tmp_path / "Qwen3ForCausalLM_debug_tree_SUMMARY.json").write_text("{}")  # as with use_repr=True
+    with pytest.raises(ValueError, match="use_repr=False"):
+        read_dump(tmp_path)
+    np.save(tmp_path / "mine.npy", dump["lm_head"])
+    (tmp_path / "mine.npy").rename(tmp_path / "mine.npz")
+    with pytest.raises(ValueError, match="no name in the dump"):
+        compare(golden, read_dump(tmp_path / "mine.npz")[0])
     with pytest.raises(ValueError, match="no name in the dump"):
         compare(golden, {"a": np.zeros(3)})
     with pytest.raises(ValueError, match="no shape fits"):

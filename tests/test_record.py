@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from qwen3np import forward, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.numerics import precision
 from qwen3np.porting import Recording, record
+from qwen3np.porting.fixture import TIED
 from qwen3np.porting.record import distance
 from qwen3np.porting.steps import Rerun, point_names, point_shape, split_pass
 
 PROMPT, STEPS = 12, 2
+PASSES = ("", "decode.0.", "decode.1.")
+ALL = point_names(replace(TIED, num_hidden_layers=2))  # those of the model in conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +111,25 @@ def test_saved_and_loaded(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("points", "names"),
+    [
+        ("decode.*", [f"decode.{i}.{name}" for i in range(STEPS) for name in ALL]),
+        ("decode.1.layers.0.mlp.act", ["decode.1.model.layers.0.mlp.act"]),
+        ("*.q_rope, lm_head", [p + name for p in PASSES for name in ALL if name.endswith(("q_rope", "lm_head"))]),
+        ("model.layers.1", [f"{p}model.layers.1" for p in PASSES]),
+    ],
+)
+def test_patterns(config, weights, ids, points, names):
+    recording = record(weights, config, ids, steps=STEPS, points=points)
+    assert list(recording.points) == names
+
+
+@pytest.mark.parametrize(
     ("choice", "message"),
     [
         ({"points": "layers.9.*"}, "nothing matches"),
+        ({"points": "lm_head,layers.0.qproj"}, "nothing matches 'layers.0.qproj'"),
+        ({"points": "layers.0.*", "layers": [1]}, "has nothing in layers"),
         ({"layers": [2]}, "layers 0 to 1"),
         ({"tokens": [PROMPT]}, "tokens 0 to 11"),
         ({"heads": []}, "none chosen"),
@@ -119,6 +139,22 @@ def test_saved_and_loaded(golden, tmp_path):
 def test_impossible_choices(config, weights, ids, choice, message):
     with pytest.raises(ValueError, match=message):
         record(weights, config, ids, **choice)
+
+
+def test_no_place(golden, tmp_path, capsys):
+    """Told before anything is computed: with a model that is not there, the place is what is wrong."""
+    (tmp_path / "folder.safetensors").mkdir()
+    for place, message in (
+        ("nowhere/golden.safetensors", "there is no folder"),
+        ("golden.npz", "with that ending"),
+        ("folder.safetensors", "is a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            golden.save(tmp_path / place)
+        with pytest.raises(SystemExit):
+            main(["trace", "--ids", "1", "--model", "no model", "-o", str(tmp_path / place)])
+        assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
 
 
 def test_not_a_recording(golden, tmp_path):
@@ -147,16 +183,30 @@ def test_command(config, weights, tmp_path, capsys):
     )
     assert table["model.layers.0.self_attn.scores"][-1] == "36"  # 6 heads, 6 hidden of 4 x 4
 
-    main([*flags, "-o", str(tmp_path / "golden.safetensors")])
-    assert capsys.readouterr().out == ""
+    main([*flags, "--steps", "1", "-o", str(tmp_path / "golden.safetensors")])
+    out, err = capsys.readouterr()
     loaded = Recording.load(tmp_path / "golden.safetensors")
+    assert (out, err.splitlines()[-1]) == ("", f"[ids 1,5,6,7, then {loaded.ids[0, 4]}]")
     np.testing.assert_array_equal(loaded.points["model.layers.0"], x)
+
+
+def test_table_of_broken_weights(config, weights, tmp_path, capsys):
+    """What is not finite is counted, and may be all there is."""
+    key = "model.layers.0.mlp.up_proj.weight"
+    save_checkpoint(tmp_path / "model", config, weights | {key: np.full_like(weights[key], np.nan)})
+    main(["trace", "--model", str(tmp_path / "model"), "--ids", "1,2", "--points", "layers.0.mlp.*"])
+    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()}
+    assert rows["model.layers.0.mlp.gate_proj"][-1] == "0"
+    assert rows["model.layers.0.mlp.up_proj"][1:] == ["nan", "nan", "nan", "nan", str(2 * config.intermediate_size)]
 
 
 def test_fixture(tmp_path):
     """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
     main(["fixture", "-o", str(tmp_path / "kit")])
-    assert (tmp_path / "kit" / "README.md").exists()
+    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied"}
+    assert [p.name for p in tmp_path.iterdir()] == ["kit"]
+    with pytest.raises(SystemExit):
+        main(["fixture", "-o", str(tmp_path / "kit")])
     for name in ("tied", "untied"):
         folder = tmp_path / "kit" / name
         config, weights = read_checkpoint(folder)
@@ -164,6 +214,8 @@ def test_fixture(tmp_path):
         golden = np.load(folder / "golden.npz")
         recording = Recording.load(folder / "golden.safetensors")
         assert set(golden.files) == {"ids", *recording.points}
+        parts = json.loads((folder / "ids.json").read_text())
+        assert [parts["prompt"] + parts["decode"]] == golden["ids"].tolist() == recording.ids.tolist()
         assert list(tolerances["float32"]) == list(recording.points)
 
         def beyond(weights, precision, config=config, golden=golden, tolerances=tolerances):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from qwen3np.porting.fixture import write_fixture
+from qwen3np.porting.fixture import CONFIGS, write_fixture
 
 EXAMPLE = "qwen3np fixture -o golden"
 HELP = "write tiny checkpoints with golden values, for the test suite of a port"
@@ -18,3 +20,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the kit."""
     write_fixture(arguments.output)
+    print(f"[{arguments.output}: {' and '.join(CONFIGS)}; begin with {Path(arguments.output) / 'README.md'}]", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.numerics import Array
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
-from qwen3np.porting.steps import position_axis, split_layer
+from qwen3np.porting.steps import STEPS, position_axis, split_layer
 
 LAYER = "model.layers.{N}"
 LAST, LANES = "only the last position", "RoPE lanes interleaved"  # what may have to be assumed of an array
@@ -61,7 +62,7 @@ LLAMA_CPP = {
 
 
 def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return the arrays of a safetensors file, an npz, or a folder of .npy or of safetensors, and what they say.
+    """Return the arrays of a safetensors file, an npz, an npy, or a folder of .npy or of safetensors, and what they say.
 
     That is the metadata of a recording ({} for others). In a folder an array has the name of its file, without the
     ending; folders within count as parts of the name. Raises ValueError for what is missing, torn or empty.
@@ -75,11 +76,15 @@ def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
             found, _ = _read_file(file)
             arrays |= {stem if name in ("", "data") else f"{stem}.{name}": x for name, x in found.items()}
     elif path.is_file():
-        arrays, about = _read_file(path)
+        found, about = _read_file(path)
+        arrays = {name or path.stem: x for name, x in found.items()}
     else:
         raise ValueError(f"{path}: no such file or folder")
     if not arrays:
-        raise ValueError(f"{path}: no arrays in it; a dump is a .safetensors, a .npz, or a folder of .npy files")
+        hint = "a dump is a .safetensors, a .npz, or a folder of .npy files"
+        if path.is_dir() and any(path.glob("*_debug_tree*.json")):
+            hint = "give model_addition_debugger_context use_repr=False, and it writes the numbers too"
+        raise ValueError(f"{path}: no arrays in it; {hint}")
     return arrays, about
 
 
@@ -89,8 +94,11 @@ def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         return arrays, json.loads(metadata.get(METADATA, "{}"))
     try:
         found = np.load(path, allow_pickle=False)
-        return ({"": found} if path.suffix == ".npy" else dict(found)), {}
-    except (ValueError, EOFError, OSError, BadZipFile) as error:
+        if isinstance(found, np.ndarray):
+            return {"": found}, {}
+        with found:
+            return dict(found), {}
+    except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
 
 
@@ -102,6 +110,11 @@ def read_map(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a map of names: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", names).values()):
         raise ValueError(f'{path}: a map of names is a JSON object like {{"blk{{N}}.q": "{LAYER}.self_attn.q_proj"}}')
+    for mine, point in cast("dict[str, str]", names).items():
+        if mine.count("{N}") > 1 or ("{N}" in point) != ("{N}" in mine):
+            raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} stands once in both names, or in none")
+        if split_layer(point.replace("{N}", "0"))[1] not in STEPS:
+            raise ValueError(f"{path}: {mine!r} -> {point!r}: there is no such point")
     return cast("dict[str, str]", names)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
 
+import qwen3np
 from qwen3np.checkpoint import init_weights, save_checkpoint
 from qwen3np.config import Config
 from qwen3np.numerics import BFLOAT16
-from qwen3np.porting.compare import MARGIN
-from qwen3np.porting.record import record
+from qwen3np.porting.compare import LEAST, MARGIN
+from qwen3np.porting.record import Recording, record
+from qwen3np.porting.steps import split_pass
 
 PROMPT, STEPS = 256, 3
 # Nothing is equal by chance: Dh is not D / H, G is 3, no size is another's.
@@ -32,35 +37,70 @@ TIED = Config(
 CONFIGS = {"tied": TIED, "untied": replace(TIED, tie_word_embeddings=False)}
 README = f"""# Golden values for a port of Qwen3
 
-Each folder has a tiny checkpoint (`config.json`, `model.safetensors`, in bfloat16) with weights as after training, and
-what Qwen3 makes of it:
+Two checkpoints, `tied` and `untied` (whether the head is the embedding), small enough for a test suite and made so that
+bugs show: norm weights other than 1, three query heads for each key head, head_dim other than hidden_size / heads,
+{PROMPT} positions, and {STEPS} steps with the cache. In each folder:
 
-- `golden.safetensors`: every number on the way, in float32, for a prompt of {PROMPT} tokens and {STEPS} decode steps
-  (under `decode.0.`, `decode.1.`, ...), with the ids in its metadata. `golden.npz` has the same arrays, and `ids`.
-- `tolerances.json`: per precision and point, the relative L2 distance that is still rounding:
-  {MARGIN:g} times what the reference's own evaluation in that precision is away from its float64 one.
+| file | what it holds |
+|---|---|
+| `config.json`, `model.safetensors` | the checkpoint, in bfloat16, as Hugging Face lays it out |
+| `ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: the {STEPS} ids to feed one by one after them |
+| `golden.safetensors` | every number on the way, in float32; those of the steps are called `decode.0.lm_head` and so on |
+| `golden.npz` | the same arrays, and `ids`, all of them |
+| `tolerances.json` | precision -> point -> the relative distance that is still rounding, in the order of computation |
 
-In a test: load the checkpoint, feed the first {PROMPT} of the ids at once and then one at a time, and assert at each
-point |mine - golden| / |golden| <= tolerance, with norms over the whole array (for scores, where the golden value is
-finite). Begin with `model.embed_tokens` and go on in the order of `tolerances.json`: the first point that fails is the
-wrong step.
+The test, in any language: load the checkpoint, feed the ids, and at each point that you have, in the order of
+`tolerances.json`,
 
-To be told more, write your arrays under the same names to a safetensors, an npz or .npy files:
+    sqrt(sum((mine - golden)^2)) <= tolerance * sqrt(sum(golden^2))
+
+with sums in float64 over the whole array; of `scores` only where golden is finite, where it is -inf yours must be -inf
+or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that computes
+in float32, and those of "bfloat16" for one that rounds to 16 bits anywhere. They are measured, not guessed: {MARGIN:g} times
+the distance between the reference in that precision and in float64, point by point.
+
+Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
+(1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
+
+To be told more than that it fails, write what you have under the same names, to a .safetensors, a .npz or a folder of
+.npy files:
 
     qwen3np compare tied/golden.safetensors mine.safetensors --model tied
+
+Made by qwen3np {qwen3np.__version__}, `qwen3np fixture`.
 """
 
 
 def write_fixture(folder: str | Path) -> None:
-    """Write the kit into a new folder. Raises ValueError where it holds a checkpoint already."""
-    folder = Path(folder)
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        weights = {key: w.astype(BFLOAT16) for key, w in init_weights(config, seed, trained_like=True).items()}
-        save_checkpoint(folder / name, config, weights)
-        ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, PROMPT))
-        golden = record(weights, config, ids, steps=STEPS)
-        golden.save(folder / name / "golden.safetensors")
-        cast("Any", np.savez_compressed)(folder / name / "golden.npz", ids=golden.ids, **golden.points)
-        tolerances = {p: {k: MARGIN * max(f[0], 2**-25) for k, f in of.items()} for p, of in golden.floors.items()}
-        (folder / name / "tolerances.json").write_text(json.dumps(tolerances, indent=1), encoding="utf-8")
-    (folder / "README.md").write_text(README, encoding="utf-8")
+    """Write the kit. Raises ValueError where the folder is there already; it appears whole or not at all."""
+    folder = Path(folder).resolve()
+    if folder.exists():
+        raise ValueError(f"{folder}: is there already; choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
+        kit = Path(partial) / folder.name
+        for seed, (name, config) in enumerate(CONFIGS.items()):
+            weights = {key: w.astype(BFLOAT16) for key, w in init_weights(config, seed, trained_like=True).items()}
+            save_checkpoint(kit / name, config, weights)
+            ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, PROMPT))
+            golden = record(weights, config, ids, steps=STEPS)
+            golden.save(kit / name / "golden.safetensors")
+            cast("Any", np.savez_compressed)(kit / name / "golden.npz", ids=golden.ids, **golden.points)
+            parts = {"prompt": golden.ids[0, :PROMPT].tolist(), "decode": golden.ids[0, PROMPT:].tolist()}
+            (kit / name / "ids.json").write_text(json.dumps(parts), encoding="utf-8")
+            (kit / name / "tolerances.json").write_text(json.dumps(tolerances(golden), indent=1), encoding="utf-8")
+        (kit / "README.md").write_text(README, encoding="utf-8")
+        os.replace(kit, folder)
+
+
+def tolerances(golden: Recording) -> dict[str, dict[str, float]]:
+    """Return per precision and point the relative L2 distance up to which compare says rounding."""
+
+    def floor(precision: str, name: str) -> float:
+        of = golden.floors[precision]
+        return max(LEAST[precision], of[name][0], of[split_pass(name)[1]][0])
+
+    return {
+        p: {name: MARGIN * math.hypot(floor(p, name), floor(golden.numerics, name)) for name in golden.points}
+        for p in golden.floors
+    }

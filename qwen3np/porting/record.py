@@ -53,7 +53,11 @@ class Recording:
         return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata."""
+        """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
+
+        A file that is there is replaced. Raises ValueError where it cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  # PathLike of anything
 
         about: dict[str, Any] = {
@@ -67,13 +71,15 @@ class Recording:
             "tokens": self.tokens,
             "heads": self.heads,
         }
-        path = Path(path)
+        path = output_path(path)
         partial = path.with_name(f"{path.name}.partial")
         try:
             save_file(
                 {k: np.ascontiguousarray(x) for k, x in self.points.items()}, partial, {METADATA: json.dumps(about)}
             )
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written: {error}") from None
         finally:
             partial.unlink(missing_ok=True)
 
@@ -120,6 +126,51 @@ def record(
 
     Raises ValueError for ids outside the vocabulary, and choices that leave nothing.
     """
+    chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
+    recorded: dict[str, Array] = {}
+    all_ids = trace(weights, config, ids, recorded.__setitem__, numerics=numerics, **chosen)
+    prompt, decoded = np.split(all_ids, [all_ids.shape[1] - steps], 1)
+    chosen["decoded"] = decoded
+    truth = recorded
+    if numerics != FLOAT64.name:
+        truth = dict[str, Array]()
+        trace(weights, config, prompt, truth.__setitem__, numerics=FLOAT64.name, **chosen)
+    floors: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in ("float32", "bfloat16"):
+        floor: dict[str, tuple[float, float]] = {}
+
+        def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
+            overall, by_token = distance(x, truth[point], position_axis(point))
+            floor[point] = overall, float(by_token.max())
+
+        if name == numerics:
+            for point, x in recorded.items():
+                measure(point, x)
+        else:
+            trace(weights, config, prompt, measure, numerics=name, **chosen)
+        floors[name] = floor
+    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
+
+
+def trace(
+    weights: Mapping[str, Array],
+    config: Config,
+    ids: ArrayLike,
+    visit: Callable[[str, Array], object],
+    *,
+    steps: int = 0,
+    decoded: Array | None = None,
+    numerics: str = "float32",
+    points: str = "*",
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Array:
+    """Call visit with the name and the array of each chosen point as it is made, and return all ids, (B, S + steps).
+
+    decoded (B, steps) are the ids that the decode steps are fed; None chooses them greedily. All else is as in record.
+    """
     prompt = checked_ids(ids, config)
     n = precision(numerics)
     if steps < 0:
@@ -132,60 +183,53 @@ def record(
         outside = [i for i in wanted or () if not 0 <= i < limit]
         if outside or (wanted is not None and not wanted):
             raise ValueError(f"{what}s: {outside or 'none'} chosen; there are {what}s 0 to {limit - 1}")
-
-    patterns = [pattern.strip() for pattern in points.split(",")]
-
-    def chosen(name: str) -> bool:
-        layer = split_layer(name)[0]
-        point = split_pass(name)[1]
-        forms = (name, point, f"{point}.")  # the dot makes "layers.0.*" match the layer's output too
-        matches = any(fnmatchcase(x, q) for p in patterns for q in (p, f"model.{p}") for x in forms)
-        return matches and (layers is None or layer is None or layer in layers)
-
-    if not any(chosen(name) for name in point_names(config)):
-        raise ValueError(f"points: nothing matches {points!r}; names are like model.layers.0.self_attn.q_proj")
+    prefixes = ["", *(f"decode.{i}." for i in range(steps))]
+    chosen = _chosen(points, layers, [p + name for p in prefixes for name in point_names(config)])
     kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
 
-    def run(n: str, ids: Array, visit: Callable[[str, Array], object]) -> Array:
-        """Feed ids, the part behind the prompt one by one; make up what is missing greedily; return all ids."""
-        cache = KVCache.allocate(config, len(ids), prompt.shape[1] + steps, precision(n).storage)
-        new, start = ids[:, : prompt.shape[1]], prompt.shape[1]
-        for i in range(steps + 1):
-            prefix = f"decode.{i - 1}." if i else ""
+    cache = KVCache.allocate(config, len(prompt), prompt.shape[1] + steps, n.storage)
+    new, fed = prompt, [prompt]
+    for i, prefix in enumerate(prefixes):
 
-            def trace(name: str, x: Array, prefix: str = prefix) -> None:
-                if chosen(prefix + name):
-                    visit(prefix + name, cut(prefix + name, x, config, *kept))
+        def choose(name: str, x: Array, prefix: str = prefix) -> None:
+            if prefix + name in chosen:
+                visit(prefix + name, cut(prefix + name, x, config, *kept))
 
-            logits = forward(weights, config, new, cache, numerics=n, trace=trace)
-            if i == steps:
-                return ids
-            if ids.shape[1] == start + i:
-                ids = np.concatenate((ids, logits[:, -1:].argmax(-1)), 1)
-            new = ids[:, start + i : start + i + 1]
-        return ids
+        logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
+        if i < steps:
+            new = logits[:, -1:].argmax(-1) if decoded is None else decoded[:, i : i + 1]
+            fed.append(new)
+    return np.concatenate(fed, 1)
 
-    recorded: dict[str, Array] = {}
-    all_ids = run(n.name, prompt, recorded.__setitem__)
-    truth = recorded
-    if n is not FLOAT64:
-        truth = dict[str, Array]()
-        run("float64", all_ids, truth.__setitem__)
-    floors: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in ("float32", "bfloat16"):
-        floor: dict[str, tuple[float, float]] = {}
 
-        def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
-            overall, by_token = distance(x, truth[point], position_axis(point))
-            floor[point] = overall, float(by_token.max())
+def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> set[str]:
+    """Return the names that the patterns match, in these layers. Raises ValueError for a pattern that matches none."""
+    chosen: set[str] = set()
+    for pattern in (p.strip() for p in points.split(",")):
+        found: set[str] = set()
+        for name in names:
+            prefix, point = split_pass(name)
+            plain = point.removeprefix("model.")
+            # the dot makes "layers.0.*" match the layer's output too
+            forms = [form + dot for form in (name, prefix + plain, point, plain) for dot in ("", ".")]
+            if any(fnmatchcase(form, pattern) for form in forms):
+                found.add(name)
+        if not found:
+            raise ValueError(f"points: nothing matches {pattern!r}; names are like model.layers.0.self_attn.q_proj")
+        chosen |= found
+    return {name for name in chosen if layers is None or split_layer(name)[0] in (None, *layers)}
 
-        if name == n.name:
-            for point, x in recorded.items():
-                measure(point, x)
-        else:
-            run(name, all_ids, measure)
-        floors[name] = floor
-    return Recording(recorded, config, all_ids, steps, n.name, floors, *kept)
+
+def output_path(path: str | Path) -> Path:
+    """Return the path of a recording to be written. Raises ValueError where there is no place for it."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a recording is a safetensors file: give it a name with that ending")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder")
+    return path
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
