@@ -320,6 +320,17 @@ def test_files(golden, dump, tmp_path):
     assert list(read_dump(tmp_path / "mine" / "lm_head.npy")[0]) == ["lm_head"]
 
 
+def test_files_in_bfloat16(dump, tmp_path):
+    short = {name: x.astype(BFLOAT16) for name, x in dump.items()}
+    save_file(short, tmp_path / "mine.safetensors")
+    np.savez(tmp_path / "mine.npz", **short)
+    for name in ("mine.safetensors", "mine.npz"):
+        arrays, _ = read_dump(tmp_path / name)
+        for point, x in short.items():
+            assert arrays[point].dtype == BFLOAT16
+            np.testing.assert_array_equal(arrays[point], x)
+
+
 @pytest.mark.parametrize("name", ["mine.safetensors", "mine.npz", "mine/lm_head.npy"])
 def test_half_written(dump, tmp_path, name):
     path = tmp_path / name

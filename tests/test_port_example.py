@@ -1,4 +1,4 @@
-"""The guide's port in C: with its planted bug it is found out, without it passes, and both print what the guide says."""
+"""The guide's port in C: with its planted bug it is found out, without it passes, and both print what the guide has."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_patterns(config, weights, ids, points, names):
     [
         ({"points": "layers.9.*"}, "nothing matches"),
         ({"points": "lm_head,layers.0.qproj"}, "nothing matches 'layers.0.qproj'"),
-        ({"points": "layers.0.*", "layers": [1]}, "has nothing in layers"),
+        ({"points": "layers.0.*", "layers": [1]}, r"nothing in layers \[1\]"),
         ({"layers": [2]}, "layers 0 to 1"),
         ({"tokens": [PROMPT]}, "tokens 0 to 11"),
         ({"heads": []}, "none chosen"),

@@ -20,4 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the kit."""
     write_fixture(arguments.output)
-    print(f"[{arguments.output}: {' and '.join(CONFIGS)}; begin with {Path(arguments.output) / 'README.md'}]", file=sys.stderr)
+    first = Path(arguments.output) / "README.md"
+    print(f"[{arguments.output}: {' and '.join(CONFIGS)}; begin with {first}]", file=sys.stderr)

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", default="*", metavar="P", help=points)
     parser.add_argument("--layers", type=numbers, metavar="N", help="only these layers: 0,4-6")
     parser.add_argument("--tokens", type=numbers, metavar="N", help="only these positions of the prompt: 0,4-6")
-    parser.add_argument("--heads", type=numbers, metavar="N", help="only these query heads, where heads are apart: 0,4-6")
+    heads = "only these query heads, where heads are apart: 0,4-6"
+    parser.add_argument("--heads", type=numbers, metavar="N", help=heads)
     add_model(parser)
     add_computation(parser)
 

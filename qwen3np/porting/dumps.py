@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import Array
+from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 from qwen3np.porting.steps import STEPS, position_axis, split_layer
 
@@ -62,7 +62,7 @@ LLAMA_CPP = {
 
 
 def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return the arrays of a safetensors file, an npz, an npy, or a folder of .npy or of safetensors, and what they say.
+    """Return the arrays of a safetensors file, an npz, an npy, or a folder of npy or safetensors, and what they say.
 
     That is the metadata of a recording ({} for others). In a folder an array has the name of its file, without the
     ending; folders within count as parts of the name. Raises ValueError for what is missing, torn or empty.
@@ -93,13 +93,18 @@ def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         arrays, metadata = read_safetensors(path)
         return arrays, json.loads(metadata.get(METADATA, "{}"))
     try:
-        found = np.load(path, allow_pickle=False)
+        found = cast("Any", np.load)(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
-            return {"": found}, {}
+            return {"": _named_type(cast("Array", found))}, {}
         with found:
-            return dict(found), {}
+            return {name: _named_type(x) for name, x in found.items()}, {}
     except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
+
+
+def _named_type(x: Array) -> Array:
+    """Return an array with its type: NumPy's files keep of bfloat16 that it has two bytes."""
+    return x.view(BFLOAT16) if x.dtype == np.dtype("V2") else x
 
 
 def read_map(path: str | Path) -> dict[str, str]:

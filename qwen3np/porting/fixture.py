@@ -45,8 +45,8 @@ bugs show: norm weights other than 1, three query heads for each key head, head_
 |---|---|
 | `config.json`, `model.safetensors` | the checkpoint, in bfloat16, as Hugging Face lays it out |
 | `ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: the {STEPS} ids to feed one by one after them |
-| `golden.safetensors` | every number on the way, in float32; those of the steps are called `decode.0.lm_head` and so on |
-| `golden.npz` | the same arrays, and `ids`, all of them |
+| `golden.safetensors` | every number on the way, in float32; those of the steps under `decode.0.lm_head` and so on |
+| `golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
 | `tolerances.json` | precision -> point -> the relative distance that is still rounding, in the order of computation |
 
 The test, in any language: load the checkpoint, feed the ids, and at each point that you have, in the order of
@@ -54,10 +54,10 @@ The test, in any language: load the checkpoint, feed the ids, and at each point 
 
     sqrt(sum((mine - golden)^2)) <= tolerance * sqrt(sum(golden^2))
 
-with sums in float64 over the whole array; of `scores` only where golden is finite, where it is -inf yours must be -inf
-or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that computes
-in float32, and those of "bfloat16" for one that rounds to 16 bits anywhere. They are measured, not guessed: {MARGIN:g} times
-the distance between the reference in that precision and in float64, point by point.
+with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
+be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
+computes in float32, and those of "bfloat16" for one that rounds to 16 bits anywhere. They are measured, not guessed:
+{MARGIN:g} times what rounding makes of the reference itself, point by point.
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
 (1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
@@ -67,7 +67,8 @@ To be told more than that it fails, write what you have under the same names, to
 
     qwen3np compare tied/golden.safetensors mine.safetensors --model tied
 
-Made by qwen3np {qwen3np.__version__}, `qwen3np fixture`.
+Made by `qwen3np fixture`, version {qwen3np.__version__}, in a second: a job may make it anew instead of keeping it. The
+guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
 """
 
 

@@ -217,7 +217,10 @@ def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> 
         if not found:
             raise ValueError(f"points: nothing matches {pattern!r}; names are like model.layers.0.self_attn.q_proj")
         chosen |= found
-    return {name for name in chosen if layers is None or split_layer(name)[0] in (None, *layers)}
+    kept = {name for name in chosen if layers is None or split_layer(name)[0] in (None, *layers)}
+    if not kept:
+        raise ValueError(f"points: {points!r} has nothing in layers {list(layers or ())}")
+    return kept
 
 
 def output_path(path: str | Path) -> Path:

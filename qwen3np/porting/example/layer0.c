@@ -81,7 +81,8 @@ static void dump(const char *folder, const char *name, const float *x, int a, in
 
 /* ---- the steps ---- */
 
-static void linear(float *y, const float *x, const float *w, int rows, int in, int out) { /* y = x wT */
+/* y = x wT: x (rows, in), w (out, in) -> y (rows, out) */
+static void linear(float *y, const float *x, const float *w, int rows, int in, int out) {
     for (int s = 0; s < rows; s++)
         for (int o = 0; o < out; o++) {
             float sum = 0;
@@ -90,6 +91,7 @@ static void linear(float *y, const float *x, const float *w, int rows, int in, i
         }
 }
 
+/* x (rows, n) -> y (rows, n) */
 static void rms_norm(float *y, const float *x, const float *w, int rows, int n, float eps) {
     for (int s = 0; s < rows; s++, x += n, y += n) {
         float sum = 0;
@@ -99,11 +101,12 @@ static void rms_norm(float *y, const float *x, const float *w, int rows, int n, 
     }
 }
 
-static void rotate(float *y, const float *x, int rows, int heads, int dh, double theta) { /* (S, heads, Dh) -> (heads, S, Dh) */
+/* x (rows, heads, dh) -> y (heads, rows, dh) */
+static void rotate(float *y, const float *x, int rows, int heads, int dh, double theta) {
     for (int h = 0; h < heads; h++)
         for (int s = 0; s < rows; s++)
             for (int i = 0; i < dh / 2; i++) {
-                float power = (float)pow(theta, (float)(2 * i) / dh); /* float32 tables, rounded at each step */
+                float power = (float)pow(theta, (float)(2 * i) / dh); /* rounded at each step, as in training */
                 float angle = s * (1 / power), c = cosf(angle), d = sinf(angle);
 #ifdef BUG
                 int one = 2 * i, other = 2 * i + 1;
