@@ -108,6 +108,8 @@ def test_saved_and_loaded(golden, tmp_path):
         about = json.loads(file.metadata()["qwen3np"])
     assert about["positions"] == [list(range(PROMPT)), [PROMPT], [PROMPT + 1]]
     assert [p.name for p in tmp_path.iterdir()] == ["golden.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from qwen3np.porting.record import output_path, trace
 from qwen3np.porting.steps import point_names
 
 EXAMPLE = 'qwen3np trace --model Qwen/Qwen3-0.6B "The capital of France is" --steps 2 -o golden.safetensors'
+SHOWN = 32  # ids that are printed
 HELP = "record every number on the way from a prompt to its logits"
 
 
@@ -74,8 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
         recording.save(arguments.output)
         size, all_ids = sum(x.nbytes for x in recording.points.values()), recording.ids
         print(f"[{len(recording.points)} points, {size:,} bytes: {arguments.output}]", file=sys.stderr)
-    prompt, decoded = (",".join(map(str, part)) for part in np.split(all_ids[0], [len(ids)]))
-    print(f"[ids {prompt}" + (f", then {decoded}]" if decoded else "]"), file=sys.stderr)
+    prompt, decoded = (",".join(map(str, part[:SHOWN])) for part in np.split(all_ids[0], [len(ids)]))
+    more = ",..." if len(ids) > SHOWN else ""
+    print(f"[ids {prompt}{more}" + (f", then {decoded}]" if decoded else "]"), file=sys.stderr)
 
 
 def line(width: int, name: str, shape: str, figures: Sequence[str], other: str) -> str:

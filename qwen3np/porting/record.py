@@ -73,10 +73,12 @@ class Recording:
         }
         path = output_path(path)
         partial = path.with_name(f"{path.name}.partial")
+        points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
         try:
-            save_file(
-                {k: np.ascontiguousarray(x) for k, x in self.points.items()}, partial, {METADATA: json.dumps(about)}
-            )
+            partial.touch()
+            mode = partial.stat().st_mode  # of any new file here; safetensors makes some that only their owner reads
+            save_file(points, partial, {METADATA: json.dumps(about)})
+            partial.chmod(mode)
             os.replace(partial, path)
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be written: {error}") from None
