@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import qwen3np
 from qwen3np.cli import main
 from qwen3np.porting import Recording, read_dump
 from qwen3np.porting.fixture import write_fixture
 
-PORTING = Path(qwen3np.__file__).parent / "porting"
+PORTING = Path(__file__).parents[1] / "qwen3np" / "porting"
 SHOWN = re.findall(r"^    (\$ .*\n(?:    .*\n)*)", (PORTING / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
