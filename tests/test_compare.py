@@ -343,6 +343,19 @@ def test_half_written(dump, tmp_path, name):
         read_dump(path.parent if "/" in name else path)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "metadata", "message"),
+    [("F8_E4M3", {}, "a type that NumPy does not have"), ("U8", {"qwen3np": "{"}, "is not JSON")],
+)
+def test_odd_safetensors(tmp_path, dtype, metadata, message):
+    header = json.dumps(
+        {"lm_head": {"dtype": dtype, "shape": [1, 2, 4], "data_offsets": [0, 8]}, "__metadata__": metadata}
+    )
+    (tmp_path / "mine.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(ValueError, match=f"mine.safetensors: .*{message}"):
+        read_dump(tmp_path / "mine.safetensors")
+
+
 def test_unusable(config, weights, golden, dump, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_dump(tmp_path / "nothing")

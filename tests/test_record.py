@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from drawing import draw_ids, relative
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from qwen3np import forward, save_checkpoint
 from qwen3np.cli import main
@@ -167,6 +168,13 @@ def test_not_a_recording(golden, tmp_path):
         Recording.load(path)
     with pytest.raises(ValueError, match="no such file"):
         Recording.load(tmp_path / "other.safetensors")
+    for text, message in (("{", "of another version"), ('{"config": {}}', "of another version")):
+        save_file({"lm_head": np.zeros(1)}, path, {"qwen3np": text})
+        with pytest.raises(ValueError, match=message):
+            Recording.load(path)
+    save_file({"lm_head": np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a recording"):
+        Recording.load(path)
 
 
 def test_command(config, weights, tmp_path, capsys):

@@ -91,7 +91,10 @@ def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
 def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix not in (".npy", ".npz"):
         arrays, metadata = read_safetensors(path)
-        return arrays, json.loads(metadata.get(METADATA, "{}"))
+        try:
+            return arrays, json.loads(metadata.get(METADATA, "{}"))
+        except ValueError as error:
+            raise ValueError(f"{path}: its metadata {METADATA!r} is not JSON: {error}") from None
     try:
         found = cast("Any", np.load)(path, allow_pickle=False)
         if isinstance(found, np.ndarray):

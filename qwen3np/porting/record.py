@@ -97,7 +97,7 @@ class Recording:
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
             floors = {p: {name: (a, b) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
             ids, steps, numerics = np.array(about["ids"]), int(about["steps"]), str(about["numerics"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
@@ -246,8 +246,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     try:
         with cast("Any", safe_open)(path, "np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, TypeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    except (AttributeError, TypeError) as error:  # an 8-bit type, say
+        raise ValueError(f"{path}: holds numbers of a type that NumPy does not have: {error}") from None
 
 
 def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None) -> Array:
