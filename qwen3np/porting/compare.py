@@ -1,0 +1,323 @@
+"""Hold another implementation's numbers against a recording: rounding, or the first step that is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen3np.config import Config
+from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
+from qwen3np.porting.dumps import LANES, LAST, namer, recognise
+from qwen3np.porting.record import HEADS, Recording, distance
+from qwen3np.porting.steps import STEPS, Rerun, point_names, point_shape, position_axis, split_layer, split_pass
+from qwen3np.rope import rotary_tables, rotate
+
+# How many times the noise floor is still rounding: another order of summation, or another place to round.
+MARGIN = 4.0
+# No floor is below a share of the rounding of a single number: some points are exact in the reference.
+LEAST = {"float32": 2**-25, "bfloat16": 2**-10, "float64": 2**-55}
+HIDDEN = -9000.0  # scores below stand for -inf, as ports mask with -1e4, -1e9 or the lowest number of a type
+SHIFTS = 16  # constant shifts of the positions that are tried
+
+
+@dataclass(frozen=True)
+class PointReport:
+    """How far one point is from the reference. Distances are relative L2; None where there is no number to give."""
+
+    name: str
+    verdict: str  # "equal", "rounding", "different"
+    rel_l2: float | None = None
+    max_abs: float | None = None
+    ulp: float | None = None  # the largest distance in units of the last place of the port's precision
+    token: int | None = None  # the worst position and head
+    head: int | None = None
+    floor: float | None = None  # what rounding makes here
+    added: float | None = None  # the distance from the reference step on the port's own inputs
+    added_floor: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a dump is: "equal" or "rounding", or "different" from first_point on; meaning says it in words."""
+
+    verdict: str
+    first_point: str | None
+    meaning: str
+    precision: str
+    points: list[PointReport]
+    missing: list[str] = field(default_factory=list[str])
+    unknown: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A point of the dump in the reference's layout."""
+
+    notes: tuple[str, ...]
+    whole: Array
+    part: Array  # what the recording keeps of it
+    truth: Array
+    fault: str = ""  # what is wrong whatever the distance
+
+
+def compare(
+    golden: Recording,
+    dump: Mapping[str, Array],
+    about: Mapping[str, Any] | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    precision: str | None = None,
+    weights: Mapping[str, Array] | None = None,
+) -> Comparison:
+    """Compare a dump, as read_dump gives it, with a recording, point by point.
+
+    names maps names of the dump to points. precision is the port's, "float32" or "bfloat16"; None tells it from the
+    numbers. With the weights each step is run on the port's own inputs, which gives the error that it adds.
+
+    Raises ValueError for a dump of other ids or of another model, and for one that has none of the points.
+    """
+    _check_origin(golden, about or {})
+    point_of = namer(golden.config, names)
+    named: dict[str, Array] = {}
+    for name in sorted(dump, key=lambda name: name != point_of(name)):  # a plain name goes before a translated one
+        named.setdefault(point_of(name), dump[name])
+    unknown = [name for name in dump if point_of(name) not in golden.points]
+    if len(unknown) == len(dump):
+        raise ValueError(f"no name in the dump is a known point: {', '.join(unknown[:5])}; --map gives them names")
+
+    found: dict[str, _Found] = {}
+    faults: dict[str, PointReport] = {}
+    shapes = _shapes(golden)
+    for name in golden.points:
+        if name in named:
+            here = _found(name, named[name], golden, shapes[name])
+            if here is None:
+                note = f"shape {named[name].shape}, dtype {named[name].dtype} instead of shape {shapes[name]}"
+                faults[name] = PointReport(name, "different", notes=(note,))
+            else:
+                found[name] = here
+    if not found:
+        first = next(iter(faults.values()))
+        raise ValueError(f"no shape fits, is it a dump of another model? {first.name}: {first.notes[0]}")
+
+    port = precision or _precision(found)
+    added = {} if weights is None else _added(golden, found, shapes, weights, port)
+    reports = [
+        faults[name] if name in faults else _report(name, found[name], golden, port, added.get(name))
+        for name in golden.points
+        if name in named
+    ]
+    verdict, first, meaning = _verdict(reports, found, golden, port)
+    missing = [name for name in golden.points if name not in named]
+    return Comparison(verdict, first, meaning, port, reports, missing, unknown)
+
+
+def _check_origin(golden: Recording, about: Mapping[str, Any]) -> None:
+    """Raise ValueError where the dump is a recording of other ids or another model."""
+    if "ids" in about and not np.array_equal(about["ids"], golden.ids):
+        raise ValueError(f"the dump was made from other ids: {str(about['ids'])[:80]} instead of {golden.ids.tolist()}")
+    if "config" in about and Config.from_dict(about["config"]) != golden.config:
+        raise ValueError("the dump was made by another model: its config is not the recording's")
+
+
+def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each point, whole."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, ids, positions in golden.passes:
+        batch, new, total = len(ids), ids.shape[1], int(positions[0, -1]) + 1
+        shapes |= {
+            prefix + name: point_shape(name, golden.config, batch, new, total) for name in point_names(golden.config)
+        }
+    return shapes
+
+
+def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _Found | None:
+    """Bring an array to the reference's layout, and its mask to -inf. None where it fits in no way."""
+    if x.dtype.kind not in "fiuV" or (x.dtype.kind == "V" and x.dtype != BFLOAT16):
+        return None
+    is_scores, hidden = name.endswith(".scores"), False
+    short = (str(x.dtype),) if x.dtype in (np.float16, BFLOAT16) else ()
+    if is_scores:
+        with np.errstate(invalid="ignore"):
+            hidden = bool((x <= HIDDEN).any())
+        x = np.where(x <= HIDDEN, -np.inf, x.astype(np.float64) if x.dtype != np.float32 else x)
+    recognised = recognise(name, x, golden, shape)
+    if recognised is None:
+        return None
+    notes, whole, part, truth = recognised
+    notes = (*notes, *short)
+    fault = ""
+    if is_scores and not hidden and not np.isfinite(truth).all():
+        notes = (*notes, "before the mask")
+        if whole.shape == part.shape == truth.shape:
+            whole = np.where(np.isfinite(truth), whole, -np.inf)
+    elif is_scores and (np.isneginf(part) != np.isneginf(truth)).any():
+        where = tuple(int(i) for i in np.argwhere(np.isneginf(part) != np.isneginf(truth))[0])
+        fault = f"another mask, first at {where}"
+    broken = ~np.isfinite(part) & np.isfinite(truth)
+    if broken.any() and not fault:
+        where = tuple(int(i) for i in np.argwhere(broken)[0])
+        fault = f"{np.count_nonzero(broken)} numbers are NaN or infinite, first at {where}"
+    return _Found(notes, whole, part, truth, fault)
+
+
+def _precision(found: Mapping[str, _Found]) -> str:
+    """Return "bfloat16" for numbers with no more than its or float16's digits, as most points then have."""
+    short = [0, 0]
+    for name, here in found.items():
+        if name.endswith(("embed_tokens", "probs", "scores")):  # gathered, or with zeros in any precision
+            continue
+        sample = here.whole.ravel()[:65536]
+        sample = sample[np.isfinite(sample)].astype(np.float64)
+        with np.errstate(over="ignore"):
+            kept = [int(np.sum(sample.astype(t).astype(np.float64) == sample)) for t in (BFLOAT16, np.float16)]
+        is_short = max(kept) > 0.99 * sample.size
+        short[is_short] += 1
+    return "bfloat16" if short[True] > short[False] else "float32"
+
+
+def _tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
+    """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own.
+
+    A decode step has few numbers, whose floor may be small by luck: it is not taken below that of the prefill.
+    """
+
+    def floor(p: str, i: int) -> float:
+        of = golden.floors.get(p, {})
+        return max([LEAST[p], *(of[key][i] for key in {name, split_pass(name)[1]} if key in of)])
+
+    return math.hypot(floor(port, 0), floor(golden.numerics, 0)), math.hypot(floor(port, 1), floor(golden.numerics, 1))
+
+
+def _added(
+    golden: Recording,
+    found: Mapping[str, _Found],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, Array],
+    port: str,
+) -> dict[str, tuple[float, float]]:
+    """Return per point the distance from the reference step on the port's inputs, and what rounding makes of it."""
+    given = {name: f.whole for name, f in found.items() if f.whole.shape == shapes[name]}
+    runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, precision(port))]
+    added: dict[str, tuple[float, float]] = {}
+    floors: dict[str, float] = {}  # of a point in any pass so far
+    for prefix, _, _ in golden.passes:
+        for name in point_names(golden.config):
+            exact, rounded = (run.step(prefix + name) for run in runs)
+            if prefix + name in found:
+                here, axis = found[prefix + name], position_axis(name)
+                floors[name] = max(distance(rounded, exact, axis)[0], floors.get(name, LEAST[port]))
+                exact = np.take(exact, [-1], axis) if LAST in here.notes else golden.cut(prefix + name, exact)
+                added[prefix + name] = distance(here.part, exact, axis)[0], floors[name]
+    return added
+
+
+def _report(name: str, here: _Found, golden: Recording, port: str, added: tuple[float, float] | None) -> PointReport:
+    """Measure one point."""
+    axis = position_axis(name)
+    floor, worst_floor = _tolerance(name, golden, port)
+    x, truth = here.part.astype(np.float64), here.truth.astype(np.float64)
+    rel, by_token = distance(x, truth, axis)
+    seen = np.isfinite(truth)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(np.where(seen, x - np.where(seen, truth, 0), 0))
+    digits = {"float32": 23, "bfloat16": 7}[port]
+    place = np.exp2(np.floor(np.log2(np.maximum(np.abs(truth[seen]), 2.0**-126))) - digits)
+    head = None
+    if (kind := name.rpartition(".")[2]) in HEADS:
+        head = int(distance(x, truth, HEADS[kind])[1].argmax())
+        head = golden.heads[head] if golden.heads is not None and kind[0] != "k" else head
+    token = int(by_token.argmax())
+    if LAST in here.notes:
+        token = golden.ids.shape[1] - golden.steps - 1
+    elif golden.tokens is not None and not name.startswith("decode."):
+        token = golden.tokens[token]
+    if here.fault:
+        verdict = "different"
+    elif rel == 0:
+        verdict = "equal"
+    else:
+        within = rel <= MARGIN * floor and by_token.max() <= MARGIN * worst_floor
+        verdict = "rounding" if within else "different"
+    finite = bool(np.isfinite(rel))
+    return PointReport(
+        name,
+        verdict,
+        rel if finite else None,
+        float(error.max()) if finite else None,
+        float((error[seen] / place).max()) if finite else None,
+        token,
+        head,
+        floor,
+        *(added if added is not None and np.isfinite(added[0]) else (None, None)),
+        notes=(*here.notes, *([here.fault] if here.fault else [])),
+    )
+
+
+def _verdict(
+    reports: list[PointReport], found: Mapping[str, _Found], golden: Recording, port: str
+) -> tuple[str, str | None, str]:
+    """Return the overall verdict, the first wrong point, and what it means."""
+    different = [report for report in reports if report.verdict == "different"]
+    permuted = any(LANES in report.notes for report in reports)
+    if not different:
+        if permuted:
+            return "rounding", None, "the same up to a permutation of the RoPE layout"
+        if all(report.verdict == "equal" for report in reports):
+            return "equal", None, "equal in every bit"
+        return "rounding", None, f"{port} rounding only"
+
+    shifts = {report.name: _shift(report, found, golden, port) for report in different}
+    shift = shifts[different[0].name]
+    if shift is not None and set(shifts.values()) == {shift} and reports[-1].verdict != "different":
+        return "rounding", None, f"positions shifted by {shift}, for queries and keys alike: this changes no score"
+
+    first = different[0]
+    adding = [
+        r for r in reports if r.added is not None and r.added_floor is not None and r.added > MARGIN * r.added_floor
+    ]
+    kind = split_layer(first.name)[1]
+    if first.name not in found or found[first.name].fault:
+        return "different", first.name, f"a bug at {first.name}: {first.notes[-1]}"
+    why = ""
+    if shift is not None:
+        why = f": positions shifted by {shift}"
+    elif kind == "model.embed_tokens":
+        why = ": other token ids, or another embedding"
+    elif adding and reports.index(adding[0]) < reports.index(first):
+        why = f", but the first step to add more than rounding is {adding[0].name}"
+    elif first.added is not None and first not in adding:
+        why = ": its error is inherited from steps before it"
+    elif not any(
+        r.name.startswith(first.name.removesuffix(kind)) and r.name.endswith(i.split()[-1])
+        for i in STEPS[kind].inputs
+        for r in reports
+    ):
+        why = ", or at a step before it that the dump does not have"
+    # a port that computes in 16 bits is that far off nearly everywhere, a bug from one point on
+    coarse = len(different) > 0.8 * len(reports) and all(
+        r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * _tolerance(r.name, golden, "bfloat16")[0]
+        for r in different
+    )
+    if port == "float32" and coarse:
+        why += "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
+    return "different", first.name, f"a bug at {first.name}{why}"
+
+
+def _shift(report: PointReport, found: Mapping[str, _Found], golden: Recording, port: str) -> int | None:
+    """Return by how many positions a rotation is off throughout; None where that does not explain the difference."""
+    if not report.name.endswith("_rope") or report.rel_l2 is None:
+        return None
+    here = found[report.name]
+    best, away = 0, report.rel_l2
+    for shift in range(-SHIFTS, SHIFTS + 1):
+        tables = rotary_tables(golden.config, np.array([[shift]]), FLOAT64)
+        distant = distance(here.part, rotate(here.truth.astype(np.float64), tables, FLOAT64), 2)[0]
+        if distant < away:
+            best, away = shift, distant
+    return best if away <= 3 * MARGIN * _tolerance(report.name, golden, port)[0] else None

@@ -1,0 +1,107 @@
+"""A kit for the test suite of a port: tiny checkpoints that show the bugs, with their golden values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+
+import qwen3np
+from qwen3np.checkpoint import init_weights, save_checkpoint
+from qwen3np.config import Config
+from qwen3np.numerics import BFLOAT16
+from qwen3np.porting.compare import LEAST, MARGIN
+from qwen3np.porting.record import Recording, record
+from qwen3np.porting.steps import split_pass
+
+PROMPT, STEPS = 256, 3
+# Nothing is equal by chance: Dh is not D / H, G is 3, no size is another's.
+TIED = Config(
+    vocab_size=101,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=1e6,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+CONFIGS = {"tied": TIED, "untied": replace(TIED, tie_word_embeddings=False)}
+README = f"""# Golden values for a port of Qwen3
+
+Two checkpoints, `tied` and `untied` (whether the head is the embedding), small enough for a test suite and made so that
+bugs show: norm weights other than 1, three query heads for each key head, head_dim other than hidden_size / heads,
+{PROMPT} positions, and {STEPS} steps with the cache. In each folder:
+
+| file | what it holds |
+|---|---|
+| `config.json`, `model.safetensors` | the checkpoint, in bfloat16, as Hugging Face lays it out |
+| `ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: the {STEPS} ids to feed one by one after them |
+| `golden.safetensors` | every number on the way, in float32; those of the steps under `decode.0.lm_head` and so on |
+| `golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
+| `tolerances.json` | precision -> point -> the relative distance that is still rounding, in the order of computation |
+
+The test, in any language: load the checkpoint, feed the ids, and at each point that you have, in the order of
+`tolerances.json`,
+
+    sqrt(sum((mine - golden)^2)) <= tolerance * sqrt(sum(golden^2))
+
+with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
+be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
+computes in float32, and those of "bfloat16" for one that rounds to 16 bits anywhere. They are measured, not guessed:
+{MARGIN:g} times what rounding makes of the reference itself, point by point.
+
+Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
+(1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
+
+To be told more than that it fails, write what you have under the same names, to a .safetensors, a .npz or a folder of
+.npy files:
+
+    qwen3np compare tied/golden.safetensors mine.safetensors --model tied
+
+Made by `qwen3np fixture`, version {qwen3np.__version__}, in a second: a job may make it anew instead of keeping it. The
+guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
+"""
+
+
+def write_fixture(folder: str | Path) -> None:
+    """Write the kit. Raises ValueError where the folder is there already; it appears whole or not at all."""
+    folder = Path(folder).resolve()
+    if folder.exists():
+        raise ValueError(f"{folder}: is there already; choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
+        kit = Path(partial) / folder.name
+        for seed, (name, config) in enumerate(CONFIGS.items()):
+            weights = {key: w.astype(BFLOAT16) for key, w in init_weights(config, seed, trained_like=True).items()}
+            save_checkpoint(kit / name, config, weights)
+            ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, PROMPT))
+            golden = record(weights, config, ids, steps=STEPS)
+            golden.save(kit / name / "golden.safetensors")
+            cast("Any", np.savez_compressed)(kit / name / "golden.npz", ids=golden.ids, **golden.points)
+            parts = {"prompt": golden.ids[0, :PROMPT].tolist(), "decode": golden.ids[0, PROMPT:].tolist()}
+            (kit / name / "ids.json").write_text(json.dumps(parts), encoding="utf-8")
+            (kit / name / "tolerances.json").write_text(json.dumps(tolerances(golden), indent=1), encoding="utf-8")
+        (kit / "README.md").write_text(README, encoding="utf-8")
+        os.replace(kit, folder)
+
+
+def tolerances(golden: Recording) -> dict[str, dict[str, float]]:
+    """Return per precision and point the relative L2 distance up to which compare says rounding."""
+
+    def floor(precision: str, name: str) -> float:
+        of = golden.floors[precision]
+        return max(LEAST[precision], of[name][0], of[split_pass(name)[1]][0])
+
+    return {
+        p: {name: MARGIN * math.hypot(floor(p, name), floor(golden.numerics, name)) for name in golden.points}
+        for p in golden.floors
+    }

@@ -1,0 +1,280 @@
+"""Recordings: every number on the way from ids to logits, with what somebody needs to compute them anew."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+import qwen3np
+from qwen3np.cache import KVCache
+from qwen3np.config import Config
+from qwen3np.model import checked_ids, forward
+from qwen3np.numerics import FLOAT64, Array, precision
+from qwen3np.porting.steps import point_names, position_axis, split_layer, split_pass
+
+METADATA = "qwen3np"  # the key in the header of a safetensors file
+HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Points by name, those of a decode step under "decode.0.", "decode.1." and so on, in the order of forward.
+
+    floors[precision][name] is how far the reference's own evaluation in "float32" or "bfloat16" lies from its float64
+    one: (the relative L2 distance, that of the worst position). tokens and heads are what was kept of a point, or None
+    for all.
+    """
+
+    points: dict[str, Array]
+    config: Config
+    ids: Array  # (B, S + steps): the prompt, and the ids that were fed one by one
+    steps: int
+    numerics: str
+    floors: dict[str, dict[str, tuple[float, float]]]
+    tokens: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+    @property
+    def passes(self) -> list[tuple[str, Array, Array]]:
+        """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
+        prompt = self.ids.shape[1] - self.steps
+        positions = np.tile(np.arange(self.ids.shape[1], dtype=np.int64), (len(self.ids), 1))
+        cuts = range(prompt, self.ids.shape[1])
+        names = ["", *(f"decode.{i}." for i in range(self.steps))]
+        return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
+
+        A file that is there is replaced. Raises ValueError where it cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  # PathLike of anything
+
+        about: dict[str, Any] = {
+            "version": qwen3np.__version__,
+            "config": self.config.to_dict(),
+            "ids": self.ids.tolist(),
+            "positions": [positions[0].tolist() for _, _, positions in self.passes],
+            "steps": self.steps,
+            "numerics": self.numerics,
+            "floors": self.floors,
+            "tokens": self.tokens,
+            "heads": self.heads,
+        }
+        path = output_path(path)
+        partial = path.with_name(f"{path.name}.partial")
+        points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode  # of any new file here; safetensors makes some that only their owner reads
+            save_file(points, partial, {METADATA: json.dumps(about)})
+            partial.chmod(mode)
+            os.replace(partial, path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written: {error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read a file that save wrote. Raises ValueError for any other, and for one that is not whole."""
+        found, metadata = read_safetensors(Path(path))
+        if METADATA not in metadata:
+            raise ValueError(f"{path}: not a recording: make one with qwen3np trace -o")
+        try:
+            about: dict[str, Any] = json.loads(metadata[METADATA])
+            config = Config.from_dict(about["config"])
+            cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
+            floors = {p: {name: (a, b) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
+            ids, steps, numerics = np.array(about["ids"]), int(about["steps"]), str(about["numerics"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
+        names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
+        points = {name: found[name] for name in names if name in found}
+        return cls(points, config, ids, steps, numerics, floors, **cut)
+
+    def cut(self, name: str, x: Array) -> Array:
+        """Return what this recording keeps of a whole point."""
+        return cut(name, x, self.config, self.tokens, self.heads)
+
+
+def record(
+    weights: Mapping[str, Array],
+    config: Config,
+    ids: ArrayLike,
+    *,
+    steps: int = 0,
+    numerics: str = "float32",
+    points: str = "*",
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Recording:
+    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` greedy decode steps.
+
+    points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
+    layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
+    heads) where a point has an axis for them. It runs three times, in each precision, for the noise floors.
+
+    Raises ValueError for ids outside the vocabulary, and choices that leave nothing.
+    """
+    chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
+    recorded: dict[str, Array] = {}
+    all_ids = trace(weights, config, ids, recorded.__setitem__, numerics=numerics, **chosen)
+    prompt, decoded = np.split(all_ids, [all_ids.shape[1] - steps], 1)
+    chosen["decoded"] = decoded
+    truth = recorded
+    if numerics != FLOAT64.name:
+        truth = dict[str, Array]()
+        trace(weights, config, prompt, truth.__setitem__, numerics=FLOAT64.name, **chosen)
+    floors: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in ("float32", "bfloat16"):
+        floor: dict[str, tuple[float, float]] = {}
+
+        def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
+            overall, by_token = distance(x, truth[point], position_axis(point))
+            floor[point] = overall, float(by_token.max())
+
+        if name == numerics:
+            for point, x in recorded.items():
+                measure(point, x)
+        else:
+            trace(weights, config, prompt, measure, numerics=name, **chosen)
+        floors[name] = floor
+    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
+
+
+def trace(
+    weights: Mapping[str, Array],
+    config: Config,
+    ids: ArrayLike,
+    visit: Callable[[str, Array], object],
+    *,
+    steps: int = 0,
+    decoded: Array | None = None,
+    numerics: str = "float32",
+    points: str = "*",
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Array:
+    """Call visit with the name and the array of each chosen point as it is made, and return all ids, (B, S + steps).
+
+    decoded (B, steps) are the ids that the decode steps are fed; None chooses them greedily. All else is as in record.
+    """
+    prompt = checked_ids(ids, config)
+    n = precision(numerics)
+    if steps < 0:
+        raise ValueError(f"steps={steps} must be at least 0")
+    for what, wanted, limit in (
+        ("layer", layers, config.num_hidden_layers),
+        ("token", tokens, prompt.shape[1]),
+        ("head", heads, config.num_attention_heads),
+    ):
+        outside = [i for i in wanted or () if not 0 <= i < limit]
+        if outside or (wanted is not None and not wanted):
+            raise ValueError(f"{what}s: {outside or 'none'} chosen; there are {what}s 0 to {limit - 1}")
+    prefixes = ["", *(f"decode.{i}." for i in range(steps))]
+    chosen = _chosen(points, layers, [p + name for p in prefixes for name in point_names(config)])
+    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+
+    cache = KVCache.allocate(config, len(prompt), prompt.shape[1] + steps, n.storage)
+    new, fed = prompt, [prompt]
+    for i, prefix in enumerate(prefixes):
+
+        def choose(name: str, x: Array, prefix: str = prefix) -> None:
+            if prefix + name in chosen:
+                visit(prefix + name, cut(prefix + name, x, config, *kept))
+
+        logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
+        if i < steps:
+            new = logits[:, -1:].argmax(-1) if decoded is None else decoded[:, i : i + 1]
+            fed.append(new)
+    return np.concatenate(fed, 1)
+
+
+def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> set[str]:
+    """Return the names that the patterns match, in these layers. Raises ValueError for a pattern that matches none."""
+    chosen: set[str] = set()
+    for pattern in (p.strip() for p in points.split(",")):
+        found: set[str] = set()
+        for name in names:
+            prefix, point = split_pass(name)
+            plain = point.removeprefix("model.")
+            # the dot makes "layers.0.*" match the layer's output too
+            forms = [form + dot for form in (name, prefix + plain, point, plain) for dot in ("", ".")]
+            if any(fnmatchcase(form, pattern) for form in forms):
+                found.add(name)
+        if not found:
+            raise ValueError(f"points: nothing matches {pattern!r}; names are like model.layers.0.self_attn.q_proj")
+        chosen |= found
+    kept = {name for name in chosen if layers is None or split_layer(name)[0] in (None, *layers)}
+    if not kept:
+        raise ValueError(f"points: {points!r} has nothing in layers {list(layers or ())}")
+    return kept
+
+
+def output_path(path: str | Path) -> Path:
+    """Return the path of a recording to be written. Raises ValueError where there is no place for it."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a recording is a safetensors file: give it a name with that ending")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder")
+    return path
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the arrays and the metadata of a file. Raises ValueError where it is missing or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with cast("Any", safe_open)(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    except (AttributeError, TypeError) as error:  # an 8-bit type, say
+        raise ValueError(f"{path}: holds numbers of a type that NumPy does not have: {error}") from None
+
+
+def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None) -> Array:
+    """Return these positions (of a prefill) and these query heads, or their key heads, of a whole point."""
+    if tokens is not None and not split_pass(name)[0]:
+        x = np.take(x, tokens, position_axis(name))
+    kind = split_layer(name)[1].rpartition(".")[2]
+    if heads is not None and kind in HEADS:
+        group = config.num_attention_heads // config.num_key_value_heads
+        x = np.take(x, sorted({h // group for h in heads}) if kind.startswith("k_") else heads, HEADS[kind])
+    return x
+
+
+def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
+    """Return the relative L2 distance from the truth, over all and per index of `axis`; where the truth is -inf, none.
+
+    An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
+    """
+    seen = np.isfinite(truth)
+    y: Array = np.where(seen, truth, 0.0).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error: Array = np.square(np.where(seen, x, 0.0) - y)
+    others = tuple(i for i in range(truth.ndim) if i != axis)
+    errors: Array = np.sqrt(error.sum(others))
+    norms: Array = np.sqrt(np.square(y).sum(others))
+    tiny, usual = float(np.finfo(np.float64).tiny), float(np.median(norms))
+    by_index = errors / np.maximum(norms, max(usual, tiny))
+    return math.hypot(*errors) / max(math.hypot(*norms), tiny), by_index

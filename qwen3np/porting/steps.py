@@ -1,0 +1,220 @@
+"""Every recorded point as a function of earlier points: the forward pass of model.py, cut at each of them.
+
+`Rerun` computes a point from the points that somebody else's implementation had, so that the error a step adds can be
+told from the error that it was given. A table of steps with one function changed is an implementation with one bug.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen3np.attention import attend
+from qwen3np.config import Config
+from qwen3np.linear import linear
+from qwen3np.norm import rms_norm
+from qwen3np.numerics import Array, Numerics, silu, softmax
+from qwen3np.rope import rotary_tables, rotate
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step runs, and what it may use beside the points that it is given."""
+
+    name: str  # the point without its pass: "model.layers.0.self_attn.q_proj"
+    weights: Mapping[str, Array]
+    config: Config
+    numerics: Numerics
+    ids: Array  # (B, S), those of the pass
+    positions: Array  # (B, S)
+
+    @property
+    def weight(self) -> Array:
+        """The tensor of the module that has the name of the point."""
+        return self.weights[f"{self.name}.weight"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """inputs are points of the same layer; "input" is what the layer is given, "all ..." reaches back to position 0."""
+
+    run: Callable[..., Array]  # (place, *inputs) -> the point
+    inputs: tuple[str, ...] = ()
+
+
+def _embed(at: Place) -> Array:
+    return at.numerics.widen(at.weight[at.ids])
+
+
+def _project(at: Place, x: Array) -> Array:
+    bias = at.weights.get(f"{at.name}.bias") if at.config.attention_bias else None
+    return linear(x, at.weight, bias, at.numerics)
+
+
+def _head(at: Place, x: Array) -> Array:
+    name = "model.embed_tokens" if at.config.tie_word_embeddings else "lm_head"
+    return linear(x, at.weights[f"{name}.weight"], None, at.numerics)
+
+
+def _normalise(at: Place, x: Array) -> Array:
+    return rms_norm(x, at.weight, at.config.rms_norm_eps, at.numerics)
+
+
+def _normalise_heads(at: Place, x: Array) -> Array:  # (B, S, heads * Dh) -> (B, S, heads, Dh)
+    return _normalise(at, x.reshape(*x.shape[:2], -1, at.config.head_dim))
+
+
+def _rotate(at: Place, x: Array) -> Array:  # (B, S, heads, Dh) -> (B, heads, S, Dh)
+    return rotate(np.swapaxes(x, 1, 2), rotary_tables(at.config, at.positions, at.numerics), at.numerics)
+
+
+def _scores(at: Place, q: Array, k: Array) -> Array:  # (B, H, S, Dh), (B, K, T, Dh) -> (B, H, S, T)
+    shape = (*q.shape[:3], k.shape[2])
+    scores, probs = np.full(shape, -np.inf, at.numerics.dtype), np.zeros(shape, at.numerics.dtype)
+    for b in range(len(q)):
+        attend(q[b], k[b], k[b], at.numerics, (scores[b], probs[b]))
+    return scores
+
+
+def _probs(at: Place, scores: Array) -> Array:
+    return at.numerics.round(softmax(scores))
+
+
+def _context(at: Place, probs: Array, v: Array) -> Array:  # (B, H, S, T), (B, T, K * Dh) -> (B, S, H * Dh)
+    kv_heads, head_dim = at.config.num_key_value_heads, at.config.head_dim
+    batch, _, new, total = probs.shape
+    v = np.swapaxes(v.reshape(batch, total, kv_heads, head_dim), 1, 2)[:, :, None]  # (B, K, 1, T, Dh)
+    mixed = probs.reshape(batch, kv_heads, -1, new, total) @ v  # (B, K, G, S, Dh)
+    return at.numerics.round(np.transpose(mixed, (0, 3, 1, 2, 4))).reshape(batch, new, -1)
+
+
+def _add(at: Place, x: Array, h: Array) -> Array:
+    return at.numerics.round(x + h)
+
+
+def _activate(at: Place, gate: Array, up: Array) -> Array:
+    return at.numerics.round(at.numerics.round(silu(gate)) * up)
+
+
+# In the order in which forward records them. "output" is the layer's own point, "model.layers.N".
+LAYER: dict[str, Step] = {
+    "input_layernorm": Step(_normalise, ("input",)),
+    "self_attn.q_proj": Step(_project, ("input_layernorm",)),
+    "self_attn.k_proj": Step(_project, ("input_layernorm",)),
+    "self_attn.v_proj": Step(_project, ("input_layernorm",)),
+    "self_attn.q_norm": Step(_normalise_heads, ("self_attn.q_proj",)),
+    "self_attn.k_norm": Step(_normalise_heads, ("self_attn.k_proj",)),
+    "self_attn.q_rope": Step(_rotate, ("self_attn.q_norm",)),
+    "self_attn.k_rope": Step(_rotate, ("self_attn.k_norm",)),
+    "self_attn.scores": Step(_scores, ("self_attn.q_rope", "all self_attn.k_rope")),
+    "self_attn.probs": Step(_probs, ("self_attn.scores",)),
+    "self_attn.context": Step(_context, ("self_attn.probs", "all self_attn.v_proj")),
+    "self_attn.o_proj": Step(_project, ("self_attn.context",)),
+    "attn_residual": Step(_add, ("input", "self_attn.o_proj")),
+    "post_attention_layernorm": Step(_normalise, ("attn_residual",)),
+    "mlp.gate_proj": Step(_project, ("post_attention_layernorm",)),
+    "mlp.up_proj": Step(_project, ("post_attention_layernorm",)),
+    "mlp.act": Step(_activate, ("mlp.gate_proj", "mlp.up_proj")),
+    "mlp.down_proj": Step(_project, ("mlp.act",)),
+    "output": Step(_add, ("attn_residual", "mlp.down_proj")),
+}
+STEPS: dict[str, Step] = {
+    "model.embed_tokens": Step(_embed),
+    **LAYER,
+    "model.norm": Step(_normalise, ("last output",)),
+    "lm_head": Step(_head, ("model.norm",)),
+}
+
+
+def point_names(config: Config) -> list[str]:
+    """Return the points of one pass, in the order in which forward records them."""
+    layers = [point_name(i, kind) for i in range(config.num_hidden_layers) for kind in LAYER]
+    return ["model.embed_tokens", *layers, "model.norm", "lm_head"]
+
+
+def point_name(layer: int, kind: str) -> str:
+    """Return the name of a layer's point; that of the embedding for the output of layer -1."""
+    if layer < 0:
+        return "model.embed_tokens"
+    return f"model.layers.{layer}" + ("" if kind == "output" else f".{kind}")
+
+
+def split_pass(name: str) -> tuple[str, str]:
+    """Return the pass and the point: "decode.0." and the rest; the prefill is ""."""
+    found = re.match(r"decode\.\d+\.", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """Return the layer and the key of STEPS: (3, "self_attn.q_proj"), (3, "output") or (None, "lm_head")."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.?(.*)", split_pass(name)[1])
+    return (int(found[1]), found[2] or "output") if found else (None, split_pass(name)[1])
+
+
+def position_axis(name: str) -> int:
+    """Return which axis of a point runs over the new positions."""
+    return 2 if split_layer(name)[1].endswith(("_rope", "scores", "probs")) else 1
+
+
+def point_shape(name: str, config: Config, batch: int, new: int, total: int) -> tuple[int, ...]:
+    """Return the shape of a whole point of `new` positions, the last of `total`."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kind = split_layer(name)[1].rpartition(".")[2]
+    own = kv_heads if kind[0] in "kv" else heads
+    if kind in ("q_proj", "k_proj", "v_proj", "context"):
+        return batch, new, own * head_dim
+    if kind in ("q_norm", "k_norm"):
+        return batch, new, own, head_dim
+    if kind in ("q_rope", "k_rope"):
+        return batch, own, new, head_dim
+    if kind in ("scores", "probs"):
+        return batch, heads, new, total
+    sizes = {"lm_head": config.vocab_size} | dict.fromkeys(("gate_proj", "up_proj", "act"), config.intermediate_size)
+    return batch, new, sizes.get(kind, config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Points of the reference, computed from what is given of each pass; what is not given, from its own inputs.
+
+    passes are (prefix, ids (B, S), positions (B, S)): "" for the prefill, then "decode.0." and so on. given has whole
+    points in the reference's shapes.
+    """
+
+    weights: Mapping[str, Array]
+    config: Config
+    numerics: Numerics
+    passes: Sequence[tuple[str, Array, Array]]
+    given: Mapping[str, Array]
+    steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    computed: dict[str, Array] = field(default_factory=dict[str, Array])
+
+    def value(self, name: str) -> Array:
+        """Return the point as it is given, or else as the step makes it."""
+        return self.numerics.widen(self.given[name]) if name in self.given else self.step(name)
+
+    def step(self, name: str) -> Array:
+        """Return the point as the reference makes it from the values of its inputs."""
+        if name not in self.computed:
+            own_pass, point = split_pass(name)
+            index = [prefix for prefix, _, _ in self.passes].index(own_pass)
+            layer, kind = split_layer(name)
+            inputs = [self._input(index, layer, x) for x in self.steps[kind].inputs]
+            place = Place(point, self.weights, self.config, self.numerics, *self.passes[index][1:])
+            self.computed[name] = self.steps[kind].run(place, *inputs)
+        return self.computed[name]
+
+    def _input(self, index: int, layer: int | None, x: str) -> Array:
+        prefix = self.passes[index][0]
+        if layer is None:
+            point = point_name(self.config.num_hidden_layers - 1, "output") if x == "last output" else x
+            return self.value(prefix + point)
+        if x == "input":
+            return self.value(prefix + point_name(layer - 1, "output"))
+        if not x.startswith("all "):
+            return self.value(prefix + point_name(layer, x))
+        name = point_name(layer, x.removeprefix("all "))
+        return np.concatenate([self.value(p + name) for p, _, _ in self.passes[: index + 1]], position_axis(name))

@@ -1,0 +1,68 @@
+"""The kit for the test suites of ports: what is in it, and that a right port passes with its tolerances."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qwen3np import read_checkpoint
+from qwen3np.cli import main
+from qwen3np.porting import Recording, record
+from qwen3np.porting.fixture import write_fixture
+from qwen3np.porting.record import distance
+
+
+def test_kit(tmp_path, capsys):
+    """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
+    main(["fixture", "-o", str(tmp_path / "kit")])
+    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied"}
+    assert [p.name for p in tmp_path.iterdir()] == ["kit"]
+    with pytest.raises(SystemExit):
+        main(["fixture", "-o", str(tmp_path / "kit")])
+    assert "is there already" in capsys.readouterr().err
+    for name in ("tied", "untied"):
+        folder = tmp_path / "kit" / name
+        config, weights = read_checkpoint(folder)
+        tolerances = json.loads((folder / "tolerances.json").read_text())
+        golden = np.load(folder / "golden.npz")
+        recording = Recording.load(folder / "golden.safetensors")
+        assert set(golden.files) == {"ids", *recording.points}
+        parts = json.loads((folder / "ids.json").read_text())
+        assert [parts["prompt"] + parts["decode"]] == golden["ids"].tolist() == recording.ids.tolist()
+        assert list(tolerances["float32"]) == list(recording.points)
+        assert max(tolerances["bfloat16"].values()) < 0.5  # 0.23; other ids in a decode step would make it above 1
+
+        def beyond(weights, precision, config=config, golden=golden, tolerances=tolerances):
+            points = record(weights, config, golden["ids"][:, :256], numerics=precision).points
+            return [k for k, x in points.items() if distance(x, golden[k], 1)[0] > tolerances[precision][k]]
+
+        assert beyond(weights, "float32") == beyond(weights, "bfloat16") == []
+        key = "model.layers.1.mlp.up_proj.weight"
+        bad = weights | {key: weights[key] * np.float32(1.0001)}
+        assert beyond(bad, "float32")[0] == "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_passes(tmp_path, dtype):
+    """As the kit's README says: every point, prompt and decode steps, in both precisions, within its tolerance."""
+    oracle = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
+    write_fixture(tmp_path / "kit")
+    most = 0
+    for name in ("tied", "untied"):
+        folder = tmp_path / "kit" / name
+        ids = json.loads((folder / "ids.json").read_text())
+        tolerances = json.loads((folder / "tolerances.json").read_text())[dtype]
+        golden, passes = np.load(folder / "golden.npz"), []
+        model = oracle.model_of(*read_checkpoint(folder), dtype)
+        oracle.prefill_and_decode(model, np.array([ids["prompt"] + ids["decode"]]), len(ids["decode"]), passes)
+        prefixes = ("", "decode.0.", "decode.1.", "decode.2.")
+        mine = {p + point: x for p, points in zip(prefixes, passes, strict=True) for point, x in points.items()}
+        assert set(tolerances) <= set(mine)
+        for point, tolerance in tolerances.items():
+            away = distance(mine[point], golden[point], 1)[0] / tolerance
+            assert away <= 1, (name, point)
+            most = max(most, away)
+    print(f"\n{dtype}: at most {most:.2f} of the tolerance")

@@ -1,0 +1,210 @@
+"""Recordings: what they hold, how they are cut, and that a file gives back what was recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from drawing import draw_ids, relative
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from qwen3np import forward, save_checkpoint
+from qwen3np.cli import main
+from qwen3np.numerics import precision
+from qwen3np.porting import Recording, record
+from qwen3np.porting.fixture import TIED
+from qwen3np.porting.record import distance
+from qwen3np.porting.steps import Rerun, point_names, point_shape, split_pass
+
+PROMPT, STEPS = 12, 2
+PASSES = ("", "decode.0.", "decode.1.")
+ALL = point_names(replace(TIED, num_hidden_layers=2))  # those of the model in conftest.py
+
+
+@pytest.fixture(scope="module")
+def ids(config):
+    return draw_ids(np.random.default_rng(0), config, 2, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def golden(config, weights, ids):
+    return record(weights, config, ids, steps=STEPS)
+
+
+def test_points_are_those_of_forward(config, weights, ids, golden):
+    """The prefill bit for bit; the decode steps as the same positions of one forward over all ids."""
+    points, whole = {}, {}
+    forward(weights, config, ids, trace=points.__setitem__)
+    forward(weights, config, golden.ids, trace=whole.__setitem__)
+    assert list(golden.points) == [p + name for p in ("", "decode.0.", "decode.1.") for name in points]
+    assert list(points) == point_names(config)
+    for name, x in points.items():
+        np.testing.assert_array_equal(golden.points[name], x)
+    for i in range(STEPS):
+        for name in ("model.embed_tokens", "model.layers.1", "lm_head"):
+            assert relative(golden.points[f"decode.{i}.{name}"][:, 0], whole[name][:, PROMPT + i]) <= 2e-6
+    greedy = whole["lm_head"][:, PROMPT - 1 : -1].argmax(-1)
+    np.testing.assert_array_equal(golden.ids, np.concatenate((ids, greedy), 1))
+
+
+def test_shapes(config, golden):
+    for prefix, ids, positions in golden.passes:
+        for name in point_names(config):
+            shape = point_shape(name, config, *ids.shape, positions[0, -1] + 1)
+            assert golden.points[prefix + name].shape == shape, name
+
+
+@pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16"])
+def test_steps_make_the_points(config, weights, ids, numerics):
+    """Each step on the recorded inputs, and from the ids alone: the recorded point, but for the order of sums."""
+    golden = record(weights, config, ids, steps=STEPS, numerics=numerics)
+    limit = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2e-2}[numerics]
+    for given in (golden.points, {}):
+        rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
+        for name, x in golden.points.items():
+            assert distance(rerun.step(name), x, 1)[0] <= limit, name
+
+
+def test_floors(config, weights, golden):
+    """They are distances from the float64 evaluation: nothing for what is gathered, 2^-8 and 2^-24 or so elsewhere."""
+    truth = {}
+    forward(weights, config, golden.ids, numerics="float64", trace=truth.__setitem__)
+    for name, (low, high) in {"float32": (1e-8, 1e-6), "bfloat16": (1e-3, 3e-2)}.items():
+        floors = golden.floors[name]
+        assert set(floors) == set(golden.points)
+        assert all(low < overall < high for point, (overall, _) in floors.items() if "embed" not in point)
+        assert all(worst >= 0.9 * overall for overall, worst in floors.values())
+    measured = relative(golden.points["lm_head"], truth["lm_head"][:, :PROMPT])
+    assert golden.floors["float32"]["lm_head"][0] == pytest.approx(measured)
+    assert golden.floors["float32"]["model.embed_tokens"] == (0, 0)
+
+
+def test_cuts(config, weights, ids, golden):
+    cut = record(
+        weights, config, ids, steps=STEPS, points="layers.1.*,lm_head", tokens=(0, 5), heads=(1, 4), layers=(1,)
+    )
+    layer = {name for name in point_names(config) if name.startswith("model.layers.1")} | {"lm_head"}
+    assert {split_pass(name)[1] for name in cut.points} == layer
+    x, whole = cut.points, golden.points
+    at = "model.layers.1.self_attn."
+    np.testing.assert_array_equal(x["lm_head"], whole["lm_head"][:, [0, 5]])
+    np.testing.assert_array_equal(x[f"{at}probs"], whole[f"{at}probs"][:, [1, 4]][:, :, [0, 5]])
+    np.testing.assert_array_equal(x[f"{at}k_rope"], whole[f"{at}k_rope"][:, [0, 1]][:, :, [0, 5]])  # G is 3
+    np.testing.assert_array_equal(x[f"decode.1.{at}q_norm"], whole[f"decode.1.{at}q_norm"][:, :, [1, 4]])
+
+
+def test_saved_and_loaded(golden, tmp_path):
+    path = tmp_path / "golden.safetensors"
+    golden.save(path)
+    loaded = Recording.load(path)
+    assert list(loaded.points) == list(golden.points)
+    for name, x in golden.points.items():
+        np.testing.assert_array_equal(loaded.points[name], x)
+    assert (loaded.config, loaded.floors, loaded.numerics) == (golden.config, golden.floors, "float32")
+    np.testing.assert_array_equal(loaded.ids, golden.ids)
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["qwen3np"])
+    assert about["positions"] == [list(range(PROMPT)), [PROMPT], [PROMPT + 1]]
+    assert [p.name for p in tmp_path.iterdir()] == ["golden.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("points", "names"),
+    [
+        ("decode.*", [f"decode.{i}.{name}" for i in range(STEPS) for name in ALL]),
+        ("decode.1.layers.0.mlp.act", ["decode.1.model.layers.0.mlp.act"]),
+        ("*.q_rope, lm_head", [p + name for p in PASSES for name in ALL if name.endswith(("q_rope", "lm_head"))]),
+        ("model.layers.1", [f"{p}model.layers.1" for p in PASSES]),
+    ],
+)
+def test_patterns(config, weights, ids, points, names):
+    recording = record(weights, config, ids, steps=STEPS, points=points)
+    assert list(recording.points) == names
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"points": "layers.9.*"}, "nothing matches"),
+        ({"points": "lm_head,layers.0.qproj"}, "nothing matches 'layers.0.qproj'"),
+        ({"points": "layers.0.*", "layers": [1]}, r"nothing in layers \[1\]"),
+        ({"layers": [2]}, "layers 0 to 1"),
+        ({"tokens": [PROMPT]}, "tokens 0 to 11"),
+        ({"heads": []}, "none chosen"),
+        ({"steps": -1}, "at least 0"),
+    ],
+)
+def test_impossible_choices(config, weights, ids, choice, message):
+    with pytest.raises(ValueError, match=message):
+        record(weights, config, ids, **choice)
+
+
+def test_no_place(golden, tmp_path, capsys):
+    """Told before anything is computed: with a model that is not there, the place is what is wrong."""
+    (tmp_path / "folder.safetensors").mkdir()
+    for place, message in (
+        ("nowhere/golden.safetensors", "there is no folder"),
+        ("golden.npz", "with that ending"),
+        ("folder.safetensors", "is a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            golden.save(tmp_path / place)
+        with pytest.raises(SystemExit):
+            main(["trace", "--ids", "1", "--model", "no model", "-o", str(tmp_path / place)])
+        assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
+def test_not_a_recording(golden, tmp_path):
+    path = tmp_path / "golden.safetensors"
+    golden.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Recording.load(path)
+    with pytest.raises(ValueError, match="no such file"):
+        Recording.load(tmp_path / "other.safetensors")
+    for text, message in (("{", "of another version"), ('{"config": {}}', "of another version")):
+        save_file({"lm_head": np.zeros(1)}, path, {"qwen3np": text})
+        with pytest.raises(ValueError, match=message):
+            Recording.load(path)
+    save_file({"lm_head": np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a recording"):
+        Recording.load(path)
+
+
+def test_command(config, weights, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model", config, weights)
+    flags = ["trace", "--model", str(tmp_path / "model"), "--ids", "1,5-7", "--points", "layers.0.*"]
+    main(flags)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["point", "shape"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    points = {}
+    forward(weights, config, [1, 5, 6, 7], trace=points.__setitem__)
+    x = points["model.layers.0"]
+    assert table["model.layers.0"][0] == "1x4x40"
+    np.testing.assert_allclose(
+        np.array(table["model.layers.0"][1:], float), [x.mean(), np.sqrt((x * x).mean()), x.min(), x.max(), 0], 1e-3
+    )
+    assert table["model.layers.0.self_attn.scores"][-1] == "36"  # 6 heads, 6 hidden of 4 x 4
+
+    main([*flags, "--steps", "1", "-o", str(tmp_path / "golden.safetensors")])
+    out, err = capsys.readouterr()
+    loaded = Recording.load(tmp_path / "golden.safetensors")
+    assert (out, err.splitlines()[-1]) == ("", f"[ids 1,5,6,7, then {loaded.ids[0, 4]}]")
+    np.testing.assert_array_equal(loaded.points["model.layers.0"], x)
+
+
+def test_table_of_broken_weights(config, weights, tmp_path, capsys):
+    """What is not finite is counted, and may be all there is."""
+    key = "model.layers.0.mlp.up_proj.weight"
+    save_checkpoint(tmp_path / "model", config, weights | {key: np.full_like(weights[key], np.nan)})
+    main(["trace", "--model", str(tmp_path / "model"), "--ids", "1,2", "--points", "layers.0.mlp.*"])
+    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()}
+    assert rows["model.layers.0.mlp.gate_proj"][-1] == "0"
+    assert rows["model.layers.0.mlp.up_proj"][1:] == ["nan", "nan", "nan", "nan", str(2 * config.intermediate_size)]
