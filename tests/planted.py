@@ -44,7 +44,7 @@ def interleaved_rotation(original, torch):
 
 
 def rounded_tables(original, torch):
-    return lambda q, k, cos, sin, **_: original(q, k, cos.bfloat16().float(), sin.bfloat16().float())
+    return lambda q, k, cos, sin, **_: original(q, k, cos.bfloat16().to(cos.dtype), sin.bfloat16().to(sin.dtype))
 
 
 def turned_back(original, torch):
@@ -289,7 +289,7 @@ def unbiased(module, own, torch):
 
 
 def activation(f):
-    return lambda module, oracle: setattr(module, "act_fn", f(oracle.torch))
+    return lambda module, oracle: setattr(module.act_fn, "forward", f)
 
 
 def quarter_rotation(original, torch):
@@ -314,20 +314,17 @@ def first_kv_head(oracle, model, monkeypatch):
     monkeypatch.setattr(oracle.modeling_qwen3, "repeat_kv", lambda x, n: x[:, :1].expand(-1, n * x.shape[1], -1, -1))
 
 
-def sink(oracle, model, monkeypatch):
-    """One more in the denominator of the softmax."""
-    original, torch = oracle.modeling_qwen3.eager_attention_forward, oracle.torch
+def small_dropped(oracle, model, monkeypatch):
+    """Probabilities below 0.05 are taken for 0."""
+    modeling = oracle.modeling_qwen3
+    original = modeling.eager_attention_forward
 
-    def attention(module, q, k, v, mask, *args, **kwargs):
-        def larger(x, dim, **_):
-            e = x.exp()
-            return e / (1 + e.sum(-1, keepdim=True))
+    def attention(module, q, k, v, *args, **kwargs):
+        probs = original(module, q, k, v, *args, **kwargs)[1]
+        probs = probs * (probs >= 0.05)
+        return (probs @ modeling.repeat_kv(v, module.num_key_value_groups)).transpose(1, 2).contiguous(), probs
 
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "softmax", larger)
-            return original(module, q, k, v, mask, *args, **kwargs)
-
-    monkeypatch.setattr(oracle.modeling_qwen3, "eager_attention_forward", attention)
+    monkeypatch.setattr(modeling, "eager_attention_forward", attention)
 
 
 def forgetful_decode(oracle, model, monkeypatch):
@@ -350,13 +347,13 @@ UNKNOWN = {
     "mean subtracted": (edit("input_layernorm", wrapped(mean_subtracted)), "model.layers.0.input_layernorm"),
     "unbiased mean": (edit("q_norm", wrapped(unbiased)), f"{ATTENTION}q_norm"),
     "first KV head for all": (first_kv_head, f"{ATTENTION}scores"),
-    "softmax with a sink": (sink, f"{ATTENTION}probs"),
+    "small probabilities dropped": (small_dropped, f"{ATTENTION}probs"),
     "heads transposed": (edit("o_proj", wrapped(heads_transposed)), f"{ATTENTION}o_proj"),
     "quick gelu": (
-        edit("mlp", activation(lambda torch: lambda x: x * (1.702 * x).sigmoid())),
+        edit("mlp", activation(lambda x: x * (1.702 * x).sigmoid())),
         "model.layers.0.mlp.act",
     ),
-    "squared relu": (edit("mlp", activation(lambda torch: lambda x: x.relu() ** 2)), "model.layers.0.mlp.act"),
+    "squared relu": (edit("mlp", activation(lambda x: x.relu() ** 2)), "model.layers.0.mlp.act"),
     "embedding scaled": (
         edit("model.embed_tokens", wrapped(lambda module, own, torch: lambda x: own(x) * 40**0.5)),
         "model.embed_tokens",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -62,20 +63,32 @@ class Bug:
 # --- changes that several bugs are made of ----------------------------------------------------------------------------
 
 
-def _configured(**values: float) -> Change:
-    return lambda run, at, *x: run(replace(at, config=replace(at.config, **values)), *x)
+def _placed(move: Callable[[Place], Place]) -> Change:
+    """Run the right step at another place."""
+
+    def change(run: Change, at: Place, *x: Array) -> Array:
+        return run(move(at), *x)
+
+    return change
+
+
+def _configured(**values: Any) -> Change:
+    return _placed(lambda at: replace(at, config=replace(at.config, **values)))
 
 
 def _with_weights_of(own: str, other: str) -> Change:
-    return lambda run, at, *x: run(replace(at, name=at.name.replace(own, other)), *x)
+    return _placed(lambda at: replace(at, name=at.name.replace(own, other)))
 
 
 def _moved(move: Callable[[Array], Array]) -> Change:
-    return lambda run, at, *x: run(replace(at, positions=move(at.positions)), *x)
+    return _placed(lambda at: replace(at, positions=move(at.positions)))
 
 
 def _scaled(factor: Callable[[Config], float]) -> Change:
-    return lambda run, at, *x: at.numerics.round(run(at, *x) * at.numerics.dtype.type(factor(at.config)))
+    def change(run: Change, at: Place, *x: Array) -> Array:
+        return at.numerics.round(run(at, *x) * at.numerics.dtype.type(factor(at.config)))
+
+    return change
 
 
 def _same(x: Array) -> Array:
@@ -109,8 +122,8 @@ def _not_normalised(run: Change, at: Place, x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, at.config.head_dim) if "self_attn" in at.name else x
 
 
-def _one_plus_weight(run: Change, at: Place, x: Array) -> Array:
-    return run(replace(at, weights={**at.weights, f"{at.name}.weight": at.numerics.widen(at.weight) + 1}), x)
+def _one_plus_weight(at: Place) -> Place:
+    return replace(at, weights={**at.weights, f"{at.name}.weight": at.numerics.widen(at.weight) + 1})
 
 
 def _over_all_heads(run: Change, at: Place, x: Array) -> Array:
@@ -139,13 +152,17 @@ def _interleaved(run: Change, at: Place, x: Array) -> Array:
     return np.swapaxes(y.reshape(*y.shape[:-1], 2, -1), -1, -2).reshape(y.shape)
 
 
+def _not_rotated(run: Change, at: Place, x: Array) -> Array:
+    return np.swapaxes(x, 1, 2)
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
 def _tiled(run: Change, at: Place, by_head: Array, kv: Array) -> Array:
     """Let query head h meet the KV head h % K: on the place of a head that does, and back."""
     heads, kv_heads = at.config.num_attention_heads, at.config.num_key_value_heads
-    order = np.arange(heads).reshape(-1, kv_heads).T.ravel()
+    order = np.transpose(np.arange(heads).reshape(-1, kv_heads)).ravel()
     y = run(at, by_head[:, order], kv)
     axis = 1 if y.ndim == 4 else 2  # scores (B, H, S, T) or context (B, S, H * Dh)
     whole = y.shape
@@ -178,7 +195,14 @@ def _gelu_tanh(x: Array) -> Array:
 
 
 def _activated(by: Callable[[Array], Array]) -> Change:
-    return lambda run, at, gate, up: at.numerics.round(at.numerics.round(by(gate)) * up)
+    def change(run: Change, at: Place, gate: Array, up: Array) -> Array:
+        return at.numerics.round(at.numerics.round(by(gate)) * up)
+
+    return change
+
+
+def _exchanged(run: Change, at: Place, x: Array, y: Array) -> Array:
+    return run(at, y, x)
 
 
 NORMS, LAYER_NORMS, HEAD_NORMS, ROPE = "*norm", "[!s]*norm", "self_attn.[qk]_norm", "self_attn.[qk]_rope"
@@ -197,7 +221,7 @@ BUGS = (
     ),
     Bug(
         "norm: q/k norm after RoPE",  # as a port records it that calls the result of its norm q_norm
-        {HEAD_NORMS: _rotated_before, ROPE: lambda run, at, x: np.swapaxes(x, 1, 2)},
+        {HEAD_NORMS: _rotated_before, ROPE: _not_rotated},
         "the order is projection, norm, rotation",
     ),
     Bug(
@@ -215,7 +239,7 @@ BUGS = (
     ),
     Bug(
         "norm: multiplied by 1 + weight",
-        {NORMS: _one_plus_weight},
+        {NORMS: _placed(_one_plus_weight)},
         "Qwen3 multiplies by the weight itself; 1 + weight is Gemma's",
     ),
     Bug("norm: left out", {LAYER_NORMS: _not_normalised}, "the call of this norm, in all code paths"),
@@ -304,7 +328,7 @@ BUGS = (
     ),
     Bug(
         "mlp: gate and up swapped",
-        {"mlp.act": lambda run, at, gate, up: run(at, up, gate)},
+        {"mlp.act": _exchanged},
         "silu is applied to gate_proj; see how a joined matrix is cut",
     ),
     Bug("mlp: GELU instead of SiLU", {"mlp.act": _activated(_gelu)}, "hidden_act is silu: x / (1 + exp(-x))"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import permutations, takewhile
+from itertools import combinations, takewhile
 from typing import Any
 
 import numpy as np
@@ -221,7 +221,9 @@ class _Bench:
         found.sort(key=lambda trial: trial.rank)
         if found and not found[0].sure:
             leaders = [trial.bugs[0] for trial in found[:LEADERS]]
-            pairs = self.attempt((a, b) for a, b in permutations(leaders, 2) if a.name != b.name)
+            both = [(a, b) for a, b in combinations(leaders, 2) if a.name != b.name]
+            both += [(b, a) for a, b in both if {*a.steps} & {*b.steps}]  # one may undo the other
+            pairs = self.attempt(both)
             found = sorted((t for t in pairs if t.sure), key=lambda trial: trial.rank) + found
         return found
 
@@ -241,7 +243,7 @@ class _Bench:
         """Return the points that add an error which these bugs do not explain."""
         wrong = self.wrong(bugs)
         points = [report.name for report in comparison.points if report.name in self.found and adds(report)]
-        return [k for k in points if not self.explains(self.left(wrong, k), self.left(self.right, k), k)]
+        return [name for name in points if self.left(wrong, name) > self.rounding(name)]
 
     def known(self) -> list[str]:
         """Return what the numbers say by themselves: where the error is, and whether a factor undoes it."""
