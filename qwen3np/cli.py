@@ -13,17 +13,8 @@ from typing import NoReturn
 from qwen3np import __version__
 from qwen3np.threads import check_threads
 
-COMMANDS = (
-    "generate",
-    "chat",
-    "score",
-    "info",
-    "trace",
-    "compare",
-    "fixture",
-    "train",
-    "bench",
-)  # modules of qwen3np.commands
+# modules of qwen3np.commands
+COMMANDS = ("generate", "chat", "score", "info", "trace", "compare", "diagnose", "fixture", "train", "bench")
 
 
 class _Parser(argparse.ArgumentParser):

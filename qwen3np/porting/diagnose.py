@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import combinations, takewhile
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ from qwen3np.porting.steps import STEPS, Rerun, point_names, position_axis, spli
 
 SURE = 0.99  # the share of the squared error from which on a cause is named without reserve
 SHOWN = 5  # causes in a report
-LEADERS = 12  # the bugs of which pairs are tried
+LEADERS = 3  # the bugs that are tried together with each other one
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A bug of the catalogue, or two, and the share of the squared error that goes with it; below 0: it gets worse."""
+    """A bug of the catalogue, or two, and the share of the squared error that goes with it."""
 
     name: str
     step: str  # the first that it changes
@@ -74,7 +74,8 @@ def diagnose(
     causes: dict[str, Cause] = {}
     for trial in trials:
         cause = bench.cause(trial)
-        causes.setdefault(cause.name, cause)
+        if cause.explained > 0:
+            causes.setdefault(cause.name, cause)
     best = next(iter(causes.values()), None)
     unexplained: list[str] = []
     if best is not None and best.sure:
@@ -84,7 +85,7 @@ def diagnose(
             meaning += f". It does not explain the error that {unexplained[0]} adds"
     else:
         meaning = f"nothing in the catalogue explains the error at {point}"
-        if best is not None and best.explained > 0:
+        if best is not None:
             meaning += f"; the nearest: {_sentence(best)}"
     known = [comparison.meaning, *bench.known()]
     return Diagnosis("different", point, meaning, list(causes.values())[:SHOWN], unexplained, known)
@@ -203,11 +204,8 @@ class _Bench:
             left = self.left(wrong, self.point)
             if left == self.error:
                 continue
-            beside = (
-                {name: self.left(wrong, name) for name in self.beside}
-                if self.explains(left, self.error, self.point)
-                else {}
-            )
+            sure = self.explains(left, self.error, self.point)
+            beside = {name: self.left(wrong, name) for name in self.beside} if sure else {}
             if not any(self.is_before(name) and rest > self.rounding(name) for name, rest in beside.items()):
                 trials.append(_Trial(bugs, left, beside))
         return trials
@@ -220,8 +218,8 @@ class _Bench:
             found += self.attempt((part,) for bug in bugs for part in bug.parts)
         found.sort(key=lambda trial: trial.rank)
         if found and not found[0].sure:
-            leaders = [trial.bugs[0] for trial in found[:LEADERS]]
-            both = [(a, b) for a, b in combinations(leaders, 2) if a.name != b.name]
+            unlike = list({trial.left: trial.bugs[0] for trial in reversed(found)}.values())[::-1]
+            both = [(a, b) for i, a in enumerate(unlike[:LEADERS]) for b in unlike[i + 1 :] if a.name != b.name]
             both += [(b, a) for a, b in both if {*a.steps} & {*b.steps}]  # one may undo the other
             pairs = self.attempt(both)
             found = sorted((t for t in pairs if t.sure), key=lambda trial: trial.rank) + found
