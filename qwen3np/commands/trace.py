@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--ids", metavar="IDS", type=numbers, help="token ids instead: 785,6722,315")
     parser.add_argument("-o", "--output", metavar="FILE", help="write a safetensors file instead of printing a table")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens greedily (0)")
+    parser.add_argument("--feed", type=numbers, metavar="IDS", help="ids for the decode steps, before greedy ones")
     parser.add_argument("--points", default="*", metavar="P", help="patterns: 'layers.0.*,lm_head' (all)")
     parser.add_argument("--layers", type=numbers, metavar="N", help="only these layers: 0,4-6")
     parser.add_argument("--tokens", type=numbers, metavar="N", help="only these positions of the prompt")
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{arguments.model}: has no tokenizer; give --ids")
         ids = model.tokenizer.encode(arguments.prompt)
     chosen = {name: getattr(arguments, name) for name in ("steps", "numerics", "points", "layers", "tokens", "heads")}
-    recording = record(model.weights, model.config, ids, **chosen)
+    recording = record(model.weights, model.config, ids, fed=arguments.feed, **chosen)
     if arguments.output is None:
         print(summary(recording))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -64,13 +65,15 @@ def diagnose(
     comparison = judge(golden, aligned, weights)
     if comparison.first_point is None:
         return Diagnosis(comparison.verdict, None, comparison.meaning)
-    point = _judged(comparison)
+    first, point = comparison.first_point, _judged(comparison)
     here = aligned.found.get(point)
-    if here is None or not np.isfinite(here.part[np.isfinite(here.truth)]).all():
-        return Diagnosis("different", point, f"{comparison.meaning}: nothing can be tried on such numbers")
+    if here is None or not _usable(here):
+        return Diagnosis("different", first, f"{comparison.meaning}: nothing can be tried on such numbers")
 
     bench = _Bench(golden, aligned, weights, point)
-    trials = bench.trials()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # with some bugs numbers grow from layer to layer
+        trials = bench.trials()
     causes: dict[str, Cause] = {}
     for trial in trials:
         cause = bench.cause(trial)
@@ -88,7 +91,13 @@ def diagnose(
         if best is not None:
             meaning += f"; the nearest: {_sentence(best)}"
     known = [comparison.meaning, *bench.known()]
-    return Diagnosis("different", point, meaning, list(causes.values())[:SHOWN], unexplained, known)
+    return Diagnosis("different", first, meaning, list(causes.values())[:SHOWN], unexplained, known)
+
+
+def _usable(here: Found) -> bool:
+    """Whether all numbers are finite, but for a mask where there is one."""
+    masked = bool(np.isneginf(here.truth).any())
+    return bool((np.isfinite(here.part) | (np.isneginf(here.part) & masked)).all())
 
 
 def _sentence(cause: Cause) -> str:

@@ -106,14 +106,16 @@ def record(
     ids: ArrayLike,
     *,
     steps: int = 0,
+    fed: ArrayLike | None = None,
     numerics: str = "float32",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Recording:
-    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` greedy decode steps.
+    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` decode steps.
 
+    Decode steps are fed the ids `fed`, of as many sequences, one by one; where there are fewer, greedy ones follow.
     points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
     layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
     heads) where a point has an axis for them. It runs three times, in each precision, for the noise floors.
@@ -124,6 +126,12 @@ def record(
     n = precision(numerics)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
+    given = prompt
+    if fed is not None:
+        later = checked_ids(fed, config, "fed")
+        if len(later) != len(prompt):
+            raise ValueError(f"fed: ids of {len(later)} sequences after a prompt of {len(prompt)}")
+        given, steps = np.concatenate((prompt, later), 1), max(steps, later.shape[1])
     for what, wanted, limit in (
         ("layer", layers, config.num_hidden_layers),
         ("token", tokens, prompt.shape[1]),
@@ -166,7 +174,7 @@ def record(
         return ids
 
     recorded: dict[str, Array] = {}
-    all_ids = run(n.name, prompt, recorded.__setitem__)
+    all_ids = run(n.name, given, recorded.__setitem__)
     truth = recorded
     if n is not FLOAT64:
         truth = dict[str, Array]()
