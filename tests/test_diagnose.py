@@ -104,8 +104,8 @@ def test_cut_recordings(config, weights, golden, choice):
     cut = record(weights, config, prompt, fed=fed, **choice)
     wrong = replace(config, rope_theta=1e4)
     for dump in (
-        points(wrong_weights := weights, wrong, golden),
-        record(wrong_weights, wrong, prompt, fed=fed, **choice).points,
+        points(weights, wrong, golden),
+        record(weights, wrong, prompt, fed=fed, **choice).points,
     ):
         found = diagnose(cut, dump, weights=weights)
         assert found.causes, found
@@ -233,7 +233,13 @@ def test_known_bugs(oracle, config, weights, golden, monkeypatch, bug):
     plant, first = KNOWN[bug]
     dump = dumped(oracle, config, weights, golden, monkeypatch, plant)
     in_decode = first.startswith("decode")
-    for mine, point in ((dump, first), (logits(dump), "decode.0.lm_head" if in_decode else "lm_head")):
+    few = {name: x for name, x in dump.items() if name.endswith(("layers.0", "layers.1", "lm_head"))}
+    after = list(golden.points)[list(golden.points).index(first) :]
+    for mine, point in (
+        (dump, first),
+        (few, next(name for name in after if name in few)),
+        (logits(dump), "decode.0.lm_head" if in_decode else "lm_head"),
+    ):
         found = diagnose(golden, mine, weights=weights)
         best = row(bug, found)
         assert found.first_point == point
@@ -249,7 +255,6 @@ def test_unknown_bugs(oracle, config, weights, golden, monkeypatch, bug):
     plant, first = UNKNOWN[bug]
     dump = dumped(oracle, config, weights, golden, monkeypatch, plant)
     found = diagnose(golden, dump, weights=weights)
-    row(bug, found)
     assert found.first_point == first
     for some in (found, diagnose(golden, logits(dump), weights=weights)):
         best = row(bug, some)
@@ -265,12 +270,11 @@ def test_pairs(oracle, config, weights, golden, monkeypatch, pair):
     dump = dumped(oracle, config, weights, golden, monkeypatch, both(plant, other))
     names = {CAUSES[bug] for bug in pair}
     best = row(" and ".join(pair), diagnose(golden, logits(dump), weights=weights))
-    assert (best.sure, set(best.name.split(" and ", best.name.count(" and ")))) and best.sure
+    assert best.sure
     assert best.name == " and ".join(sorted(names))
     found = diagnose(golden, dump, weights=weights)
     best = row(" and ".join(pair), found)
     assert best.sure
-    assert set(best.name.split(" and n")) or found.unexplained
     if first == later:
         assert best.name == " and ".join(sorted(names))
     else:
@@ -280,9 +284,9 @@ def test_pairs(oracle, config, weights, golden, monkeypatch, pair):
 
 @pytest.mark.oracle
 def test_drawn_models(oracle, monkeypatch):
-    """The same on drawn models, in bfloat16 too: the right cause is first."""
+    """On drawn models, in bfloat16 too, the right cause is first, or at least no wrong one is sure."""
     right = total = 0
-    for seed in range(6):
+    for seed in range(4):
         rng = np.random.default_rng(seed)
         config = draw_config(rng)
         weights = {name: w.astype(BFLOAT16) for name, w in trained_like(config, seed).items()}
@@ -294,10 +298,9 @@ def test_drawn_models(oracle, monkeypatch):
                     KNOWN[bug][0](oracle, model, patch)
                     dump = recorded(oracle, model, golden.ids, 1)
                 for mine in (dump, logits(dump)):
-                    found = diagnose(golden, mine, weights=weights, precision=dtype)
-                    right += bool(found.causes) and found.causes[0].name == CAUSES[bug]
+                    best = diagnose(golden, mine, weights=weights, precision=dtype).causes[0]
+                    assert best.name == CAUSES[bug] or not best.sure
+                    right += best.name == CAUSES[bug]
                     total += 1
-                    if not (found.causes and found.causes[0].name == CAUSES[bug]):
-                        print(seed, bug, dtype, len(mine), found.meaning)
     print(f"\n{right} of {total} right")
-    assert right >= 0.9 * total
+    assert right >= 0.95 * total

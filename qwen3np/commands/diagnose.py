@@ -43,5 +43,9 @@ def summary(found: Diagnosis) -> str:
         lines.append(f"an error of another cause is added at {len(found.unexplained)} points: {names}")
     if found.causes:
         lines.append("explained of the squared error:")
-        lines += [f"{share(cause.explained):>12}  {cause.name} (at {cause.step})" for cause in found.causes]
+        lines += [
+            f"{share(cause.explained):>12}  {cause.name} (at {cause.step})"
+            for cause in found.causes
+            if cause.explained > 0.01
+        ]
     return "\n".join([*lines, found.meaning])

@@ -19,7 +19,7 @@ from qwen3np.porting.dumps import UNMASKED
 from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.steps import STEPS, Rerun, point_names, position_axis, split_layer, split_pass
 
-SURE = 0.99  # the share of the squared error from which on a cause is named without reserve
+SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report
 LEADERS = 3  # the bugs that are tried together with each other one
 
@@ -86,10 +86,11 @@ def diagnose(
         meaning = f"{_sentence(best)} at {point}; look at: {best.look}"
         if unexplained:
             meaning += f". It does not explain the error that {unexplained[0]} adds"
+    elif best is not None and trials[0].left <= bench.rounding(point):
+        meaning = f"perhaps: {_sentence(best)} at {point}. The rest is rounding, of which there is too much to be sure"
     else:
-        meaning = f"nothing in the catalogue explains the error at {point}"
-        if best is not None:
-            meaning += f"; the nearest: {_sentence(best)}"
+        nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
+        meaning = f"nothing in the catalogue explains the error at {point}{nearest}"
     known = [comparison.meaning, *bench.known()]
     return Diagnosis("different", first, meaning, list(causes.values())[:SHOWN], unexplained, known)
 
@@ -106,7 +107,7 @@ def _sentence(cause: Cause) -> str:
 
 def share(explained: float) -> str:
     """Return a share in per cent, with as many nines as there are."""
-    return f"{100 * max(explained, 0):.6g} %"
+    return f"{100 * explained:.{6 if explained > SURE else 2}g} %"
 
 
 def adds(report: PointReport) -> bool:
@@ -220,13 +221,16 @@ class _Bench:
         return trials
 
     def trials(self) -> list[_Trial]:
-        """Return the bugs that make a difference at the point, the best first; pairs where none alone explains it."""
+        """Return the bugs that make a difference at the point, the best first.
+
+        Parts of bugs are tried where no whole one explains the layer, pairs where none leaves only rounding.
+        """
         bugs = [bug for bug in BUGS if bug.applies(self.golden.config)]
         found = self.attempt((bug,) for bug in bugs)
         if not any(t.sure and all(rest <= self.rounding(name) for name, rest in t.beside.items()) for t in found):
             found += self.attempt((part,) for bug in bugs for part in bug.parts)
         found.sort(key=lambda trial: trial.rank)
-        if found and not found[0].sure:
+        if found and not found[0].sure and found[0].left > self.rounding(self.point):
             unlike = list({trial.left: trial.bugs[0] for trial in reversed(found)}.values())[::-1]
             both = [(a, b) for i, a in enumerate(unlike[:LEADERS]) for b in unlike[i + 1 :] if a.name != b.name]
             both += [(b, a) for a, b in both if {*a.steps} & {*b.steps}]  # one may undo the other
@@ -262,7 +266,7 @@ class _Bench:
         axes = {"positions": position_axis(self.point)} | ({"heads": HEADS[kind]} if kind in HEADS else {})
         for what, axis in axes.items():
             is_wrong = ~(distance(mine, right, axis)[1] <= limit)
-            if not is_wrong.all():
+            if 0 < is_wrong.sum() < is_wrong.size:
                 wrong = [str(i) for i in np.flatnonzero(is_wrong)]
                 some = ", ".join(wrong[:8]) + (", ..." if len(wrong) > 8 else "")
                 known.append(f"wrong at {len(wrong)} of {is_wrong.size} {what}: {some}")
