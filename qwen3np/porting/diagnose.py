@@ -21,6 +21,7 @@ from qwen3np.porting.steps import STEPS, Rerun, point_names, position_axis, spli
 
 SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report
+TINY = float(np.finfo(np.float64).tiny)
 LEADERS = 3  # the bugs that are tried together with each other one
 
 
@@ -86,8 +87,8 @@ def diagnose(
         meaning = f"{_sentence(best)} at {point}; look at: {best.look}"
         if unexplained:
             meaning += f". It does not explain the error that {unexplained[0]} adds"
-    elif best is not None and trials[0].left <= bench.rounding(point):
-        meaning = f"perhaps: {_sentence(best)} at {point}. The rest is rounding, of which there is too much to be sure"
+    elif best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point):
+        meaning = f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but the error is hardly more"
     else:
         nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
         meaning = f"nothing in the catalogue explains the error at {point}{nearest}"
@@ -155,15 +156,10 @@ class _Bench:
         return [prefix + name for prefix, _, _ in self.golden.passes for name in point_names(self.golden.config)]
 
     @cached_property
-    def found(self) -> dict[str, Found]:
-        """What the dump has, as the port went on with it."""
-        return {name: here for name, here in self.aligned.found.items() if UNMASKED not in here.notes}
-
-    @cached_property
     def beside(self) -> list[str]:
         """The points that the dump has of the same layer: before the point, in any pass, and after it in its own."""
         own, layer = split_pass(self.point)[0], split_layer(self.point)[0]
-        names = [name for name in self.names if name in self.found and split_layer(name)[0] == layer]
+        names = [name for name in self.names if name in self.aligned.found and split_layer(name)[0] == layer]
         return [name for name in names if self.is_before(name) or split_pass(name)[0] == own]
 
     def is_before(self, name: str) -> bool:
@@ -174,7 +170,8 @@ class _Bench:
     def right(self) -> Rerun:
         """The reference, given the port's own numbers."""
         n = numerics_of(self.aligned.precision)
-        given = {name: x for name, x in self.aligned.given.items() if name in self.found}
+        # of scores before their mask the port's next step was given others
+        given = {k: x for k, x in self.aligned.given.items() if UNMASKED not in self.aligned.found[k].notes}
         return Rerun(self.weights, self.golden.config, n, self.golden.passes, given)
 
     @cached_property
@@ -191,12 +188,14 @@ class _Bench:
 
     def left(self, rerun: Rerun, name: str) -> float:
         """Return the squared distance of the port's point from this implementation's, relative to its own size."""
-        here = self.found[name]
+        here = self.aligned.found[name]
         mine, other = (x.astype(np.float64) for x in (here.part, kept(self.golden, here, name, rerun.step(name))))
+        if UNMASKED in here.notes:
+            mine, other = (np.where(np.isfinite(here.truth), x, 0) for x in (mine, other))
         seen = np.isfinite(mine)
-        hidden = -np.abs(mine[seen]).max()  # stands for -inf, so that another mask is a difference of usual size
+        hidden = -np.abs(mine[seen]).max(initial=0)  # stands for -inf, so that another mask is not beyond all measure
         mine, other = np.where(seen, mine, hidden), np.where(np.isfinite(other), other, hidden)
-        return float(np.sum((mine - other) ** 2) / max(np.sum(mine**2), np.finfo(np.float64).tiny))
+        return float(np.sum((mine - other) ** 2) / max(np.sum(mine**2), TINY))
 
     def rounding(self, name: str) -> float:
         """Return the squared distance that is still rounding."""
@@ -245,7 +244,7 @@ class _Bench:
         return Cause(
             " and ".join(sorted({bug.name for bug in trial.bugs})),
             kind if kind in steps else steps[0],
-            1 - trial.left / self.error,
+            1 - trial.left / max(self.error, TINY),
             trial.sure,
             "; ".join(dict.fromkeys(bug.look for bug in trial.bugs)),
         )
@@ -253,12 +252,12 @@ class _Bench:
     def unexplained(self, bugs: Iterable[Bug], comparison: Comparison) -> list[str]:
         """Return the points that add an error which these bugs do not explain."""
         wrong = self.wrong(bugs)
-        points = [report.name for report in comparison.points if report.name in self.found and adds(report)]
+        points = [report.name for report in comparison.points if report.name in self.aligned.found and adds(report)]
         return [name for name in points if self.left(wrong, name) > self.rounding(name)]
 
     def known(self) -> list[str]:
         """Return what the numbers say by themselves: where the error is, and whether a factor undoes it."""
-        here, known = self.found[self.point], list[str]()
+        here, known = self.aligned.found[self.point], list[str]()
         right = kept(self.golden, here, self.point, self.right.step(self.point)).astype(np.float64)
         mine = here.part.astype(np.float64)
         limit = MARGIN * tolerance(self.point, self.golden, self.aligned.precision)[1]
@@ -272,7 +271,7 @@ class _Bench:
                 known.append(f"wrong at {len(wrong)} of {is_wrong.size} {what}: {some}")
         seen = np.isfinite(right) & np.isfinite(mine)
         x, y = mine[seen], right[seen]
-        factor = float(x @ y / max(y @ y, np.finfo(np.float64).tiny))
+        factor = float(x @ y / max(y @ y, TINY))
         if np.sum((x - factor * y) ** 2) <= (1 - SURE) * np.sum((x - y) ** 2):
             known.append(f"it is {factor:.6g} times what it should be")
         return known
