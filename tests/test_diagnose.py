@@ -321,7 +321,7 @@ def test_drawn_models(oracle, monkeypatch):
 
 @pytest.mark.oracle
 def test_hardly_more_than_rounding(oracle, monkeypatch):
-    """A theta of 14,514 and bfloat16 logits: the bug is named, but not for sure, and not with a second one that fits."""
+    """A theta of 14,514 and bfloat16 logits: the bug is named, not for sure, and not with a second one."""
     rng = np.random.default_rng(5)
     config = draw_config(rng)
     weights = {name: w.astype(BFLOAT16) for name, w in trained_like(config, 5).items()}
