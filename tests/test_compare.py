@@ -91,6 +91,21 @@ def test_added_and_inherited(config, weights, golden):
     assert "does not have" in only.meaning
 
 
+def test_batch(config, weights):
+    """Sequences side by side, of a port with and without a bug in the second one; layouts without a batch do not fit."""
+    ids = draw_ids(np.random.default_rng(0), config, 2, PROMPT)
+    golden = record(weights, config, ids, steps=STEPS)
+    dump = {name: np.swapaxes(x, 1, 2) if name.endswith("_rope") else x for name, x in golden.points.items()}
+    assert compare(golden, dump, weights=weights).verdict == "equal"
+    dump["model.layers.1"] = dump["model.layers.1"].copy()
+    dump["model.layers.1"][1, 5, 7] += 1
+    found = compare(golden, dump, weights=weights)
+    assert found.first_point == "model.layers.1"
+    assert report(found, "model.layers.1").token == 5
+    with pytest.raises(ValueError, match="no shape fits"):
+        compare(golden, {name: x[0] for name, x in golden.points.items()})
+
+
 def turned(x, shift, config):
     """Rotate by shift more positions, with complex numbers."""
     half = config.head_dim // 2

@@ -174,3 +174,19 @@ def test_fixture(tmp_path):
         key = "model.layers.1.mlp.up_proj.weight"
         bad = weights | {key: weights[key] * np.float32(1.0001)}
         assert beyond(bad, "float32")[0] == "model.layers.1.mlp.up_proj"
+
+
+def test_fed(config, weights, ids):
+    """Ids for the decode steps, and greedy ones after them, as the same positions of one forward over all."""
+    fed = draw_ids(np.random.default_rng(1), config, 2, 2)
+    golden = record(weights, config, ids, fed=fed, steps=3)
+    np.testing.assert_array_equal(golden.ids[:, PROMPT:-1], fed)
+    whole = {}
+    forward(weights, config, golden.ids, trace=whole.__setitem__)
+    np.testing.assert_array_equal(golden.ids[:, -1], whole["lm_head"][:, -2].argmax(-1))
+    for i in range(3):
+        assert relative(golden.points[f"decode.{i}.lm_head"][:, 0], whole["lm_head"][:, PROMPT + i]) <= 2e-6
+    with pytest.raises(ValueError, match="1 sequences after a prompt of 2"):
+        record(weights, config, ids, fed=[1])
+    with pytest.raises(ValueError, match=r"fed: .* outside the vocabulary"):
+        record(weights, config, ids, fed=fed + config.vocab_size)
