@@ -92,7 +92,7 @@ def test_added_and_inherited(config, weights, golden):
 
 
 def test_batch(config, weights):
-    """Sequences side by side, of a port with and without a bug in the second one; layouts without a batch do not fit."""
+    """Sequences side by side, and a bug in the second one; layouts without a batch do not fit."""
     ids = draw_ids(np.random.default_rng(0), config, 2, PROMPT)
     golden = record(weights, config, ids, steps=STEPS)
     dump = {name: np.swapaxes(x, 1, 2) if name.endswith("_rope") else x for name, x in golden.points.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import draw_ids, relative
+from drawing import draw_ids, relative, trained_like
 from safetensors import safe_open
 
 from qwen3np import forward, read_checkpoint, save_checkpoint
@@ -61,6 +62,17 @@ def test_steps_make_the_points(config, weights, ids, numerics):
         rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
         for name, x in golden.points.items():
             assert distance(rerun.step(name), x, 1)[0] <= limit, name
+
+
+def test_steps_of_a_deep_model(config, ids):
+    """Its logits come from the ids alone, and of finished layers no more is kept than later passes need."""
+    deep = replace(config, num_hidden_layers=80)
+    weights = trained_like(deep, 0)
+    golden = record(weights, deep, ids, steps=1, points="lm_head")
+    rerun = Rerun(weights, deep, precision("float32"), golden.passes, {})
+    assert distance(rerun.step("decode.0.lm_head"), golden.points["decode.0.lm_head"], 1)[0] <= 1e-5
+    inner = {name.rpartition(".")[2] for name in rerun.computed if "layers.7." in name}
+    assert inner == {"k_rope", "v_proj"}
 
 
 def test_floors(config, weights, golden):
