@@ -66,7 +66,7 @@ def test_steps_make_the_points(config, weights, ids, numerics):
 
 def test_steps_of_a_deep_model(config, ids):
     """Its logits come from the ids alone, and of finished layers no more is kept than later passes need."""
-    deep = replace(config, num_hidden_layers=80)
+    deep = replace(config, num_hidden_layers=160)
     weights = trained_like(deep, 0)
     golden = record(weights, deep, ids, steps=1, points="lm_head")
     rerun = Rerun(weights, deep, precision("float32"), golden.passes, {})
