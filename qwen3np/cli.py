@@ -17,7 +17,7 @@ from qwen3np.threads import check_threads
 # modules of qwen3np.commands
 COMMANDS = (
     *("generate", "chat", "score", "embed", "rerank", "info"),
-    *("trace", "compare", "fixture"),
+    *("trace", "compare", "diagnose", "fixture"),
     *("train", "bench"),
 )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from drawing import trained_like
 from hypothesis import HealthCheck, settings
+from threadpoolctl import threadpool_limits
 
 from qwen3np import Model, forward, load
 from qwen3np.config import Config
@@ -89,3 +90,10 @@ def computed(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(sys.modules["qwen3np.generate"], "forward", counting)
     return sizes
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    module = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
+    with threadpool_limits(1):  # models this small only lose time to more
+        yield module

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from drawing import draw_config, draw_ids, trained_like
+from planted import BUGS, recorded
 from safetensors.numpy import save_file
-from threadpoolctl import threadpool_limits
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
@@ -89,6 +89,21 @@ def test_added_and_inherited(config, weights, golden):
     only = compare(golden, {"lm_head": bad["lm_head"]}, weights=weights)
     assert (only.verdict, only.first_point) == ("different", "lm_head")
     assert "does not have" in only.meaning
+
+
+def test_batch(config, weights):
+    """Sequences side by side, and a bug in the second one; layouts without a batch do not fit."""
+    ids = draw_ids(np.random.default_rng(0), config, 2, PROMPT)
+    golden = record(weights, config, ids, steps=STEPS)
+    dump = {name: np.swapaxes(x, 1, 2) if name.endswith("_rope") else x for name, x in golden.points.items()}
+    assert compare(golden, dump, weights=weights).verdict == "equal"
+    dump["model.layers.1"] = dump["model.layers.1"].copy()
+    dump["model.layers.1"][1, 5, 7] += 1
+    found = compare(golden, dump, weights=weights)
+    assert found.first_point == "model.layers.1"
+    assert report(found, "model.layers.1").token == 5
+    with pytest.raises(ValueError, match="no shape fits"):
+        compare(golden, {name: x[0] for name, x in golden.points.items()})
 
 
 def turned(x, shift, config):
@@ -408,24 +423,6 @@ def test_command(config, weights, golden, dump, tmp_path, capsys):
 # --- ports with a bug: transformers, patched --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    module = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
-    with threadpool_limits(1):  # models this small only lose time to more
-        yield module
-
-
-def recorded(oracle, model, ids, steps):
-    """Return transformers' points, by the names of a recording."""
-    passes = []
-    oracle.prefill_and_decode(model, ids, steps, passes)
-    own = (".keys", ".values", ".product")  # what the oracle records besides
-    prefixes = ["", *(f"decode.{i}." for i in range(steps))]
-    return {
-        p + k: x for p, points in zip(prefixes, passes, strict=True) for k, x in points.items() if not k.endswith(own)
-    }
-
-
 @pytest.mark.oracle
 def test_no_false_alarm(oracle):
     """Transformers in float32 and bfloat16, eager and sdpa, on drawn models: rounding, with room to spare."""
@@ -446,179 +443,6 @@ def test_no_false_alarm(oracle):
                 most = max(most, *(r.rel_l2 / r.floor for r in found.points))
     print(f"\n30 drawn models: at most {most:.2f} floors away")
     assert most <= 3  # measured 2.7; 4 is where rounding ends
-
-
-def scaled(factor):
-    return lambda oracle, model, monkeypatch: [
-        setattr(layer.self_attn, "scaling", layer.self_attn.scaling * factor) for layer in model.model.layers
-    ]
-
-
-def patched_rotation(make):
-    """Replace transformers' apply_rotary_pos_emb(q, k, cos, sin) by what make gives of it."""
-
-    def plant(oracle, model, monkeypatch):
-        modeling = oracle.modeling_qwen3
-        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", make(modeling.apply_rotary_pos_emb, oracle.torch))
-
-    return plant
-
-
-def interleaved_rotation(original, torch):
-    def rotation(q, k, cos, sin, **_):
-        half = cos.shape[-1] // 2
-        cos, sin = (x[..., :half].repeat_interleave(2, -1).unsqueeze(1) for x in (cos, sin))
-
-        def turn(x):
-            return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
-
-        return turn(q), turn(k)
-
-    return rotation
-
-
-def rounded_tables(original, torch):
-    return lambda q, k, cos, sin, **_: original(q, k, cos.bfloat16().float(), sin.bfloat16().float())
-
-
-def turned_back(original, torch):
-    return lambda q, k, cos, sin, **_: original(q, k, cos, -sin)
-
-
-def edit(of, change):
-    """Change a module of every layer, or of the model."""
-
-    def plant(oracle, model, monkeypatch):
-        modules = dict(model.named_modules())
-        for name in [n for n in modules if n == of or (n.endswith(f".{of}") and ".layers." in n)]:
-            change(modules[name], oracle)
-
-    return plant
-
-
-def swapped(a, b):
-    def change(module, oracle):
-        one, other = getattr(module, a), getattr(module, b)
-        setattr(module, a, other)
-        setattr(module, b, one)
-
-    return change
-
-
-def set_eps(eps):
-    return lambda module, oracle: setattr(module, "variance_epsilon", eps)
-
-
-def no_norm(module, oracle):
-    module.forward = lambda x: x
-
-
-def plus_one(module, oracle):
-    module.weight += 1
-
-
-def norm_over_heads(module, oracle):
-    """The statistics of all heads together."""
-
-    def forward(x):
-        mean = x.pow(2).mean((-1, -2), keepdim=True)
-        return module.weight * x * oracle.torch.rsqrt(mean + module.variance_epsilon)
-
-    module.forward = forward
-
-
-def gelu(module, oracle):
-    module.act_fn = oracle.torch.nn.GELU()
-
-
-def theta(value):
-    def plant(oracle, model, monkeypatch):
-        size = model.config.head_dim
-        exponents = oracle.torch.arange(0, size, 2).float() / size
-        model.model.rotary_emb.inv_freq = 1 / value**exponents
-
-    return plant
-
-
-def rounded_frequencies(oracle, model, monkeypatch):
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16().float()
-
-
-def tiled(oracle, model, monkeypatch):
-    def repeat(x, n):
-        return x.repeat(1, n, 1, 1)
-
-    monkeypatch.setattr(oracle.modeling_qwen3, "repeat_kv", repeat)
-
-
-def norm_after_rotation(oracle, model, monkeypatch):
-    waiting, original = [], oracle.modeling_qwen3.apply_rotary_pos_emb
-
-    def hold(module):
-        own = module.forward
-
-        def forward(x):
-            waiting.append(own)
-            return x
-
-        module.forward = forward
-
-    for layer in model.model.layers:
-        hold(layer.self_attn.q_norm)
-        hold(layer.self_attn.k_norm)
-
-    def rotation(q, k, cos, sin, **_):
-        q, k = original(q, k, cos, sin)
-        norms = waiting[-2:]
-        return norms[0](q), norms[1](k)
-
-    monkeypatch.setattr(oracle.modeling_qwen3, "apply_rotary_pos_emb", rotation)
-
-
-def late_in_decode(oracle, model, monkeypatch):
-    rotary = model.model.rotary_emb
-    own = rotary.forward
-    rotary.forward = lambda x, position_ids: own(x, position_ids + (position_ids.shape[1] == 1))
-
-
-def wrong_head(oracle, model, monkeypatch):
-    model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def far_mask(oracle, model, monkeypatch):
-    """Every query also sees the next position."""
-    original = oracle.modeling_qwen3.eager_attention_forward
-
-    def attention(module, q, k, v, mask, *args, **kwargs):
-        if mask is not None and mask.shape[-2] > 1:
-            mask = oracle.torch.cat((mask[..., 1:, :], mask[..., -1:, :]), -2)
-        return original(module, q, k, v, mask, *args, **kwargs)
-
-    monkeypatch.setattr(oracle.modeling_qwen3, "eager_attention_forward", attention)
-
-
-ATTENTION = "model.layers.0.self_attn."
-BUGS = {
-    "norm after rotation": (norm_after_rotation, f"{ATTENTION}q_norm"),
-    "q/k norm missing": (edit("q_norm", no_norm), f"{ATTENTION}q_norm"),
-    "q/k norm over all heads": (edit("q_norm", norm_over_heads), f"{ATTENTION}q_norm"),
-    "q_norm and k_norm swapped": (edit("self_attn", swapped("q_norm", "k_norm")), f"{ATTENTION}q_norm"),
-    "norm times 1 + weight": (edit("input_layernorm", plus_one), "model.layers.0.input_layernorm"),
-    "eps 1e-5": (edit("input_layernorm", set_eps(1e-5)), "model.layers.0.input_layernorm"),
-    "theta 10,000": (theta(1e4), f"{ATTENTION}q_rope"),
-    "interleaved rotation": (patched_rotation(interleaved_rotation), f"{ATTENTION}q_rope"),
-    "bfloat16 tables": (patched_rotation(rounded_tables), f"{ATTENTION}q_rope"),
-    "bfloat16 frequencies": (rounded_frequencies, f"{ATTENTION}q_rope"),
-    "sign of sin": (patched_rotation(turned_back), f"{ATTENTION}q_rope"),
-    "scale of another head_dim": (scaled(1.5), f"{ATTENTION}scores"),
-    "KV heads tiled": (tiled, f"{ATTENTION}scores"),
-    "mask off by one": (far_mask, f"{ATTENTION}scores"),
-    "position off in decode": (late_in_decode, f"decode.0.{ATTENTION}q_rope"),
-    "gate and up swapped": (edit("mlp", swapped("gate_proj", "up_proj")), "model.layers.0.mlp.gate_proj"),
-    "gelu": (edit("mlp", gelu), "model.layers.0.mlp.act"),
-    "final norm missing": (edit("model.norm", no_norm), "model.norm"),
-    "head tied": (wrong_head, "lm_head"),
-}
 
 
 @pytest.mark.oracle

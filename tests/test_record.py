@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import draw_ids, relative
+from drawing import draw_ids, relative, trained_like
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -66,6 +66,17 @@ def test_steps_make_the_points(config, weights, ids, numerics):
         rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
         for name, x in golden.points.items():
             assert distance(rerun.step(name), x, 1)[0] <= limit, name
+
+
+def test_steps_of_a_deep_model(config, ids):
+    """Its logits come from the ids alone, and of finished layers no more is kept than later passes need."""
+    deep = replace(config, num_hidden_layers=160)
+    weights = trained_like(deep, 0)
+    golden = record(weights, deep, ids, steps=1, points="lm_head")
+    rerun = Rerun(weights, deep, precision("float32"), golden.passes, {})
+    assert distance(rerun.step("decode.0.lm_head"), golden.points["decode.0.lm_head"], 1)[0] <= 1e-5
+    inner = {name.rpartition(".")[2] for name in rerun.computed if "layers.7." in name}
+    assert inner == {"k_rope", "v_proj"}
 
 
 def test_floors(config, weights, golden):
@@ -208,3 +219,19 @@ def test_table_of_broken_weights(config, weights, tmp_path, capsys):
     rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()}
     assert rows["model.layers.0.mlp.gate_proj"][-1] == "0"
     assert rows["model.layers.0.mlp.up_proj"][1:] == ["nan", "nan", "nan", "nan", str(2 * config.intermediate_size)]
+
+
+def test_fed(config, weights, ids):
+    """Ids for the decode steps, and greedy ones after them, as the same positions of one forward over all."""
+    fed = draw_ids(np.random.default_rng(1), config, 2, 2)
+    golden = record(weights, config, ids, fed=fed, steps=3)
+    np.testing.assert_array_equal(golden.ids[:, PROMPT:-1], fed)
+    whole = {}
+    forward(weights, config, golden.ids, trace=whole.__setitem__)
+    np.testing.assert_array_equal(golden.ids[:, -1], whole["lm_head"][:, -2].argmax(-1))
+    for i in range(3):
+        assert relative(golden.points[f"decode.{i}.lm_head"][:, 0], whole["lm_head"][:, PROMPT + i]) <= 2e-6
+    with pytest.raises(ValueError, match="1 sequences after a prompt of 2"):
+        record(weights, config, ids, fed=[1])
+    with pytest.raises(ValueError, match=r"fed: .* outside the vocabulary"):
+        record(weights, config, ids, fed=fed + config.vocab_size)

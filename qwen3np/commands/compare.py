@@ -5,20 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any, TypeVar
 
 from qwen3np.commands import add_model
 from qwen3np.loading import load
+from qwen3np.numerics import Array
 from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump
 from qwen3np.porting.dumps import read_map
 
 EXAMPLE = "qwen3np compare golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
 HELP = "compare the numbers of another implementation with a recording; status 0: rounding, 1: different, 2: unusable"
+Report = TypeVar("Report")
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
+    add_dump(parser)
+    add_model(parser)  # with --model each step is run on the port's own inputs
+
+
+def add_dump(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a recording and a dump."""
     parser.add_argument("golden", metavar="GOLDEN", help="a recording: qwen3np trace -o")
     parser.add_argument(
         "mine",
@@ -32,32 +42,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("float32", "bfloat16"), help="what the port computes in (default: as its numbers look)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model(parser)  # with --model each step is run on the port's own inputs
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
-    try:
-        found = _compare(arguments)
-    except (ValueError, OSError) as error:
-        if not arguments.json:
-            raise
-        print(json.dumps({"verdict": "unusable", "first_point": None, "meaning": str(error), "points": []}))
-        sys.exit(2)
+    found = reported(arguments, _compare)
     print(json.dumps(asdict(found)) if arguments.json else table(found, sys.stdout.isatty()))
     sys.exit(found.verdict == "different")
 
 
-def _compare(arguments: argparse.Namespace) -> Comparison:
+def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Report]) -> Report:
+    """Return what make gives; where it can make nothing of the files, end with status 2, with --json in JSON."""
+    try:
+        return make(arguments)
+    except (ValueError, OSError) as error:
+        if not arguments.json:
+            raise
+        print(json.dumps({"verdict": "unusable", "first_point": None, "meaning": str(error)}))
+        sys.exit(2)
+
+
+def read(arguments: argparse.Namespace) -> tuple[Recording, dict[str, Array], dict[str, Any], dict[str, Any]]:
+    """Return the recording, the dump, what the dump says of itself, and the options that the flags give."""
     golden, (dump, about) = Recording.load(arguments.golden), read_dump(arguments.mine)
     names = read_map(arguments.map) if arguments.map else None
-    weights = None
-    if arguments.model is not None:
-        model = load(arguments.model, revision=arguments.revision)
-        if model.config != golden.config:
-            raise ValueError(f"{arguments.model}: its config is not that of {arguments.golden}")
-        weights = model.weights
-    return compare(golden, dump, about, names=names, precision=arguments.precision, weights=weights)
+    return golden, dump, about, {"names": names, "precision": arguments.precision}
+
+
+def read_weights(arguments: argparse.Namespace, golden: Recording) -> Mapping[str, Array]:
+    """Return the weights of --model. Raises ValueError where they are not of the recording's model."""
+    model = load(arguments.model, revision=arguments.revision)
+    if model.config != golden.config:
+        raise ValueError(
+            f"{arguments.model or 'the built-in checkpoint'}: its config is not that of {arguments.golden}; "
+            "--model names the one that was recorded"
+        )
+    return model.weights
+
+
+def _compare(arguments: argparse.Namespace) -> Comparison:
+    golden, dump, about, options = read(arguments)
+    weights = None if arguments.model is None else read_weights(arguments, golden)
+    return compare(golden, dump, about, weights=weights, **options)
 
 
 def table(found: Comparison, colour: bool) -> str:

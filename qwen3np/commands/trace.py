@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = "write a .safetensors file (replaced if it is there) instead of printing a table"
     parser.add_argument("-o", "--output", metavar="FILE", help=output)
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens greedily (0)")
+    feed = "ids for the decode steps, before greedy ones: 785,6722"
+    parser.add_argument("--feed", type=numbers, metavar="IDS", help=feed)
     points = "only points that match a pattern: 'layers.0.*,lm_head', 'decode.*', '*_rope' (all)"
     parser.add_argument("--points", default="*", metavar="P", help=points)
     parser.add_argument("--layers", type=numbers, metavar="N", help="only these layers: 0,4-6")
@@ -59,9 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{arguments.model}: has no tokenizer; give --ids")
         ids = model.tokenizer.encode(arguments.prompt)
     names = ("steps", "numerics", "points", "layers", "tokens", "heads")
-    chosen: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    chosen: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"fed": arguments.feed}
     if arguments.output is None:
-        width = max(map(len, point_names(model.config))) + len("decode.0.") * (arguments.steps > 0)
+        width = max(map(len, point_names(model.config))) + len("decode.0.") * (
+            arguments.steps > 0 or arguments.feed is not None
+        )
         lines = [line(width, "point", "shape", ("mean", "rms", "min", "max"), "not finite")]
 
         def show(name: str, x: Array) -> None:

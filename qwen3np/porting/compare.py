@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
-from qwen3np.porting.dumps import LANES, LAST, namer, recognise
+from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
 from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.steps import STEPS, Rerun, point_names, point_shape, position_axis, split_layer, split_pass
 from qwen3np.rope import rotary_tables, rotate
@@ -55,7 +55,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A point of the dump in the reference's layout."""
 
     notes: tuple[str, ...]
@@ -63,6 +63,22 @@ class _Found:
     part: Array  # what the recording keeps of it
     truth: Array
     fault: str = ""  # what is wrong whatever the distance
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A dump by the names and in the layouts of a recording."""
+
+    found: dict[str, Found]
+    faults: dict[str, PointReport]  # the points whose shape fits in no way
+    unknown: list[str]
+    shapes: dict[str, tuple[int, ...]]  # of all points, whole
+    precision: str  # the port's
+
+    @property
+    def given(self) -> dict[str, Array]:
+        """The points that are there as a whole, to compute others from."""
+        return {name: here.whole for name, here in self.found.items() if here.whole.shape == self.shapes[name]}
 
 
 def compare(
@@ -81,6 +97,17 @@ def compare(
 
     Raises ValueError for a dump of other ids or of another model, and for one that has none of the points.
     """
+    return judge(golden, align(golden, dump, about, names, precision), weights)
+
+
+def align(
+    golden: Recording,
+    dump: Mapping[str, Array],
+    about: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    precision: str | None = None,
+) -> Aligned:
+    """Bring a dump to the names and the layouts of a recording. Raises ValueError as compare."""
     _check_origin(golden, about or {})
     point_of = namer(golden.config, names)
     named: dict[str, Array] = {}
@@ -90,7 +117,7 @@ def compare(
     if len(unknown) == len(dump):
         raise ValueError(f"no name in the dump is a known point: {', '.join(unknown[:5])}; --map gives them names")
 
-    found: dict[str, _Found] = {}
+    found: dict[str, Found] = {}
     faults: dict[str, PointReport] = {}
     shapes = _shapes(golden)
     for name in golden.points:
@@ -104,17 +131,26 @@ def compare(
     if not found:
         first = next(iter(faults.values()))
         raise ValueError(f"no shape fits, is it a dump of another model? {first.name}: {first.notes[0]}")
+    return Aligned(found, faults, unknown, shapes, precision or _precision(found))
 
-    port = precision or _precision(found)
-    added = {} if weights is None else _added(golden, found, shapes, weights, port)
+
+def judge(golden: Recording, aligned: Aligned, weights: Mapping[str, Array] | None = None) -> Comparison:
+    """Measure every point of a dump, and say what it means."""
+    found, faults, port = aligned.found, aligned.faults, aligned.precision
+    added = {} if weights is None else _added(golden, aligned, weights)
     reports = [
         faults[name] if name in faults else _report(name, found[name], golden, port, added.get(name))
         for name in golden.points
-        if name in named
+        if name in found or name in faults
     ]
     verdict, first, meaning = _verdict(reports, found, golden, port)
-    missing = [name for name in golden.points if name not in named]
-    return Comparison(verdict, first, meaning, port, reports, missing, unknown)
+    missing = [name for name in golden.points if name not in found and name not in faults]
+    return Comparison(verdict, first, meaning, port, reports, missing, aligned.unknown)
+
+
+def kept(golden: Recording, here: Found, name: str, x: Array) -> Array:
+    """Return of a whole point what the recording and the dump have of it."""
+    return np.take(x, [-1], position_axis(name)) if LAST in here.notes else golden.cut(name, x)
 
 
 def _check_origin(golden: Recording, about: Mapping[str, Any]) -> None:
@@ -136,7 +172,7 @@ def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _Found | None:
+def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> Found | None:
     """Bring an array to the reference's layout, and its mask to -inf. None where it fits in no way."""
     if x.dtype.kind not in "fiuV" or (x.dtype.kind == "V" and x.dtype != BFLOAT16):
         return None
@@ -153,7 +189,7 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _F
     notes = (*notes, *short)
     fault = ""
     if is_scores and not hidden and not np.isfinite(truth).all():
-        notes = (*notes, "before the mask")
+        notes = (*notes, UNMASKED)
         if whole.shape == part.shape == truth.shape:
             whole = np.where(np.isfinite(truth), whole, -np.inf)
     elif is_scores and (np.isneginf(part) != np.isneginf(truth)).any():
@@ -163,10 +199,10 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> _F
     if broken.any() and not fault:
         where = tuple(int(i) for i in np.argwhere(broken)[0])
         fault = f"{np.count_nonzero(broken)} numbers are NaN or infinite, first at {where}"
-    return _Found(notes, whole, part, truth, fault)
+    return Found(notes, whole, part, truth, fault)
 
 
-def _precision(found: Mapping[str, _Found]) -> str:
+def _precision(found: Mapping[str, Found]) -> str:
     """Return "bfloat16" for numbers with no more than its or float16's digits, as most points then have."""
     short = [0, 0]
     for name, here in found.items():
@@ -181,7 +217,7 @@ def _precision(found: Mapping[str, _Found]) -> str:
     return "bfloat16" if short[True] > short[False] else "float32"
 
 
-def _tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
+def tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
     """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own.
 
     A decode step has few numbers, whose floor may be small by luck: it is not taken below that of the prefill.
@@ -194,15 +230,9 @@ def _tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
     return math.hypot(floor(port, 0), floor(golden.numerics, 0)), math.hypot(floor(port, 1), floor(golden.numerics, 1))
 
 
-def _added(
-    golden: Recording,
-    found: Mapping[str, _Found],
-    shapes: Mapping[str, tuple[int, ...]],
-    weights: Mapping[str, Array],
-    port: str,
-) -> dict[str, tuple[float, float]]:
+def _added(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
     """Return per point the distance from the reference step on the port's inputs, and what rounding makes of it."""
-    given = {name: f.whole for name, f in found.items() if f.whole.shape == shapes[name]}
+    found, port, given = aligned.found, aligned.precision, aligned.given
     runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, precision(port))]
     added: dict[str, tuple[float, float]] = {}
     floors: dict[str, float] = {}  # of a point in any pass so far
@@ -212,15 +242,15 @@ def _added(
             if prefix + name in found:
                 here, axis = found[prefix + name], position_axis(name)
                 floors[name] = max(distance(rounded, exact, axis)[0], floors.get(name, LEAST[port]))
-                exact = np.take(exact, [-1], axis) if LAST in here.notes else golden.cut(prefix + name, exact)
+                exact = kept(golden, here, prefix + name, exact)
                 added[prefix + name] = distance(here.part, exact, axis)[0], floors[name]
     return added
 
 
-def _report(name: str, here: _Found, golden: Recording, port: str, added: tuple[float, float] | None) -> PointReport:
+def _report(name: str, here: Found, golden: Recording, port: str, added: tuple[float, float] | None) -> PointReport:
     """Measure one point."""
     axis = position_axis(name)
-    floor, worst_floor = _tolerance(name, golden, port)
+    floor, worst_floor = tolerance(name, golden, port)
     x, truth = here.part.astype(np.float64), here.truth.astype(np.float64)
     rel, by_token = distance(x, truth, axis)
     seen = np.isfinite(truth)
@@ -260,7 +290,7 @@ def _report(name: str, here: _Found, golden: Recording, port: str, added: tuple[
 
 
 def _verdict(
-    reports: list[PointReport], found: Mapping[str, _Found], golden: Recording, port: str
+    reports: list[PointReport], found: Mapping[str, Found], golden: Recording, port: str
 ) -> tuple[str, str | None, str]:
     """Return the overall verdict, the first wrong point, and what it means."""
     different = [report for report in reports if report.verdict == "different"]
@@ -301,7 +331,7 @@ def _verdict(
         why = ", or at a step before it that the dump does not have"
     # a port that computes in 16 bits is that far off nearly everywhere, a bug from one point on
     coarse = len(different) > 0.8 * len(reports) and all(
-        r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * _tolerance(r.name, golden, "bfloat16")[0]
+        r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * tolerance(r.name, golden, "bfloat16")[0]
         for r in different
     )
     if port == "float32" and coarse:
@@ -309,7 +339,7 @@ def _verdict(
     return "different", first.name, f"a bug at {first.name}{why}"
 
 
-def _shift(report: PointReport, found: Mapping[str, _Found], golden: Recording, port: str) -> int | None:
+def _shift(report: PointReport, found: Mapping[str, Found], golden: Recording, port: str) -> int | None:
     """Return by how many positions a rotation is off throughout; None where that does not explain the difference."""
     if not report.name.endswith("_rope") or report.rel_l2 is None:
         return None
@@ -320,4 +350,4 @@ def _shift(report: PointReport, found: Mapping[str, _Found], golden: Recording, 
         distant = distance(here.part, rotate(here.truth.astype(np.float64), tables, FLOAT64), 2)[0]
         if distant < away:
             best, away = shift, distant
-    return best if away <= 3 * MARGIN * _tolerance(report.name, golden, port)[0] else None
+    return best if away <= 3 * MARGIN * tolerance(report.name, golden, port)[0] else None

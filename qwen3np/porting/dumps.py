@@ -19,7 +19,8 @@ from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_sa
 from qwen3np.porting.steps import STEPS, position_axis, split_layer
 
 LAYER = "model.layers.{N}"
-LAST, LANES = "only the last position", "RoPE lanes interleaved"  # what may have to be assumed of an array
+# What may have to be assumed of an array.
+LAST, LANES, UNMASKED = "only the last position", "RoPE lanes interleaved", "before the mask"
 # Hugging Face's modules whose inputs or outputs are points under another name. The outputs of modules that have modules
 # within are not in the folders of model_addition_debugger_context (transformers, model_debugging_utils.py).
 MODULES = {

@@ -114,14 +114,16 @@ def record(
     ids: ArrayLike,
     *,
     steps: int = 0,
+    fed: ArrayLike | None = None,
     numerics: str = "float32",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Recording:
-    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` greedy decode steps.
+    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` decode steps.
 
+    Decode steps are fed the ids `fed`, of as many sequences, one by one; where there are fewer, greedy ones follow.
     points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
     layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
     heads) where a point has an axis for them. It runs three times, in each precision, for the noise floors.
@@ -130,9 +132,11 @@ def record(
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}
-    all_ids = trace(weights, config, ids, recorded.__setitem__, numerics=numerics, **chosen)
-    prompt, decoded = np.split(all_ids, [all_ids.shape[1] - steps], 1)
-    chosen["decoded"] = decoded
+    all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, **chosen)
+    prompt, later = np.split(all_ids, [np.shape(ids)[-1]], 1)
+    steps = later.shape[1]
+    if steps:
+        chosen["fed"] = later
     truth = recorded
     if numerics != FLOAT64.name:
         truth = dict[str, Array]()
@@ -162,7 +166,7 @@ def trace(
     visit: Callable[[str, Array], object],
     *,
     steps: int = 0,
-    decoded: Array | None = None,
+    fed: ArrayLike | None = None,
     numerics: str = "float32",
     points: str = "*",
     layers: Sequence[int] | None = None,
@@ -171,12 +175,16 @@ def trace(
 ) -> Array:
     """Call visit with the name and the array of each chosen point as it is made, and return all ids, (B, S + steps).
 
-    decoded (B, steps) are the ids that the decode steps are fed; None chooses them greedily. All else is as in record.
+    Arguments and errors are those of record.
     """
     prompt = checked_ids(ids, config)
     n = precision(numerics)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
+    later = prompt[:, :0] if fed is None else checked_ids(fed, config, "fed")
+    if len(later) != len(prompt):
+        raise ValueError(f"fed: ids of {len(later)} sequences after a prompt of {len(prompt)}")
+    steps = max(steps, later.shape[1])
     for what, wanted, limit in (
         ("layer", layers, config.num_hidden_layers),
         ("token", tokens, prompt.shape[1]),
@@ -190,7 +198,7 @@ def trace(
     kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
 
     cache = KVCache.allocate(config, len(prompt), prompt.shape[1] + steps, n.storage)
-    new, fed = prompt, [prompt]
+    new, seen = prompt, [prompt]
     for i, prefix in enumerate(prefixes):
 
         def choose(name: str, x: Array, prefix: str = prefix) -> None:
@@ -199,9 +207,9 @@ def trace(
 
         logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
         if i < steps:
-            new = logits[:, -1:].argmax(-1) if decoded is None else decoded[:, i : i + 1]
-            fed.append(new)
-    return np.concatenate(fed, 1)
+            new = later[:, i : i + 1] if i < later.shape[1] else logits[:, -1:].argmax(-1)
+            seen.append(new)
+    return np.concatenate(seen, 1)
 
 
 def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> set[str]:

@@ -205,16 +205,29 @@ class Rerun:
             inputs = [self._input(index, layer, x) for x in self.steps[kind].inputs]
             place = Place(point, self.weights, self.config, self.numerics, *self.passes[index][1:])
             self.computed[name] = self.steps[kind].run(place, *inputs)
+            if kind == "output":  # of a finished layer, later passes ask for keys and values alone
+                for other in [k for k in self.computed if k.startswith(f"{name}.")]:
+                    if not other.endswith(("k_rope", "v_proj")):
+                        del self.computed[other]
         return self.computed[name]
 
     def _input(self, index: int, layer: int | None, x: str) -> Array:
         prefix = self.passes[index][0]
+        if x == "last output":
+            return self._output(prefix, self.config.num_hidden_layers - 1)
         if layer is None:
-            point = point_name(self.config.num_hidden_layers - 1, "output") if x == "last output" else x
-            return self.value(prefix + point)
+            return self.value(prefix + x)
         if x == "input":
-            return self.value(prefix + point_name(layer - 1, "output"))
+            return self._output(prefix, layer - 1)
         if not x.startswith("all "):
             return self.value(prefix + point_name(layer, x))
         name = point_name(layer, x.removeprefix("all "))
         return np.concatenate([self.value(p + name) for p, _, _ in self.passes[: index + 1]], position_axis(name))
+
+    def _output(self, prefix: str, layer: int) -> Array:
+        """Return the output of a layer: those that are needed before it in a loop, since calls must not go so deep."""
+        names = [prefix + point_name(i, "output") for i in range(-1, layer + 1)]
+        known = [i for i, name in enumerate(names) if name in self.given or name in self.computed]
+        for name in names[max(known, default=0) :]:
+            self.value(name)
+        return self.value(names[-1])

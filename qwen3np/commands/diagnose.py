@@ -1,0 +1,51 @@
+"""`qwen3np diagnose`: why another implementation's numbers are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from qwen3np.commands import add_model, named
+from qwen3np.commands.compare import add_dump, read, read_weights, reported
+from qwen3np.porting import Diagnosis, diagnose
+from qwen3np.porting.diagnose import share
+
+EXAMPLE = "qwen3np diagnose golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
+HELP = "try known bugs on the first wrong number of another implementation; status as that of compare"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    add_dump(parser)
+    add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the report and end with its status."""
+    found = reported(arguments, _diagnose)
+    print(json.dumps(asdict(found)) if arguments.json else summary(found))
+    sys.exit(found.verdict == "different")
+
+
+def _diagnose(arguments: argparse.Namespace) -> Diagnosis:
+    golden, dump, about, options = read(arguments)
+    named(arguments)
+    return diagnose(golden, dump, about, weights=read_weights(arguments, golden), **options)
+
+
+def summary(found: Diagnosis) -> str:
+    """Return the report for people."""
+    lines = list(found.known)
+    if found.unexplained:
+        names = ", ".join(found.unexplained[:5]) + (", ..." if len(found.unexplained) > 5 else "")
+        lines.append(f"an error of another cause is added at {len(found.unexplained)} points: {names}")
+    if found.causes:
+        lines.append("explained of the squared error:")
+        lines += [
+            f"{share(cause.explained):>12}  {cause.name} (at {cause.step})"
+            for cause in found.causes
+            if cause.explained > 0.01
+        ]
+    return "\n".join([*lines, found.meaning])
