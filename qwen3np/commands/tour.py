@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     for n, cells in enumerate(steps if arguments.step is None else steps[: arguments.step + 1]):
         unseen = arguments.step is not None and n < arguments.step  # its names are needed all the same
         with redirect_stdout(io.StringIO()) if unseen else nullcontext():
-            run_step(cells, names, columns, bold=terminal)
+            run_step(cells, names, columns, styled=terminal)
         if waits and arguments.step is None and n < last:
             print(f"[{n} of {last}; Enter: the next step, q: the end] ", end="", file=sys.stderr, flush=True)
-            if sys.stdin.readline().strip() != "" :
+            if sys.stdin.readline() != "\n":
                 return

@@ -22,8 +22,8 @@ Cell: TypeAlias = Mapping[str, Any]  # of the notebook format, https://nbformat.
 
 _SYMBOLS = {  # of LaTeX; a command that is not here is written as its name
     **{"top": "ᵀ", "theta": "θ", "varphi": "φ", "varepsilon": "ε", "sum": "Σ", "prod": "Π", "le": "≤", "to": "→"},
-    **{"leftarrow": "←", "lfloor": "⌊", "rfloor": "⌋", "times": "×", "mid": "|", "quad": "  ", "cdot": "·"},
-    **{"sqrt": "√", ",": " ", ";": " ", " ": " "},
+    **{"leftarrow": "←", "lfloor": "⌊", "rfloor": "⌋", "times": "×", "mid": "|", "quad": "\t", "cdot": "·"},
+    **{",": "", ";": "", " ": " "},
 }
 
 
@@ -47,32 +47,34 @@ def is_picture(cell: Cell) -> bool:
     return "picture" in cell["metadata"].get("tags", ())
 
 
-def run_step(cells: Sequence[Cell], names: dict[str, Any], columns: int, bold: bool = False) -> None:
+def run_step(cells: Sequence[Cell], names: dict[str, Any], columns: int, styled: bool = False) -> None:
     """Print a step: its text, its code, and what the code prints when it is run here, among these names.
 
-    Raises ValueError where a check of the code does not hold.
+    styled: with bold headings and coloured code, for a terminal. Raises ValueError where a check of the code fails.
     """
     for cell in cells:
         code = source(cell)
         if cell["cell_type"] == "markdown":
-            print(plain_text(code, columns, bold))
+            print(plain_text(code, columns, styled))
         elif is_picture(cell):
             what = code.splitlines()[0].removeprefix("# picture: ")
             print(filled(f"[A picture, in {NOTEBOOK}: {what}]", columns))
         else:
-            print(prompted(code))
+            print(f"\x1b[36m{prompted(code)}\x1b[0m" if styled else prompted(code), end="\n\n")
             try:
-                exec(compile(code, str(NOTEBOOK), "exec"), names)
+                exec(compile(code, NOTEBOOK.name, "exec"), names)
             except AssertionError as error:
-                failed = traceback.extract_tb(error.__traceback__)[-1].lineno or 1
-                check = code.splitlines()[failed - 1].strip()
+                lines = [
+                    at.lineno or 1 for at in traceback.extract_tb(error.__traceback__) if at.filename == NOTEBOOK.name
+                ]
+                check = code.splitlines()[lines[-1] - 1].strip()
                 raise ValueError(f"a check of the tour does not hold: {check}") from None
         print()
 
 
-def plain_text(markdown: str, columns: int, bold: bool = False) -> str:
+def plain_text(markdown: str, columns: int, styled: bool = False) -> str:
     """Return markdown for a terminal: paragraphs filled, formulas in plain characters, headings and **words** bold."""
-    on, off = ("\x1b[1m", "\x1b[0m") if bold else ("", "")
+    on, off = ("\x1b[1m", "\x1b[0m") if styled else ("", "")
     paragraphs: list[str] = []
     for paragraph in markdown.split("\n\n"):
         if paragraph.startswith("$$"):
@@ -95,17 +97,17 @@ def filled(text: str, columns: int) -> str:
 def plain_formula(latex: str) -> str:
     r"""Return a formula as one would type it: \sqrt{x} as √(x), W_q^\top as W_qᵀ."""
     text = re.sub(r"\\mathrm\{([^{}]*)\}", r"\1", latex)
+    text = re.sub(r"\\sqrt\{([^{}]*)\}", r"√(\1)", text)
     text = re.sub(r"\\([a-zA-Z]+|.)", lambda command: _SYMBOLS.get(command[1], command[1]), text)
-    text = re.sub(r"\{(-?\w*)\}", r"\1", text) if "√" not in text else text
-    text = text.replace("{", "(").replace("}", ")").replace("^ᵀ", "ᵀ")
-    return re.sub(r"(?<=\S) (?= )", "", text).strip()
+    text = re.sub(r"\{(-?\w*)\}", r"\1", text).replace("{", "(").replace("}", ")")
+    return re.sub(r" *\t *", "    ", re.sub(r" +", " ", text)).replace("^ᵀ", "ᵀ")
 
 
 def prompted(code: str) -> str:
     """Return code with Python's prompts: >>> where a statement or a comment begins, ... where one goes on."""
     starts = {statement.lineno for statement in ast.parse(code).body}
     lines = enumerate(code.splitlines(), 1)
-    return "\n".join((">>> " if n in starts or line.startswith("#") else "... ") + line for n, line in lines)
+    return "\n".join(line and (">>> " if n in starts or line[0] == "#" else "... ") + line for n, line in lines)
 
 
 def execute(notebook: Path = NOTEBOOK) -> None:
