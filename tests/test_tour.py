@@ -131,7 +131,9 @@ def test_the_terminal_command():
     for cells in STEPS:
         for cell in cells:
             code = cell["cell_type"] == "code"
-            line = "[A picture, in " if code and is_picture(cell) else source(cell).splitlines()[0][:40]
+            line = (
+                "[A picture, in " if code and is_picture(cell) else source(cell).splitlines()[0].replace("**", "")[:40]
+            )
             for shown in (line, printed(cell) if code else ""):  # each in its place
                 at = done.stdout.index(shown, at) + len(shown)
     assert not re.search(r"\x1b|\$\$|\*\*Try", done.stdout)
