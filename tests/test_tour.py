@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,12 +177,11 @@ def test_enter_goes_on_and_q_ends():
 def test_the_notebook_from_a_fresh_kernel(tmp_path):
     for needed in ("nbclient", "nbformat", "ipykernel", "matplotlib"):
         pytest.importorskip(needed, reason="needs the extra study")
-    copy = shutil.copy(NOTEBOOK, tmp_path / "tour.ipynb")
+    copy = Path(shutil.copy(NOTEBOOK, tmp_path / "tour.ipynb"))
     execute(copy)
-
-    def without_pictures(cell):  # whose bytes depend on the version of matplotlib
-        return cell | {"outputs": [output for output in cell["outputs"] if output["output_type"] == "stream"]}
-
-    for cells, committed in zip(read_steps(copy), STEPS, strict=True):
-        for cell, other in zip(cells, committed, strict=True):
-            assert cell == other or without_pictures(cell) == without_pictures(other)
+    made, committed = (json.loads(path.read_text(encoding="utf-8")) for path in (copy, NOTEBOOK))
+    for notebook in (made, committed):
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", ()):  # the bytes of a picture depend on the version of matplotlib
+                output.get("data", {}).pop("image/png", None)
+    assert made == committed

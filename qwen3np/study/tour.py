@@ -121,7 +121,7 @@ def execute(notebook: Path = NOTEBOOK) -> None:
         raise ValueError(f"{notebook.name}: {error}") from None
     contents.metadata = {"kernelspec": contents.metadata.kernelspec, "language_info": {"name": "python"}}
     part = notebook.with_name(f"{notebook.name}.part")
-    part.write_text(json.dumps(contents, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    part.write_text(nbformat.writes(contents).rstrip("\n") + "\n", encoding="utf-8")
     os.replace(part, notebook)
 
 
