@@ -156,20 +156,29 @@ def test_the_terminal_command():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_enter_goes_on_and_q_ends():
+@pytest.mark.parametrize(("flags", "keys"), [((), (b"\n", b"\n", b"q\n")), (("--all",), ())])
+def test_in_a_terminal_enter_goes_on_and_q_ends(flags, keys):
     import pty
 
     parent, child = pty.openpty()
-    tour = subprocess.Popen(TOUR, stdin=child, stdout=child, stderr=child)
+    tour = subprocess.Popen([*TOUR, *flags], stdin=child, stdout=child, stderr=child)
     os.close(child)
-    for step, key in enumerate((b"\n", b"\n", b"q\n")):
-        seen = b""
-        while f"[{step} of 18; Enter: the next step, q: the end] ".encode() not in seen:
+    seen = b""
+
+    def until(end, step):
+        nonlocal seen
+        while end not in seen:
             assert select.select([parent], [], [], 60)[0], seen
             seen += os.read(parent, 65536)
-        title = source(STEPS[step][0]).splitlines()[0].encode()
-        assert b"\x1b[1m" + title + b"\x1b[0m" in seen
+        assert b"\x1b[1m" + source(STEPS[step][0]).splitlines()[0].encode() + b"\x1b[0m" in seen
+
+    for step, key in enumerate(keys):
+        until(f"[{step} of 18; Enter: the next step, q: the end] ".encode(), step)
         os.write(parent, key)
+        seen = b""
+    if not keys:
+        until(b"a small Qwen3 of your own", 18)
+        assert b"Enter: the next step" not in seen
     assert tour.wait(60) == 0
     os.close(parent)
 
