@@ -1,4 +1,8 @@
-"""The keys and values of all positions so far, in two preallocated arrays."""
+"""The KV cache: the keys and values of all positions so far, in two preallocated arrays.
+
+No position sees those after it, so its keys and values never change, and a new token costs one position instead of all
+of them (Pope et al., 2022, https://arxiv.org/abs/2211.05102). Keys are kept normalised and rotated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""y = x Wᵀ + b: the matrix products behind every projection."""
+"""y = x Wᵀ + b: the matrix products behind every projection, the MLP and the head.
+
+The formula is one line; the rest cuts it into blocks that stay in the processor's cache and go to the threads (Goto and
+van de Geijn, 2008, https://doi.org/10.1145/1356052.1356053, say how a BLAS multiplies one), always at the same places,
+so that neither the threads nor the way the weights are stored changes a bit.
+"""
 
 from __future__ import annotations
 

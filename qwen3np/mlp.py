@@ -1,4 +1,8 @@
-"""The feed-forward layer: SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+"""The feed-forward layer: SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202).
+
+Each position by itself goes to F lanes twice, by the matrices gate and up; silu of the one says how much of the other
+passes, and the matrix down brings the product back to D lanes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Root mean square normalisation (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
+"""Root mean square normalisation (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467).
+
+Every vector is brought to a root mean square of 1, and each lane is then scaled by a learned weight. It stands before
+attention, before the MLP and before the head, and inside attention on each head of the queries and keys.
+"""
 
 from __future__ import annotations
 

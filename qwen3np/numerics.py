@@ -4,7 +4,8 @@
 - float64: the truth to measure against; everything is computed in float64, from the upcast of the weights on.
 - bfloat16: float32 arithmetic whose results are rounded to bfloat16 at the points where transformers' eager bfloat16
   rounds them. Between those points the values are bfloat16 numbers held in float32 arrays: ml_dtypes arrays have no
-  matrix product of their own, and their sums and means lose what float32 keeps.
+  matrix product of their own, and their sums and means lose what float32 keeps. The format: Kalamkar et al., 2019,
+  https://arxiv.org/abs/1905.12322.
 - bfloat16-grouped: the same, but for the sum over a token's experts. transformers' eager experts round after each
   addend, its grouped ones (`grouped_mm`, its default) once. Without experts it is bfloat16.
 """
