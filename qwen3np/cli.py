@@ -13,7 +13,7 @@ from typing import NoReturn
 from qwen3np import __version__
 from qwen3np.threads import check_threads
 
-COMMANDS = ("generate", "chat", "score", "info", "train", "bench")  # modules of qwen3np.commands
+COMMANDS = ("generate", "chat", "score", "info", "train", "view", "bench")  # modules of qwen3np.commands
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""What lets one watch the model at work."""
