@@ -180,7 +180,7 @@ def chart(observation: Observation) -> str:
                     values[:, token], linewidth=1, gid=f"line-{point}-{token}", marker="" if len(values) > 1 else "o"
                 )
             axes.set(title=POINTS[point], xlabel="layer", yscale="log")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
