@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +19,8 @@ from qwen3np.sampling import processed_logits
 from qwen3np.study.view import CANDIDATES, MAX_TOKENS, Observation, observe, page, visible
 
 PROMPT = "The capital of France is Paris. The opposite of hot is"
-HOSTILE = "</script><script>hacked=1</script>\"'><img src=x onerror=hacked=1><!-- {{ 7*7 }} \u202e\u200b\n\t你"
+# <think> is one token, which HTML would take for a tag
+HOSTILE = "<think></script><script>hacked=1</script>\"'><img src=x onerror=hacked=1><!-- {{ 7*7 }} \u202e\u200b\n\t你"
 
 
 class Elements(HTMLParser):
@@ -279,7 +281,7 @@ def test_the_sliders_sample_as_the_package_does(opened, seen, temperature, top_k
     assert f"{found['kept']:,} token" in text(browser, "#kept")
 
 
-def test_a_click_picks_a_token_everywhere(opened, seen, builtin):
+def test_a_click_picks_a_token_everywhere(opened, seen, html, builtin):
     browser = opened()
     browser.execute_script("document.querySelectorAll('#tokens label')[3].click()")
     assert text(browser, ".picked span").split() == ["Token", "4", "of", "13:", "␣France"]
@@ -295,7 +297,7 @@ def test_a_click_picks_a_token_everywhere(opened, seen, builtin):
     assert text(browser, "#sizes-table tbody td") == f"{seen.layer_sizes['input_layernorm'][0, 3]:.3g}"
     on = browser.execute_script("return [...document.querySelectorAll('.chart .on')].map((line) => line.id)")
     assert all(name.endswith("-3") for name in on)
-    assert len(on) in (0, 3)  # without and with matplotlib
+    assert len(on) == (3 if "<svg" in html else 0)
     browser.find_element("id", "following").click()
     assert text(browser, "#picked-text") == "␣is"
 
@@ -385,6 +387,17 @@ def test_both_themes_can_be_read(opened, theme):
     last = "return [...$('picture').getContext('2d').getImageData(MARGIN + (S - 0.5) * CELL, MARGIN + 5, 1, 1).data]"
     hidden = browser.execute_script(last)
     assert luminance(hidden[:3]) == pytest.approx(light["hidden"], abs=1e-3)  # the canvas is redrawn
+
+
+def test_layers_need_not_have_the_same_points(opened, seen, builtin):
+    """In a model whose layers are dense and sparse by turns."""
+    sparse, dense = (
+        np.where(np.arange(4)[:, None] % 2 == n, seen.layer_sizes["mlp.down_proj"], np.nan) for n in (0, 1)
+    )
+    mixed = replace(seen, layer_sizes=seen.layer_sizes | {"mlp.experts": sparse, "mlp.down_proj": dense})
+    browser = opened(page(mixed, builtin.tokenizer, ""))
+    shown = text(browser, "#sizes-table tbody tr:last-child").split("\t")[1:]
+    assert [cell != "" for cell in shown] == [True, False, True, False]
 
 
 def test_a_hostile_prompt_runs_nothing(opened, builtin):

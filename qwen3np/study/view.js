@@ -377,7 +377,7 @@ function showSizes() {
     ofPoint.forEach((ofLayer, layer) => {
       const x = ofLayer[state.token];
       const cell = rows[p].cells[layer + 1];
-      cell.textContent = compact.format(x);
+      cell.textContent = x === null ? "" : compact.format(x); // not every layer has every point
       cell.style.setProperty("--p", x > 0 ? (Math.log(x) - ranges[p].least) / ranges[p].width : 0);
     }));
   const sizes = Object.entries(outside).map(([name, of]) => `${name} ${compact.format(of[state.token])}`);

@@ -67,7 +67,9 @@ class Observation:
     probabilities: Array  # (L + 1, S, GUESSES) of these guesses
     attention: Array  # (L, H, S, S)
     sizes: dict[str, Array]  # of the points outside of the layers: root mean square of each token's numbers, (S,)
-    layer_sizes: dict[str, Array]  # of the points in the layers: (L, S); a layer's own output is "output"
+    layer_sizes: dict[
+        str, Array
+    ]  # of the points in the layers: (L, S); the output's is "output"; NaN where there is none
     logits: Array  # (S, V)
 
 
@@ -95,7 +97,7 @@ def observe(
     states: list[Array] = []
     attention: list[Array] = []
     sizes: dict[str, Array] = {}
-    by_layer: dict[str, list[Array]] = {}
+    layer_sizes: dict[str, Array] = {}
 
     def record(name: str, x: Array) -> None:
         in_layer = _LAYER.fullmatch(name)
@@ -105,11 +107,11 @@ def observe(
         if point == "self_attn.probs":
             attention.append(x[0])
         if x.dtype.kind == "f":  # the numbers of chosen experts have no size
-            size = _sizes(point, x)
             if in_layer:
-                by_layer.setdefault(point, []).append(size)
+                nowhere = np.full((config.num_hidden_layers, len(ids)), np.nan)
+                layer_sizes.setdefault(point, nowhere)[int(in_layer[1])] = _sizes(point, x)
             else:
-                sizes[name] = size
+                sizes[name] = _sizes(point, x)
 
     logits = forward(weights, config, ids, numerics=numerics, trace=record)[0]
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
@@ -125,7 +127,6 @@ def observe(
         probabilities.append(np.exp(np.take_along_axis(log_probabilities(early), best, axis=-1)))
         if progress is not None:
             progress(len(ids))
-    layer_sizes = {point: np.stack(found) for point, found in by_layer.items()}
     return Observation(ids, np.stack(guesses), np.stack(probabilities), np.stack(attention), sizes, layer_sizes, logits)
 
 
@@ -170,15 +171,15 @@ def chart(observation: Observation) -> str:
         return ""
     figure_class: Any = import_module("matplotlib.figure").Figure
     ticker: Any = import_module("matplotlib.ticker")
-    mlp = "mlp.down_proj" if "mlp.down_proj" in observation.layer_sizes else "mlp.experts"
+    sizes = observation.layer_sizes
+    mlp = np.nanmax([sizes[point] for point in ("mlp.down_proj", "mlp.experts") if point in sizes], axis=0)
+    added = {"output": sizes["output"], "self_attn.o_proj": sizes["self_attn.o_proj"], "mlp.down_proj": mlp}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen3np", "font.size": 11}):
         figure = figure_class(figsize=(11, 3.6), layout="constrained")
-        for axes, point in zip(figure.subplots(1, 3, sharey=True), ("output", "self_attn.o_proj", mlp), strict=True):
-            values = observation.layer_sizes[point]
+        for axes, (point, values) in zip(figure.subplots(1, 3, sharey=True), added.items(), strict=True):
+            marker = "" if len(values) > 1 else "o"
             for token in range(values.shape[1]):
-                axes.plot(
-                    values[:, token], linewidth=1, gid=f"line-{point}-{token}", marker="" if len(values) > 1 else "o"
-                )
+                axes.plot(values[:, token], marker=marker, linewidth=1, gid=f"line-{point}-{token}")
             axes.set(title=POINTS[point], xlabel="layer", yscale="log")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -224,9 +225,9 @@ def _data(observation: Observation) -> dict[str, Any]:
 
 
 def _digits(x: Array, count: int) -> Any:
-    """Return the numbers as lists, each with so many digits."""
-    rounded = [float(f"{value:.{count}g}") for value in x.ravel().tolist()]
-    return np.reshape(rounded, x.shape).tolist()
+    """Return the numbers as lists, each with so many digits; None for NaN, which JSON does not know."""
+    rounded = [None if np.isnan(value) else float(f"{value:.{count}g}") for value in x.ravel().tolist()]
+    return np.reshape(np.array(rounded, object), x.shape).tolist()
 
 
 def _groups(logits: Array) -> tuple[list[int], Array]:
