@@ -174,6 +174,8 @@ def chart(observation: Observation) -> str:
     sizes = observation.layer_sizes
     mlp = np.nanmax([sizes[point] for point in ("mlp.down_proj", "mlp.experts") if point in sizes], axis=0)
     added = {"output": sizes["output"], "self_attn.o_proj": sizes["self_attn.o_proj"], "mlp.down_proj": mlp}
+    low, high = (float(extreme(list(added.values()))) for extreme in (np.nanmin, np.nanmax))
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen3np", "font.size": 11}):
         figure = figure_class(figsize=(11, 3.6), layout="constrained")
         for axes, (point, values) in zip(figure.subplots(1, 3, sharey=True), added.items(), strict=True):
@@ -182,7 +184,7 @@ def chart(observation: Observation) -> str:
                 axes.plot(values[:, token], marker=marker, linewidth=1, gid=f"line-{point}-{token}")
             axes.set(title=POINTS[point], xlabel="layer", yscale="log")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
             axes.grid(alpha=0.3)
