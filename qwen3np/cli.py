@@ -18,7 +18,7 @@ from qwen3np.threads import check_threads
 COMMANDS = (
     *("generate", "chat", "score", "embed", "rerank", "info"),
     *("trace", "compare", "diagnose", "fixture"),
-    *("tour", "train", "bench"),
+    *("tour", "view", "train", "bench"),
 )
 
 

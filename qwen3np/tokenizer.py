@@ -78,10 +78,20 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            if piece := decoder.decode(self._bytes(_token_id(i), skip_special_tokens)):
+            if piece := decoder.decode(self.token_bytes(i, skip_special_tokens)):
                 yield piece
         if piece := decoder.decode(b"", final=True):
             yield piece
+
+    def token_bytes(self, token_id: SupportsIndex, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of one token, as the library's ByteLevel decoder reads them; ids it does not know have none."""
+        token = self._backend.id_to_token(_token_id(token_id))
+        if token is None or (skip_special_tokens and token in self.special_tokens):
+            return b""
+        try:
+            return bytes([_BYTE_OF[character] for character in token])
+        except KeyError:  # an added token in plain text
+            return token.encode()
 
     def token_to_id(self, name: str) -> int | None:
         """The id of the token written `name` (added tokens as they read, others in byte-level form), or None."""
@@ -173,16 +183,6 @@ class Tokenizer:
             if backend.token_to_id(token.content) != i:
                 raise CheckpointError(f"{config}: {token.content} has id {i}, which {vocab.name} does not lead to")
         return backend
-
-    def _bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
-        """The bytes of one token, as the library's ByteLevel decoder reads them."""
-        token = self._backend.id_to_token(token_id)
-        if token is None or (skip_special_tokens and token in self.special_tokens):
-            return b""
-        try:
-            return bytes([_BYTE_OF[character] for character in token])
-        except KeyError:  # an added token in plain text
-            return token.encode()
 
     @cached_property
     def _config(self) -> dict[str, Any]:
