@@ -436,3 +436,14 @@ def test_a_reader_who_has_seen_enough_is_no_error(folder):
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
     assert b"error" not in done.stderr
+
+
+def test_rope_scaling_of_recordings(run, tmp_path):
+    """trace records the extended model, and compare takes its weights only with the same flag."""
+    golden, flags = str(tmp_path / "golden.safetensors"), ("--rope-scaling", "yarn:4")
+    run("trace", "--ids", "1,2,3", *flags, "-o", golden)
+    model = str(BUILTIN)
+    assert "equal in every bit" in run("compare", golden, golden, "--model", model, *flags)
+    run("compare", golden, golden, "--model", model)
+    assert run.status == 2
+    assert "its config is not that of" in run.stderr

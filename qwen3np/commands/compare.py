@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from qwen3np.commands import add_model
+from qwen3np.commands import add_model, scaled
 from qwen3np.loading import load
 from qwen3np.numerics import Array
 from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump
@@ -72,7 +72,7 @@ def read(arguments: argparse.Namespace) -> tuple[Recording, dict[str, Array], di
 def read_weights(arguments: argparse.Namespace, golden: Recording) -> Mapping[str, Array]:
     """Return the weights of --model. Raises ValueError where they are not of the recording's model."""
     model = load(arguments.model, revision=arguments.revision)
-    if model.config != golden.config:
+    if scaled(model.config, arguments) != golden.config:
         raise ValueError(
             f"{arguments.model or 'the built-in checkpoint'}: its config is not that of {arguments.golden}; "
             "--model names the one that was recorded"

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.commands import add_computation, add_model, named, text
-from qwen3np.loading import load
+from qwen3np.commands import add_computation, add_model, load_named, text
 from qwen3np.numerics import Array
 from qwen3np.porting import record
 from qwen3np.porting.record import output_path, trace
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Record and write a file, or print the table as the points are made."""
     if arguments.output is not None:
         output_path(arguments.output)  # before all the work
-    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load_named(arguments)
     ids = arguments.ids
     if ids is None:
         if model.tokenizer is None:
