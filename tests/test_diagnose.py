@@ -181,7 +181,8 @@ def test_command(config, weights, golden, tmp_path, capsys):
     assert (status, printed.out) == (2, "")
     assert "its config is not that of" in printed.err
     status, printed = run({"x": np.zeros(1)}, "--json")
-    assert (status, json.loads(printed.out)["verdict"]) == (2, "unusable")
+    found = json.loads(printed.out)
+    assert (status, found["verdict"], found["causes"]) == (2, "unusable", [])
     (tmp_path / "golden.safetensors").write_bytes((tmp_path / "golden.safetensors").read_bytes()[:-9])
     status, printed = run(mine)
     assert status == 2

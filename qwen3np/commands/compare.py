@@ -46,19 +46,19 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
-    found = reported(arguments, _compare)
+    found = reported(arguments, _compare, "points")
     print(json.dumps(asdict(found)) if arguments.json else table(found, sys.stdout.isatty()))
     sys.exit(found.verdict == "different")
 
 
-def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Report]) -> Report:
-    """Return what make gives; where it can make nothing of the files, end with status 2, with --json in JSON."""
+def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Report], items: str) -> Report:
+    """Return what make gives; where it can make nothing of the files, end with status 2, with --json as an object."""
     try:
         return make(arguments)
     except (ValueError, OSError) as error:
         if not arguments.json:
             raise
-        print(json.dumps({"verdict": "unusable", "first_point": None, "meaning": str(error)}))
+        print(json.dumps({"verdict": "unusable", "first_point": None, "meaning": str(error), items: []}))
         sys.exit(2)
 
 

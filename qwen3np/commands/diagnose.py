@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
-    found = reported(arguments, _diagnose)
+    found = reported(arguments, _diagnose, "causes")
     print(json.dumps(asdict(found)) if arguments.json else summary(found))
     sys.exit(found.verdict == "different")
 
