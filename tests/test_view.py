@@ -385,8 +385,12 @@ def test_both_themes_can_be_read(opened, theme):
             high, low = sorted((light[front], light[back]), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
     last = "return [...$('picture').getContext('2d').getImageData(MARGIN + (S - 0.5) * CELL, MARGIN + 5, 1, 1).data]"
-    hidden = browser.execute_script(last)
-    assert luminance(hidden[:3]) == pytest.approx(light["hidden"], abs=1e-3)  # the canvas is redrawn
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def redrawn(_: object) -> bool:  # when the browser comes to it
+        return abs(luminance(browser.execute_script(last)[:3]) - light["hidden"]) < 1e-3
+
+    WebDriverWait(browser, 10).until(redrawn)
 
 
 def test_layers_need_not_have_the_same_points(opened, seen, builtin):
