@@ -433,9 +433,11 @@ def _shift(report: PointReport, found: Mapping[str, Found], golden: Recording, p
     if not report.name.endswith("_rope") or report.rel_l2 is None:
         return None
     here = found[report.name]
+    yarn = golden.config.rope_scaling
+    config = replace(golden.config, rope_scaling=yarn and replace(yarn, attention_factor=1.0))  # the truth has it
     best, away = 0, report.rel_l2
     for shift in range(-SHIFTS, SHIFTS + 1):
-        tables = rotary_tables(golden.config, np.array([[shift]]), FLOAT64)
+        tables = rotary_tables(config, np.array([[shift]]), FLOAT64)
         distant = distance(here.part, rotate(here.truth.astype(np.float64), tables, FLOAT64), 2)[0]
         if distant < away:
             best, away = shift, distant
