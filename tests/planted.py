@@ -326,7 +326,7 @@ def yarn_factor(power):
 
 
 def yarn_in_the_scale(oracle, model, monkeypatch):
-    scaled(model.model.rotary_emb.attention_scaling ** 2)(oracle, model, monkeypatch)
+    scaled(model.model.rotary_emb.attention_scaling**2)(oracle, model, monkeypatch)
 
 
 def yarn_of_queries_alone(oracle, model, monkeypatch):
@@ -365,7 +365,12 @@ FAMILY_BUGS = {  # (which of FAMILY, plant, the first wrong point, the cause in 
     "all experts alike": ("moe", routed(lambda x: x * 0 + 1 / 3), f"{MLP}router_weights", None),
     "least experts": ("moe", edit("mlp.gate", least_experts), f"{MLP}router_indices", None),
     "gelu in experts": ("raw moe", edit("mlp.experts", gelu), f"{MLP}experts", "mlp: GELU instead of SiLU"),
-    "experts exchanged": ("raw moe", edit("mlp.experts", exchanged_experts), f"{MLP}experts", "mlp: gate and up swapped"),
+    "experts exchanged": (
+        "raw moe",
+        edit("mlp.experts", exchanged_experts),
+        f"{MLP}experts",
+        "mlp: gate and up swapped",
+    ),
     "YaRN ignored": ("yarn", ignored_yarn, f"{ATTENTION}q_rope", "rotary: YaRN ignored"),
     "YaRN factor dropped": ("yarn", yarn_factor(0), f"{ATTENTION}q_rope", DROPPED),
     "YaRN factor squared": ("yarn", yarn_factor(2), f"{ATTENTION}q_rope", SQUARED),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drawing import draw_config, draw_ids, trained_like
-from planted import BUGS, FORMS, PAIRS, UNKNOWN, both, recorded
+from planted import BUGS, FAMILY, FAMILY_BUGS, FORMS, PAIRS, UNKNOWN, both, recorded
 from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
@@ -259,6 +259,26 @@ def test_known_bugs(oracle, config, weights, golden, monkeypatch, bug):
         assert best is not None
         assert (best.name, best.sure, found.unexplained) == (CAUSES[bug], True, [])
         assert best.explained > 0.9999  # measured: 0.99998 at the least, for eps 1e-5 from logits
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("bug", FAMILY_BUGS)
+def test_family_bugs(oracle, config, monkeypatch, bug):
+    which, plant, first, cause = FAMILY_BUGS[bug]
+    config = replace(config, **FAMILY[which])
+    weights = trained_like(config, 0)
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT), steps=STEPS_FED)
+    dump = dumped(oracle, config, weights, golden, monkeypatch, plant)
+    for mine, point in ((dump, first), (logits(dump), "lm_head")):
+        found = diagnose(golden, mine, weights=weights)
+        best = row(bug, found)
+        assert found.first_point == point
+        if cause is None:
+            assert best is None or not best.sure
+        else:
+            assert best is not None
+            assert (best.name, best.sure, found.unexplained) == (cause, True, [])
+            assert best.explained > 0.999999  # measured: 0.99999999 at the least
 
 
 @pytest.mark.oracle

@@ -183,13 +183,12 @@ def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iter
             (("only the positions so far", *how), y) for how, y in layouts(name, x[..., : shape[-1]], shape, config)
         )
         return
-    layer = split_layer(name)[0]
-    if x.ndim and x.shape[-1] < shape[-1] and layer is not None and config.window(layer) is not None:
-        if kind in ("scores", "probs"):
+    if x.ndim and x.shape[-1] < shape[-1] and kind in ("scores", "probs"):
+        if config.window(split_layer(name)[0] or 0) is not None:  # a cache of no more than that
             before = [(0, 0)] * (x.ndim - 1) + [(shape[-1] - x.shape[-1], 0)]
             x = np.pad(x, before, constant_values=0 if kind == "probs" else -np.inf)
-            yield from ((("only the positions in the cache", *how), y) for how, y in layouts(name, x, shape, config))
-            return
+            yield from ((("only the positions in the window", *how), y) for how, y in layouts(name, x, shape, config))
+        return
     last = (*shape[:axis], 1, *shape[axis + 1 :])
     for target, note in ((shape, ()), (last, (LAST,))) if shape != last else ((shape, ()),):
         if x.size != int(np.prod(target)):

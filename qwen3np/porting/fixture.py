@@ -46,10 +46,10 @@ MOE = replace(
 CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
 README = f"""# Golden values for a port of Qwen3
 
-Three checkpoints: `tied` and `untied` (whether the head is the embedding), and `moe`, whose layer 1 sends each token to 2
-of 8 experts. They are small enough for a test suite and made so that bugs show: norm weights other than 1, three query
-heads for each key head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the cache.
-In each folder:
+Three checkpoints: `tied` and `untied` (whether the head is the embedding), and `moe`, whose layer 1 sends each token to
+2 of 8 experts. They are small enough for a test suite and made so that bugs show: norm weights other than 1, three
+query heads for each key head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the
+cache. In each folder:
 
 | file | what it holds |
 |---|---|
