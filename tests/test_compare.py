@@ -544,7 +544,7 @@ def test_no_false_alarm(oracle):
                 assert (found.verdict, found.precision) == ("rounding", dtype), (seed, dtype, found.meaning)
                 most = max(most, *(r.rel_l2 / r.floor for r in found.points))
     print(f"\n30 drawn models: at most {most:.2f} floors away")
-    assert most <= 3  # measured 2.7; 4 is where rounding ends
+    assert most <= 3  # measured 2.1; 4 is where rounding ends
 
 
 @pytest.mark.oracle
@@ -603,4 +603,4 @@ def test_debugger_folder(oracle, config, which, tmp_path):
         found = compare(record(weights, config, prompt), read_dump(folder)[0], weights=weights)
         assert (found.verdict, found.precision) == ("rounding", dtype)
         lacking = {name.rpartition(".")[2] for name in found.missing}
-        assert lacking == {"q_rope", "k_rope", "scores", "probs"}
+        assert lacking == {"q_rope", "k_rope", "scores", "probs"} | ({"experts"} if which == "moe" else set())
