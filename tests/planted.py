@@ -275,6 +275,7 @@ FAMILY = {
     },
     "raw moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
     "yarn": {"rope_scaling": Yarn(factor=4.0, original_max_position_embeddings=64)},
+    "yarn with a factor": {"rope_scaling": Yarn(4.0, original_max_position_embeddings=64, attention_factor=0.9)},
     "windows": {"sliding_window": 6, "layer_types": ("full_attention", "sliding_attention")},
 }
 
@@ -325,6 +326,10 @@ def yarn_factor(power):
     return plant
 
 
+def computed_factor(oracle, model, monkeypatch):
+    model.model.rotary_emb.attention_scaling = 0.1 * oracle.np.log(4) + 1
+
+
 def yarn_in_the_scale(oracle, model, monkeypatch):
     scaled(model.model.rotary_emb.attention_scaling**2)(oracle, model, monkeypatch)
 
@@ -354,6 +359,7 @@ def window(by):
 
 MLP, FULL, SLIDES = "model.layers.0.mlp.", "full_attention", "sliding_attention"
 NOT_NORMALISED, LOGITS = "experts: weights not normalised", "experts: router logits as weights"
+NOT_READ = "rotary: YaRN's attention factor not read"
 DROPPED, SQUARED = "rotary: YaRN's attention factor dropped", "rotary: YaRN's attention factor squared"
 WRONG_LAYERS, SECOND = "attention: sliding window in the wrong layers", "model.layers.1.self_attn."
 FAMILY_BUGS = {  # (which of FAMILY, plant, the first wrong point, the cause in the catalogue or None)
@@ -374,6 +380,7 @@ FAMILY_BUGS = {  # (which of FAMILY, plant, the first wrong point, the cause in 
     "YaRN ignored": ("yarn", ignored_yarn, f"{ATTENTION}q_rope", "rotary: YaRN ignored"),
     "YaRN factor dropped": ("yarn", yarn_factor(0), f"{ATTENTION}q_rope", DROPPED),
     "YaRN factor squared": ("yarn", yarn_factor(2), f"{ATTENTION}q_rope", SQUARED),
+    "YaRN factor not read": ("yarn with a factor", computed_factor, f"{ATTENTION}q_rope", NOT_READ),
     "YaRN factor in the scale": ("yarn", yarn_in_the_scale, f"{ATTENTION}scores", SQUARED),
     "YaRN factor of queries alone": ("yarn", yarn_of_queries_alone, f"{ATTENTION}k_rope", DROPPED),
     "window ignored": ("windows", sliding(FULL, FULL), f"{SECOND}scores", "attention: sliding window ignored"),

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
-from qwen3np.numerics import BFLOAT16
+from qwen3np.numerics import BFLOAT16, precision
 from qwen3np.porting import diagnose, record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
-from qwen3np.porting.steps import STEPS
+from qwen3np.porting.steps import STEPS, Rerun
 
 PROMPT, STEPS_FED = 20, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"
@@ -151,6 +151,19 @@ def test_catalogue():
         assert bug.look
         assert {s for s in STEPS if bug.planted(STEPS)[s] is not STEPS[s]} == set(bug.steps)
         assert all(part.steps == [step] for part, step in zip(bug.parts, bug.steps, strict=False))
+
+
+def test_mask_bugs_keep_the_window(config):
+    """Scores without a mask are those of forward where both a mask and a window would have let them."""
+    config = replace(config, **FAMILY["windows"])
+    weights = trained_like(config, 0)
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT))
+    steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(STEPS)
+    name = "model.layers.1.self_attn.scores"
+    rerun = Rerun(weights, config, precision("float32"), golden.passes, golden.points, steps)
+    seen = np.isfinite(rerun.step(name)[0, 0])
+    i, j = np.indices(seen.shape)
+    np.testing.assert_array_equal(seen, j > i - 6)
 
 
 def test_command(config, weights, golden, tmp_path, capsys):

@@ -377,6 +377,12 @@ BUGS = (
         _has_yarn,
     ),
     Bug(
+        "rotary: YaRN's attention factor not read",
+        {ROPE: _yarn(lambda yarn, _: replace(yarn, attention_factor=None, mscale=None, mscale_all_dim=None))},
+        "attention_factor, or mscale and mscale_all_dim, are read from config.json where they are there",
+        lambda c: c.rope_scaling is not None and attention_factor(c) != 0.1 * math.log(c.rope_scaling.factor) + 1,
+    ),
+    Bug(
         "rotary: YaRN's attention factor squared",
         {ROPE: _yarn(lambda yarn, factor: replace(yarn, attention_factor=factor**2))},
         "cos and sin are multiplied by the factor once; the scores are not multiplied again",
