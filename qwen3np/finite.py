@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.model import forward
+from qwen3np.model import forward, position_axis
 from qwen3np.numerics import Array, precision
 
 CHUNK = 16  # positions that are looked at together: all their scores are in memory at once
@@ -37,8 +37,7 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], num
     def look(name: str, x: Array) -> None:
         bad = np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
         if bad.any():
-            axis = 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
-            raise _Found(name, int(np.argwhere(bad)[:, axis].min()))
+            raise _Found(name, int(np.argwhere(bad)[:, position_axis(name)].min()))
 
     for start in range(0, len(ids), CHUNK):
         try:

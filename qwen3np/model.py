@@ -81,6 +81,11 @@ def forward(
     return x
 
 
+def position_axis(name: str) -> int:
+    """Return which axis of a recorded point runs over the new positions."""
+    return 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
+
+
 def block(
     x: Array,
     weights: Mapping[str, Array],

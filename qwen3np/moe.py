@@ -42,12 +42,22 @@ def route(x: Array, gate: Array, config: Config, numerics: Numerics) -> tuple[Ar
     """
     logits = linear(x, gate, None, numerics)
     p = softmax(logits)
+    indices = choose(p, config)
+    return logits, indices, weigh(p, indices, config, numerics)
+
+
+def choose(p: Array, config: Config) -> Array:
+    """Return the k most probable experts, the largest first. p (..., E) -> (..., k)."""
     # stable: of equal ones, which bfloat16 makes, the lower numbers; torch.topk leaves that open
-    indices = np.argsort(-p, axis=-1, kind="stable")[..., : config.num_experts_per_tok]
+    return np.argsort(-p, axis=-1, kind="stable")[..., : config.num_experts_per_tok]
+
+
+def weigh(p: Array, indices: Array, config: Config, numerics: Numerics) -> Array:
+    """Return the weights of these experts. p (..., E), indices (..., k) -> (..., k)."""
     shares = np.take_along_axis(p, indices, axis=-1)
     if config.norm_topk_prob:
         shares /= np.sum(shares, axis=-1, keepdims=True)
-    return logits, indices, numerics.round(shares)
+    return numerics.round(shares)
 
 
 def experts(

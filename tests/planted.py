@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qwen3np.config import Yarn
+
 
 def recorded(oracle, model, ids, steps):
     """Return transformers' points, by the names of a recording."""
@@ -257,6 +259,135 @@ FORMS = {
     "silu of up": (edit("mlp", silu_of_up), "model.layers.0.mlp.act"),
     "gelu tanh": (edit("mlp", gelu_tanh), "model.layers.0.mlp.act"),
     "norm left out": (edit("post_attention_layernorm", no_norm), "model.layers.0.post_attention_layernorm"),
+}
+
+
+# --- bugs that only some of the family can have -----------------------------------------------------------------------
+
+# What is changed of the config in conftest.py: a sparse layer and a dense one, YaRN, windows in one of two layers.
+FAMILY = {
+    "moe": {
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": (1,),
+    },
+    "raw moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    "yarn": {"rope_scaling": Yarn(factor=4.0, original_max_position_embeddings=64)},
+    "yarn with a factor": {"rope_scaling": Yarn(4.0, original_max_position_embeddings=64, attention_factor=0.9)},
+    "windows": {"sliding_window": 6, "layer_types": ("full_attention", "sliding_attention")},
+}
+
+
+def routed(weigh):
+    """Weigh the chosen experts by what is made of their logits."""
+
+    def change(module, oracle):
+        own = module.forward
+
+        def forward(x):
+            logits, _, indices = own(x)
+            return logits, weigh(logits.gather(-1, indices)), indices
+
+        module.forward = forward
+
+    return edit("mlp.gate", change)
+
+
+def normalised(value):
+    return edit("mlp.gate", lambda module, oracle: setattr(module, "norm_topk_prob", value))
+
+
+def least_experts(module, oracle):
+    own, torch = module.forward, oracle.torch
+
+    def forward(x):
+        logits, weights, _ = own(x)
+        return logits, weights, torch.topk(-logits, weights.shape[-1])[1]
+
+    module.forward = forward
+
+
+def exchanged_experts(module, oracle):
+    gate, up = module.gate_up_proj.chunk(2, 1)
+    module.gate_up_proj.copy_(oracle.torch.cat((up, gate), 1))
+
+
+def ignored_yarn(oracle, model, monkeypatch):
+    theta(model.config.rope_parameters["rope_theta"])(oracle, model, monkeypatch)
+    model.model.rotary_emb.attention_scaling = 1.0
+
+
+def yarn_factor(power):
+    def plant(oracle, model, monkeypatch):
+        model.model.rotary_emb.attention_scaling **= power
+
+    return plant
+
+
+def computed_factor(oracle, model, monkeypatch):
+    model.model.rotary_emb.attention_scaling = 0.1 * oracle.np.log(4) + 1
+
+
+def yarn_in_the_scale(oracle, model, monkeypatch):
+    scaled(model.model.rotary_emb.attention_scaling**2)(oracle, model, monkeypatch)
+
+
+def yarn_of_queries_alone(oracle, model, monkeypatch):
+    factor = model.model.rotary_emb.attention_scaling
+
+    def make(original, torch):
+        def rotation(q, k, cos, sin, **_):
+            return original(q, k, cos, sin)[0], original(q, k, cos / factor, sin / factor)[1]
+
+        return rotation
+
+    patched_rotation(make)(oracle, model, monkeypatch)
+
+
+def sliding(*types):
+    return lambda oracle, model, monkeypatch: setattr(model.config, "layer_types", list(types))
+
+
+def window(by):
+    def plant(oracle, model, monkeypatch):
+        model.config.sliding_window += by
+
+    return plant
+
+
+MLP, FULL, SLIDES = "model.layers.0.mlp.", "full_attention", "sliding_attention"
+NOT_NORMALISED, LOGITS = "experts: weights not normalised", "experts: router logits as weights"
+NOT_READ = "rotary: YaRN's attention factor not read"
+DROPPED, SQUARED = "rotary: YaRN's attention factor dropped", "rotary: YaRN's attention factor squared"
+WRONG_LAYERS, SECOND = "attention: sliding window in the wrong layers", "model.layers.1.self_attn."
+FAMILY_BUGS = {  # (which of FAMILY, plant, the first wrong point, the cause in the catalogue or None)
+    "weights not normalised": ("moe", normalised(False), f"{MLP}router_weights", NOT_NORMALISED),
+    "weights normalised": ("raw moe", normalised(True), f"{MLP}router_weights", "experts: weights normalised"),
+    "logits as weights": ("moe", routed(lambda x: x), f"{MLP}router_weights", LOGITS),
+    "logits as weights, raw": ("raw moe", routed(lambda x: x), f"{MLP}router_weights", LOGITS),
+    "logits normalised": ("moe", routed(lambda x: x / x.sum(-1, keepdim=True)), f"{MLP}router_weights", LOGITS),
+    "all experts alike": ("moe", routed(lambda x: x * 0 + 1 / 3), f"{MLP}router_weights", None),
+    "least experts": ("moe", edit("mlp.gate", least_experts), f"{MLP}router_indices", None),
+    "gelu in experts": ("raw moe", edit("mlp.experts", gelu), f"{MLP}experts", "mlp: GELU instead of SiLU"),
+    "experts exchanged": (
+        "raw moe",
+        edit("mlp.experts", exchanged_experts),
+        f"{MLP}experts",
+        "mlp: gate and up swapped",
+    ),
+    "YaRN ignored": ("yarn", ignored_yarn, f"{ATTENTION}q_rope", "rotary: YaRN ignored"),
+    "YaRN factor dropped": ("yarn", yarn_factor(0), f"{ATTENTION}q_rope", DROPPED),
+    "YaRN factor squared": ("yarn", yarn_factor(2), f"{ATTENTION}q_rope", SQUARED),
+    "YaRN factor not read": ("yarn with a factor", computed_factor, f"{ATTENTION}q_rope", NOT_READ),
+    "YaRN factor in the scale": ("yarn", yarn_in_the_scale, f"{ATTENTION}scores", SQUARED),
+    "YaRN factor of queries alone": ("yarn", yarn_of_queries_alone, f"{ATTENTION}k_rope", DROPPED),
+    "window ignored": ("windows", sliding(FULL, FULL), f"{SECOND}scores", "attention: sliding window ignored"),
+    "windows everywhere": ("windows", sliding(SLIDES, SLIDES), f"{ATTENTION}scores", WRONG_LAYERS),
+    "windows exchanged": ("windows", sliding(SLIDES, FULL), f"{ATTENTION}scores", WRONG_LAYERS),
+    "window too long": ("windows", window(1), f"{SECOND}scores", "attention: sliding window one too long"),
+    "window too short": ("windows", window(-1), f"{SECOND}scores", "attention: sliding window one too short"),
 }
 
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drawing import draw_config, draw_ids, trained_like
-from planted import BUGS, FORMS, PAIRS, UNKNOWN, both, recorded
+from planted import BUGS, FAMILY, FAMILY_BUGS, FORMS, PAIRS, UNKNOWN, both, recorded
 from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
-from qwen3np.numerics import BFLOAT16
+from qwen3np.numerics import BFLOAT16, precision
 from qwen3np.porting import diagnose, record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
-from qwen3np.porting.steps import STEPS
+from qwen3np.porting.steps import STEPS, Rerun
 
 PROMPT, STEPS_FED = 20, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"
@@ -153,6 +153,19 @@ def test_catalogue():
         assert all(part.steps == [step] for part, step in zip(bug.parts, bug.steps, strict=False))
 
 
+def test_mask_bugs_keep_the_window(config):
+    """Scores without a mask are those of forward where both a mask and a window would have let them."""
+    config = replace(config, **FAMILY["windows"])
+    weights = trained_like(config, 0)
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT))
+    steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(STEPS)
+    name = "model.layers.1.self_attn.scores"
+    rerun = Rerun(weights, config, precision("float32"), golden.passes, golden.points, steps)
+    seen = np.isfinite(rerun.step(name)[0, 0])
+    i, j = np.indices(seen.shape)
+    np.testing.assert_array_equal(seen, j > i - 6)
+
+
 def test_command(config, weights, golden, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", config, weights)
     golden.save(tmp_path / "golden.safetensors")
@@ -260,6 +273,26 @@ def test_known_bugs(oracle, config, weights, golden, monkeypatch, bug):
         assert best is not None
         assert (best.name, best.sure, found.unexplained) == (CAUSES[bug], True, [])
         assert best.explained > 0.9999  # measured: 0.99998 at the least, for eps 1e-5 from logits
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("bug", FAMILY_BUGS)
+def test_family_bugs(oracle, config, monkeypatch, bug):
+    which, plant, first, cause = FAMILY_BUGS[bug]
+    config = replace(config, **FAMILY[which])
+    weights = trained_like(config, 0)
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT), steps=STEPS_FED)
+    dump = dumped(oracle, config, weights, golden, monkeypatch, plant)
+    for mine, point in ((dump, first), (logits(dump), "lm_head")):
+        found = diagnose(golden, mine, weights=weights)
+        best = row(bug, found)
+        assert found.first_point == point
+        if cause is None:
+            assert best is None or not best.sure
+        else:
+            assert best is not None
+            assert (best.name, best.sure, found.unexplained) == (cause, True, [])
+            assert best.explained > 0.999999  # measured: 0.99999999 at the least
 
 
 @pytest.mark.oracle

@@ -17,12 +17,12 @@ from qwen3np.porting.record import distance
 def test_kit(tmp_path, capsys):
     """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
     main(["fixture", "-o", str(tmp_path / "kit")])
-    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied"}
+    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied", "moe"}
     assert [p.name for p in tmp_path.iterdir()] == ["kit"]
     with pytest.raises(SystemExit):
         main(["fixture", "-o", str(tmp_path / "kit")])
     assert "is there already" in capsys.readouterr().err
-    for name in ("tied", "untied"):
+    for name in ("tied", "untied", "moe"):
         folder = tmp_path / "kit" / name
         config, weights = read_checkpoint(folder)
         tolerances = json.loads((folder / "tolerances.json").read_text())
@@ -39,9 +39,10 @@ def test_kit(tmp_path, capsys):
             return [k for k, x in points.items() if distance(x, golden[k], 1)[0] > tolerances[precision][k]]
 
         assert beyond(weights, "float32") == beyond(weights, "bfloat16") == []
-        key = "model.layers.1.mlp.up_proj.weight"
-        bad = weights | {key: weights[key] * np.float32(1.0001)}
-        assert beyond(bad, "float32")[0] == "model.layers.1.mlp.up_proj"
+        point = f"model.layers.1.mlp.{'gate' if name == 'moe' else 'up_proj'}"
+        bad = weights | {f"{point}.weight": weights[f"{point}.weight"] * np.float32(1.0001)}
+        assert beyond(bad, "float32")[0] == point
+    assert sum(file.stat().st_size for file in (tmp_path / "kit").rglob("*")) < 45e6  # 40 MB, most of it scores
 
 
 @pytest.mark.oracle
@@ -51,7 +52,7 @@ def test_transformers_passes(tmp_path, dtype):
     oracle = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
     write_fixture(tmp_path / "kit")
     most = 0
-    for name in ("tied", "untied"):
+    for name in ("tied", "untied", "moe"):
         folder = tmp_path / "kit" / name
         ids = json.loads((folder / "ids.json").read_text())
         tolerances = json.loads((folder / "tolerances.json").read_text())[dtype]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import draw_ids, relative, trained_like
+from drawing import draw_any_config, draw_ids, relative, trained_like
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -66,6 +66,39 @@ def test_steps_make_the_points(config, weights, ids, numerics):
         rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
         for name, x in golden.points.items():
             assert distance(rerun.step(name), x, 1)[0] <= limit, name
+
+
+@pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16", "bfloat16-grouped"])
+def test_steps_of_the_family(numerics):
+    """On drawn models with experts, YaRN and windows: names, shapes, and each step on the recorded inputs."""
+    limit = {"float32": 3e-6, "float64": 1e-14}.get(numerics, 3e-2)
+    kinds = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        config = draw_any_config(rng)
+        weights = trained_like(config, seed)
+        golden = record(weights, config, draw_ids(rng, config, 2, PROMPT), steps=STEPS, numerics=numerics)
+        kinds |= {bool(config.num_experts), config.sliding_window, config.rope_scaling is not None}
+        names = []
+        forward(weights, config, golden.ids[:, :PROMPT], trace=lambda name, x, names=names: names.append(name))
+        assert point_names(config) == names
+        rerun = Rerun(weights, config, precision(numerics), golden.passes, golden.points)
+        for prefix, ids, positions in golden.passes:
+            for name in names:
+                x = golden.points[prefix + name]
+                assert x.shape == point_shape(name, config, *ids.shape, positions[0, -1] + 1), name
+                y = rerun.step(prefix + name)
+                assert distance(y, x, 1)[0] <= limit, (seed, prefix + name)
+                np.testing.assert_array_equal(np.isneginf(y), np.isneginf(x))
+    assert len(kinds) > 3
+
+
+def test_distance_of_choices():
+    """The share that is lacking, in whatever order; doubles lack one."""
+    truth = np.array([[[1, 2], [3, 4], [5, 6], [0, 7]]])
+    overall, by_token = distance(np.array([[[2, 1], [4, 9], [5, 5], [8, 9]]]), truth, 1)
+    assert by_token.tolist() == [0, 0.5, 0.5, 1]
+    assert overall == 0.5
 
 
 def test_steps_of_a_deep_model(config, ids):

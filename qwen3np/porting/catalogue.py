@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.config import Config
+from qwen3np.config import Config, Yarn
+from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
-from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.numerics import BFLOAT16, Array, silu
 from qwen3np.porting.steps import STEPS, Place, Step
-from qwen3np.rope import inverse_frequencies, rotary_tables, rotate
+from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 Change = Callable[..., Array]  # (run, place, *inputs) -> the point
 
@@ -76,6 +77,10 @@ def _configured(**values: Any) -> Change:
     return _placed(lambda at: replace(at, config=replace(at.config, **values)))
 
 
+def _reconfigured(change: Callable[[Config], Config]) -> Change:
+    return _placed(lambda at: replace(at, config=change(at.config)))
+
+
 def _with_weights_of(own: str, other: str) -> Change:
     return _placed(lambda at: replace(at, name=at.name.replace(own, other)))
 
@@ -109,7 +114,8 @@ def _rotated(
     def change(run: Change, at: Place, x: Array) -> Array:
         by = frequencies(inverse_frequencies(at.config, at.numerics))
         turned = angles(angles(at.positions[:, None, :, None].astype(by.dtype)) * angles(by))
-        cos, sin = (tables(at.numerics.round(f(turned))) for f in (np.cos, np.sin))
+        scale = attention_factor(at.config)
+        cos, sin = (tables(at.numerics.round(f(turned) * scale)) for f in (np.cos, np.sin))
         return rotate(np.swapaxes(x, 1, 2), (cos, sin), at.numerics)
 
     return change
@@ -178,9 +184,47 @@ def _seeing(ahead: Callable[[int], int]) -> Change:
         products = q.reshape(batch, kv_heads, -1, new, size) @ np.swapaxes(k[:, :, None], -1, -2)  # (B, K, G, S, T)
         scores = at.numerics.round(at.numerics.round(products) * at.numerics.dtype.type(size**-0.5))
         seen = np.tri(new, total, total - new + ahead(total), np.bool_)
+        if (window := at.config.window(at.layer)) is not None:
+            seen &= ~np.tri(new, total, total - new - window, np.bool_)
         return np.where(seen, scores.reshape(*q.shape[:3], total), at.numerics.dtype.type(-np.inf))
 
     return change
+
+
+def _slid_elsewhere(config: Config) -> Config:
+    """Let those layers slide that do not, and the others not."""
+    layers = range(config.num_hidden_layers)
+    types = ("sliding_attention" if config.window(i) is None else "full_attention" for i in layers)
+    return replace(config, layer_types=tuple(types))
+
+
+def _wider(by: int) -> Change:
+    return _reconfigured(lambda config: replace(config, sliding_window=max((config.sliding_window or 0) + by, 1)))
+
+
+def _slides(config: Config) -> bool:
+    return any(config.window(i) is not None for i in range(config.num_hidden_layers))
+
+
+def _slides_in_part(config: Config) -> bool:
+    return _slides(config) and any(config.window(i) is None for i in range(config.num_hidden_layers))
+
+
+# --- YaRN -------------------------------------------------------------------------------------------------------------
+
+
+def _has_yarn(config: Config) -> bool:
+    return config.rope_scaling is not None
+
+
+def _yarn(change: Callable[[Yarn, float], Yarn]) -> Change:
+    """Rotate with other settings, made of those of the config and their attention factor."""
+
+    def changed(config: Config) -> Config:
+        yarn = config.rope_scaling
+        return replace(config, rope_scaling=yarn and change(yarn, attention_factor(config)))
+
+    return _reconfigured(changed)
 
 
 # --- feed-forward -----------------------------------------------------------------------------------------------------
@@ -205,9 +249,43 @@ def _exchanged(run: Change, at: Place, x: Array, y: Array) -> Array:
     return run(at, y, x)
 
 
+def _within_experts(activate: Callable[[Array, Array], Array]) -> Change:
+    """Let every expert make activate(gate, up) of its two projections."""
+
+    def change(run: Change, at: Place, x: Array, indices: Array, shares: Array) -> Array:
+        n, y = at.numerics, np.zeros_like(x)
+        for expert in np.unique(indices):
+
+            def project(x: Array, name: str, expert: int = expert) -> Array:
+                return linear(x, at.weights[f"{at.name}.{expert}.{name}_proj.weight"], None, n)
+
+            here = indices == expert
+            rows = here.any(-1)
+            act = n.round(activate(project(x[rows], "gate"), project(x[rows], "up")))
+            y[rows] = n.round(y[rows] + n.round(project(act, "down") * shares[here][:, None]))
+        return y
+
+    return change
+
+
+# --- router -----------------------------------------------------------------------------------------------------------
+
+
+def _is_sparse(config: Config) -> bool:
+    return any(config.is_sparse(i) for i in range(config.num_hidden_layers))
+
+
+def _logits_as_weights(run: Change, at: Place, logits: Array, indices: Array) -> Array:
+    return np.take_along_axis(logits, indices, -1)
+
+
+def _logits_normalised(run: Change, at: Place, logits: Array, indices: Array) -> Array:
+    chosen = np.take_along_axis(logits, indices, -1)
+    return at.numerics.round(chosen / chosen.sum(-1, keepdims=True))
+
+
 NORMS, LAYER_NORMS, HEAD_NORMS, ROPE = "*norm", "[!s]*norm", "self_attn.[qk]_norm", "self_attn.[qk]_rope"
-# Bugs of one name are forms of the same one. A bug that only some models can have says so with `applies`: those of
-# experts, of YaRN and of sliding windows belong here like any other, with the condition that the config has them.
+# Bugs of one name are forms of the same one. A bug that only some models can have says so with `applies`.
 BUGS = (
     Bug(
         "norm: q/k norm missing",
@@ -287,6 +365,36 @@ BUGS = (
         "a decode step's position is the length of the cache before it",
     ),
     Bug(
+        "rotary: YaRN ignored",
+        {ROPE: _configured(rope_scaling=None)},
+        "rope_scaling, or rope_parameters with rope_type yarn: other frequencies, and a factor on cos and sin",
+        _has_yarn,
+    ),
+    Bug(
+        "rotary: YaRN's attention factor dropped",
+        {ROPE: _yarn(lambda yarn, factor: replace(yarn, attention_factor=1.0))},
+        "cos and sin, of q and k both, are multiplied by 0.1 ln(factor) + 1",
+        _has_yarn,
+    ),
+    Bug(
+        "rotary: YaRN's attention factor not read",
+        {ROPE: _yarn(lambda yarn, _: replace(yarn, attention_factor=None, mscale=None, mscale_all_dim=None))},
+        "attention_factor, or mscale and mscale_all_dim, are read from config.json where they are there",
+        lambda c: c.rope_scaling is not None and attention_factor(c) != 0.1 * math.log(c.rope_scaling.factor) + 1,
+    ),
+    Bug(
+        "rotary: YaRN's attention factor squared",
+        {ROPE: _yarn(lambda yarn, factor: replace(yarn, attention_factor=factor**2))},
+        "cos and sin are multiplied by the factor once; the scores are not multiplied again",
+        _has_yarn,
+    ),
+    Bug(
+        "rotary: YaRN's attention factor squared",  # in the scale of the scores too
+        {"self_attn.scores": _scaled(lambda c: attention_factor(c) ** 2)},
+        "cos and sin are multiplied by the factor once; the scores are not multiplied again",
+        _has_yarn,
+    ),
+    Bug(
         "attention: scale from hidden_size / heads",
         {"self_attn.scores": _scaled(lambda c: math.sqrt(c.head_dim * c.num_attention_heads / c.hidden_size))},
         "head_dim is read from config.json: the scale is head_dim ** -0.5",
@@ -319,20 +427,83 @@ BUGS = (
         "a query sees its own position and those before it",
     ),
     Bug(
+        "attention: sliding window ignored",
+        {"self_attn.scores": _configured(sliding_window=None)},
+        "sliding_window, in the layers that layer_types or max_window_layers name",
+        _slides,
+    ),
+    Bug(
+        "attention: sliding window in the wrong layers",
+        {"self_attn.scores": _reconfigured(_slid_elsewhere)},
+        "layer_types says which layers slide; without it those from max_window_layers on",
+        _slides_in_part,
+    ),
+    Bug(
+        "attention: sliding window in the wrong layers",
+        {"self_attn.scores": _configured(layer_types=(), max_window_layers=0)},
+        "layer_types says which layers slide; without it those from max_window_layers on",
+        _slides_in_part,
+    ),
+    Bug(
+        "attention: sliding window one too long",
+        {"self_attn.scores": _wider(1)},
+        "a position sees sliding_window positions, itself the last of them",
+        _slides,
+    ),
+    Bug(
+        "attention: sliding window one too short",
+        {"self_attn.scores": _wider(-1)},
+        "a position sees sliding_window positions, itself the last of them",
+        lambda c: _slides(c) and c.sliding_window != 1,
+    ),
+    Bug(
         "mlp: gate and up swapped",
         {
             "mlp.gate_proj": _with_weights_of("gate_proj", "up_proj"),
             "mlp.up_proj": _with_weights_of("up_proj", "gate_proj"),
+            "mlp.experts": _within_experts(lambda gate, up: silu(up) * gate),
         },
         "silu is applied to gate_proj; see how a joined matrix is cut",
     ),
     Bug(
         "mlp: gate and up swapped",
-        {"mlp.act": _exchanged},
+        {"mlp.act": _exchanged, "mlp.experts": _within_experts(lambda gate, up: silu(up) * gate)},
         "silu is applied to gate_proj; see how a joined matrix is cut",
     ),
-    Bug("mlp: GELU instead of SiLU", {"mlp.act": _activated(_gelu)}, "hidden_act is silu: x / (1 + exp(-x))"),
-    Bug("mlp: GELU instead of SiLU", {"mlp.act": _activated(_gelu_tanh)}, "hidden_act is silu: x / (1 + exp(-x))"),
+    Bug(
+        "mlp: GELU instead of SiLU",
+        {"mlp.act": _activated(_gelu), "mlp.experts": _within_experts(lambda gate, up: _gelu(gate) * up)},
+        "hidden_act is silu: x / (1 + exp(-x))",
+    ),
+    Bug(
+        "mlp: GELU instead of SiLU",
+        {"mlp.act": _activated(_gelu_tanh), "mlp.experts": _within_experts(lambda gate, up: _gelu_tanh(gate) * up)},
+        "hidden_act is silu: x / (1 + exp(-x))",
+    ),
+    Bug(
+        "experts: weights not normalised",
+        {"mlp.router_weights": _configured(norm_topk_prob=False)},
+        "with norm_topk_prob the weights of the chosen experts are divided by their sum",
+        lambda c: _is_sparse(c) and c.norm_topk_prob and c.num_experts_per_tok < c.num_experts,
+    ),
+    Bug(
+        "experts: weights normalised",
+        {"mlp.router_weights": _configured(norm_topk_prob=True)},
+        "without norm_topk_prob the weights are those of the softmax over all experts",
+        lambda c: _is_sparse(c) and not c.norm_topk_prob and c.num_experts_per_tok < c.num_experts,
+    ),
+    Bug(
+        "experts: router logits as weights",
+        {"mlp.router_weights": _logits_as_weights},
+        "the weights are probabilities: a softmax over all experts, before the largest are chosen",
+        _is_sparse,
+    ),
+    Bug(
+        "experts: router logits as weights",
+        {"mlp.router_weights": _logits_normalised},
+        "the weights are probabilities: a softmax over all experts, before the largest are chosen",
+        lambda c: _is_sparse(c) and c.norm_topk_prob,
+    ),
     Bug(
         "head: tied to the embedding",
         {"lm_head": _configured(tie_word_embeddings=True)},

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from qwen3np.config import Config
+from qwen3np.model import position_axis
 from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
 from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import STEPS, Rerun, point_names, point_shape, position_axis, split_layer, split_pass
+from qwen3np.porting.steps import CHOICE, STEPS, Rerun, point_names, point_shape, split_layer, split_pass
 from qwen3np.rope import rotary_tables, rotate
 
 # How many times the noise floor is still rounding: another order of summation, or another place to round.
@@ -78,7 +79,11 @@ class Aligned:
     @property
     def given(self) -> dict[str, Array]:
         """The points that are there as a whole, to compute others from."""
-        return {name: here.whole for name, here in self.found.items() if here.whole.shape == self.shapes[name]}
+        return {
+            name: here.whole
+            for name, here in self.found.items()
+            if here.whole.shape == self.shapes[name] and not (name.endswith(CHOICE) and here.fault)
+        }
 
 
 def compare(
@@ -97,7 +102,10 @@ def compare(
 
     Raises ValueError for a dump of other ids or of another model, and for one that has none of the points.
     """
-    return judge(golden, align(golden, dump, about, names, precision), weights)
+    aligned = align(golden, dump, about, names, precision)
+    if weights is not None:
+        aligned = reroute(golden, aligned, weights)
+    return judge(golden, aligned, weights)
 
 
 def align(
@@ -131,7 +139,81 @@ def align(
     if not found:
         first = next(iter(faults.values()))
         raise ValueError(f"no shape fits, is it a dump of another model? {first.name}: {first.notes[0]}")
-    return Aligned(found, faults, unknown, shapes, precision or _precision(found))
+    _in_order(found)
+    port = precision or _precision(found)
+    for name in [name for name in found if name.endswith(CHOICE)]:
+        here, gate = found[name], gate_of(name)
+        if gate in golden.points:  # without the weights no more than this point can follow another choice
+            logits = golden.points[gate]
+            logits = np.take(logits, [-1], 1) if LAST in here.notes else logits
+            truth = settle(here.part, here.truth, logits, tolerance(gate, golden, port)[1])
+            found[name] = replace(here, truth=truth)
+    return Aligned(found, faults, unknown, shapes, port)
+
+
+def reroute(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -> Aligned:
+    """Let the reference follow the port where it chose another expert, of nearly equal probability.
+
+    Which one it is, is rounding; but from there on all numbers are others.
+    """
+    given = aligned.given
+    if not any(name in given for name in _other_choices(golden, aligned.found)):
+        return aligned
+    chosen: dict[str, Array] = {}
+    run = Rerun(weights, golden.config, precision(golden.numerics), golden.passes, chosen)
+    found = dict(aligned.found)
+    for prefix, _, _ in golden.passes:
+        for name in (prefix + point for point in point_names(golden.config)):
+            if name.endswith(CHOICE) and name in given:
+                gate = gate_of(name)
+                limit = tolerance(gate, golden, aligned.precision)[1]
+                chosen[name] = settle(given[name], run.step(name), run.value(gate), limit)
+            x = run.value(name)
+            if name in found:
+                found[name] = replace(found[name], truth=kept(golden, found[name], name, x))
+    return replace(aligned, found=found)
+
+
+def _other_choices(golden: Recording, found: Mapping[str, Found]) -> list[str]:
+    """Return the points where the port has other experts than the recording, by rounding."""
+    return [
+        name
+        for name, here in found.items()
+        if name.endswith(CHOICE) and LAST not in here.notes and distance(here.truth, golden.points[name], 1)[0]
+    ]
+
+
+def gate_of(name: str) -> str:
+    """Return the router's logits to a point of its choices."""
+    return name.removesuffix("router_indices") + "gate"
+
+
+def settle(x: Array, own: Array, logits: Array, floor: float) -> Array:
+    """Return the choices x (B, S, k) of the tokens where they are as good as one's own, else one's own.
+
+    As good: none has a logit (of logits (B, S, E)) below the k-th largest by more than rounding, which moves a token's
+    logits by MARGIN times the floor, relative to their norm.
+    """
+    count, k = logits.shape[-1], x.shape[-1]
+    inside = np.clip(x, 0, count - 1)
+    norms: Array = np.sqrt(np.square(logits.astype(np.float64)).sum(-1, keepdims=True))
+    slack = math.sqrt(2) * MARGIN * floor * np.maximum(norms, np.median(norms))
+    least = np.sort(logits, -1)[..., count - k, None]
+    good = (np.take_along_axis(logits, inside, -1) >= least - slack) & (inside == x)
+    distinct = (np.diff(np.sort(x, -1)) > 0).all(-1)
+    return np.where((good.all(-1) & distinct)[..., None], x, own)
+
+
+def _in_order(found: dict[str, Found]) -> None:
+    """Bring a token's experts into the reference's order: the one with the largest weight first."""
+    for name in [name for name in found if name.endswith(CHOICE)]:
+        weights = name.removesuffix("indices") + "weights"
+        if weights in found and found[weights].whole.shape == found[name].whole.shape:
+            for part in ("whole", "part"):
+                order = np.argsort(-getattr(found[weights], part), -1, kind="stable")
+                for one in (name, weights):
+                    x = np.take_along_axis(getattr(found[one], part), order, -1)
+                    found[one] = replace(found[one], **{part: x})
 
 
 def judge(golden: Recording, aligned: Aligned, weights: Mapping[str, Array] | None = None) -> Comparison:
@@ -176,6 +258,10 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> Fo
     """Bring an array to the reference's layout, and its mask to -inf. None where it fits in no way."""
     if x.dtype.kind not in "fiuV" or (x.dtype.kind == "V" and x.dtype != BFLOAT16):
         return None
+    if name.endswith(CHOICE):
+        if not np.array_equal(x, np.trunc(x)):
+            return None
+        x = x.astype(np.int64)
     is_scores, hidden = name.endswith(".scores"), False
     short = (str(x.dtype),) if x.dtype in (np.float16, BFLOAT16) else ()
     if is_scores:
@@ -195,6 +281,9 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...]) -> Fo
     elif is_scores and (np.isneginf(part) != np.isneginf(truth)).any():
         where = tuple(int(i) for i in np.argwhere(np.isneginf(part) != np.isneginf(truth))[0])
         fault = f"another mask, first at {where}"
+    if name.endswith(CHOICE) and (none := (part < 0) | (part >= golden.config.num_experts)).any():
+        where = tuple(int(i) for i in np.argwhere(none)[0])
+        fault = f"{np.count_nonzero(none)} numbers are no expert's, first at {where}"
     broken = ~np.isfinite(part) & np.isfinite(truth)
     if broken.any() and not fault:
         where = tuple(int(i) for i in np.argwhere(broken)[0])
@@ -206,7 +295,7 @@ def _precision(found: Mapping[str, Found]) -> str:
     """Return "bfloat16" for numbers with no more than its or float16's digits, as most points then have."""
     short = [0, 0]
     for name, here in found.items():
-        if name.endswith(("embed_tokens", "probs", "scores")):  # gathered, or with zeros in any precision
+        if name.endswith(("embed_tokens", "probs", "scores", CHOICE)):  # gathered, zeros, integers
             continue
         sample = here.whole.ravel()[:65536]
         sample = sample[np.isfinite(sample)].astype(np.float64)
@@ -241,6 +330,9 @@ def _added(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) ->
             exact, rounded = (run.step(prefix + name) for run in runs)
             if prefix + name in found:
                 here, axis = found[prefix + name], position_axis(name)
+                if name.endswith(CHOICE) and here.whole.shape == exact.shape:
+                    gate = gate_of(name)
+                    exact = settle(here.whole, exact, runs[0].value(prefix + gate), floors.get(gate, LEAST[port]))
                 floors[name] = max(distance(rounded, exact, axis)[0], floors.get(name, LEAST[port]))
                 exact = kept(golden, here, prefix + name, exact)
                 added[prefix + name] = distance(here.part, exact, axis)[0], floors[name]
@@ -252,7 +344,8 @@ def _report(name: str, here: Found, golden: Recording, port: str, added: tuple[f
     axis = position_axis(name)
     floor, worst_floor = tolerance(name, golden, port)
     x, truth = here.part.astype(np.float64), here.truth.astype(np.float64)
-    rel, by_token = distance(x, truth, axis)
+    is_choice = name.endswith(CHOICE)
+    rel, by_token = distance(here.part, here.truth, axis) if is_choice else distance(x, truth, axis)
     seen = np.isfinite(truth)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(np.where(seen, x - np.where(seen, truth, 0), 0))
@@ -273,14 +366,15 @@ def _report(name: str, here: Found, golden: Recording, port: str, added: tuple[f
         verdict = "equal"
     else:
         within = rel <= MARGIN * floor and by_token.max() <= MARGIN * worst_floor
+        within = within and not (is_choice and gate_of(name) in golden.points)  # those of rounding are settled
         verdict = "rounding" if within else "different"
     finite = bool(np.isfinite(rel))
     return PointReport(
         name,
         verdict,
         rel if finite else None,
-        float(error.max()) if finite else None,
-        float((error[seen] / place).max()) if finite else None,
+        float(error.max()) if finite and not is_choice else None,
+        float((error[seen] / place).max()) if finite and not is_choice else None,
         token,
         head,
         floor,
@@ -329,6 +423,10 @@ def _verdict(
         for r in reports
     ):
         why = ", or at a step before it that the dump does not have"
+    if first.added is None and _other_choices(golden, found):
+        why += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"
+    elif port == "bfloat16" and golden.config.num_experts and not any(name.endswith(CHOICE) for name in found):
+        why += "; or rounding, if other experts of nearly equal weight were chosen: dump mlp.router_indices"
     # a port that computes in 16 bits is that far off nearly everywhere, a bug from one point on
     coarse = len(different) > 0.8 * len(reports) and all(
         r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * tolerance(r.name, golden, "bfloat16")[0]
@@ -344,9 +442,11 @@ def _shift(report: PointReport, found: Mapping[str, Found], golden: Recording, p
     if not report.name.endswith("_rope") or report.rel_l2 is None:
         return None
     here = found[report.name]
+    yarn = golden.config.rope_scaling
+    config = replace(golden.config, rope_scaling=yarn and replace(yarn, attention_factor=1.0))  # the truth has it
     best, away = 0, report.rel_l2
     for shift in range(-SHIFTS, SHIFTS + 1):
-        tables = rotary_tables(golden.config, np.array([[shift]]), FLOAT64)
+        tables = rotary_tables(config, np.array([[shift]]), FLOAT64)
         distant = distance(here.part, rotate(here.truth.astype(np.float64), tables, FLOAT64), 2)[0]
         if distant < away:
             best, away = shift, distant

@@ -11,13 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from qwen3np.model import position_axis
 from qwen3np.numerics import Array
 from qwen3np.numerics import precision as numerics_of
 from qwen3np.porting.catalogue import BUGS, Bug
-from qwen3np.porting.compare import MARGIN, Aligned, Comparison, Found, PointReport, align, judge, kept, tolerance
+from qwen3np.porting.compare import (
+    MARGIN,
+    Aligned,
+    Comparison,
+    Found,
+    PointReport,
+    align,
+    gate_of,
+    judge,
+    kept,
+    reroute,
+    settle,
+    tolerance,
+)
 from qwen3np.porting.dumps import UNMASKED
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import STEPS, Rerun, point_names, position_axis, split_layer, split_pass
+from qwen3np.porting.steps import CHOICE, STEPS, Rerun, point_names, split_layer, split_pass
 
 SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report
@@ -62,7 +76,7 @@ def diagnose(
     Each bug is planted in the reference, which is run from the port's own numbers: those before the first wrong point,
     or the ids alone where the port dumps no more than logits. Arguments and errors are those of compare.
     """
-    aligned = align(golden, dump, about, names, precision)
+    aligned = reroute(golden, align(golden, dump, about, names, precision), weights)
     comparison = judge(golden, aligned, weights)
     if comparison.first_point is None:
         return Diagnosis(comparison.verdict, None, comparison.meaning)
@@ -189,6 +203,12 @@ class _Bench:
     def left(self, rerun: Rerun, name: str) -> float:
         """Return the squared distance of the port's point from this implementation's, relative to its own size."""
         here = self.aligned.found[name]
+        if name.endswith(CHOICE):
+            gate, own = gate_of(name), rerun.step(name)
+            if here.whole.shape == own.shape:
+                limit = tolerance(gate, self.golden, self.aligned.precision)[1]
+                own = settle(here.whole, own, rerun.value(gate), limit)
+            return distance(here.part, kept(self.golden, here, name, own), 1)[0] ** 2
         mine, other = (x.astype(np.float64) for x in (here.part, kept(self.golden, here, name, rerun.step(name))))
         if UNMASKED in here.notes:
             mine, other = (np.where(np.isfinite(here.truth), x, 0) for x in (mine, other))
@@ -262,6 +282,8 @@ class _Bench:
         mine = here.part.astype(np.float64)
         limit = MARGIN * tolerance(self.point, self.golden, self.aligned.precision)[1]
         kind = split_layer(self.point)[1].rpartition(".")[2]
+        if self.point.endswith(CHOICE):
+            return known
         axes = {"positions": position_axis(self.point)} | ({"heads": HEADS[kind]} if kind in HEADS else {})
         for what, axis in axes.items():
             is_wrong = ~(distance(mine, right, axis)[1] <= limit)

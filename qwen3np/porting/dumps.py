@@ -14,9 +14,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from qwen3np.config import Config
+from qwen3np.model import position_axis
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
-from qwen3np.porting.steps import STEPS, position_axis, split_layer
+from qwen3np.porting.steps import CHOICE, STEPS, split_layer
 
 LAYER = "model.layers.{N}"
 # What may have to be assumed of an array.
@@ -32,10 +33,16 @@ MODULES = {
     "model.layers.{N}.self_attn": f"{LAYER}.self_attn.o_proj",
     "model.layers.{N}.self_attn.o_proj_inputs": f"{LAYER}.self_attn.context",
     "model.layers.{N}.post_attention_layernorm_inputs": f"{LAYER}.attn_residual",
-    "model.layers.{N}.mlp": f"{LAYER}.mlp.down_proj",
+    "model.layers.{N}.mlp": "mlp {N}",
+    "model.layers.{N}.mlp.gate.0": f"{LAYER}.mlp.gate",  # a router gives three
+    "model.layers.{N}.mlp.gate.1": f"{LAYER}.mlp.router_weights",
+    "model.layers.{N}.mlp.gate.2": f"{LAYER}.{CHOICE}",
+    "model.layers.{N}.mlp.gate_outputs_0": f"{LAYER}.mlp.gate",
+    "model.layers.{N}.mlp.gate_outputs_1": f"{LAYER}.mlp.router_weights",
+    "model.layers.{N}.mlp.gate_outputs_2": f"{LAYER}.{CHOICE}",
     "model.layers.{N}.mlp.down_proj_inputs": f"{LAYER}.mlp.act",
 }
-# What llama.cpp's graph callback calls them (src/models/qwen3.cpp, src/llama-graph.cpp).
+# What llama.cpp's graph callback calls them (src/models/qwen3.cpp, qwen3moe.cpp, src/llama-graph.cpp).
 LLAMA_CPP = {
     "inp_embd": "model.embed_tokens",
     "embd": "model.embed_tokens",
@@ -56,6 +63,11 @@ LLAMA_CPP = {
     "ffn_swiglu-{N}": f"{LAYER}.mlp.act",
     "ffn_gate_par-{N}": f"{LAYER}.mlp.act",
     "ffn_out-{N}": f"{LAYER}.mlp.down_proj",
+    "ffn_moe_logits-{N}": f"{LAYER}.mlp.gate",
+    "ffn_moe_topk-{N}": f"{LAYER}.{CHOICE}",
+    "ffn_moe_weights-{N}": "raw weights {N}",
+    "ffn_moe_weights_norm-{N}": f"{LAYER}.mlp.router_weights",
+    "ffn_moe_out-{N}": f"{LAYER}.mlp.experts",
     "l_out-{N}": LAYER,
     "result_norm": "model.norm",
     "result_output": "lm_head",
@@ -139,6 +151,10 @@ def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[s
                 if point in ("last", "before {N}"):
                     layer = config.num_hidden_layers if point == "last" else layer
                     return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
+                if point == "mlp {N}":
+                    return f"model.layers.{layer}.mlp." + ("experts" if config.is_sparse(layer) else "down_proj")
+                if point == "raw weights {N}":  # before they are divided by their sum
+                    return None if config.norm_topk_prob else f"model.layers.{layer}.mlp.router_weights"
                 return point.replace("{N}", str(layer))
         return None
 
@@ -167,6 +183,12 @@ def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iter
             (("only the positions so far", *how), y) for how, y in layouts(name, x[..., : shape[-1]], shape, config)
         )
         return
+    if x.ndim and x.shape[-1] < shape[-1] and kind in ("scores", "probs"):
+        if config.window(split_layer(name)[0] or 0) is not None:  # a cache of no more than that
+            before = [(0, 0)] * (x.ndim - 1) + [(shape[-1] - x.shape[-1], 0)]
+            x = np.pad(x, before, constant_values=0 if kind == "probs" else -np.inf)
+            yield from ((("only the positions in the window", *how), y) for how, y in layouts(name, x, shape, config))
+        return
     last = (*shape[:axis], 1, *shape[axis + 1 :])
     for target, note in ((shape, ()), (last, (LAST,))) if shape != last else ((shape, ()),):
         if x.size != int(np.prod(target)):
@@ -189,7 +211,7 @@ def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iter
                     seen.append((("heads flattened",), y if order == split else np.swapaxes(y, 1, 2)))
         elif x.shape == target:
             seen.append(((), x))
-        elif x.shape[-1] == target[-1]:
+        elif x.shape[-1] == target[-1] or (kind == "router_weights" and x.shape[-2:] == (target[-1], 1)):
             seen.append(((), x.reshape(target)))
         for how, y in seen:
             if x.shape[0] != target[0] or x.ndim < min(len(target), 3):

@@ -34,12 +34,22 @@ TIED = Config(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
-CONFIGS = {"tied": TIED, "untied": replace(TIED, tie_word_embeddings=False)}
+UNTIED = replace(TIED, tie_word_embeddings=False)
+MOE = replace(
+    UNTIED,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+    mlp_only_layers=(0,),
+)
+CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
 README = f"""# Golden values for a port of Qwen3
 
-Two checkpoints, `tied` and `untied` (whether the head is the embedding), small enough for a test suite and made so that
-bugs show: norm weights other than 1, three query heads for each key head, head_dim other than hidden_size / heads,
-{PROMPT} positions, and {STEPS} steps with the cache. In each folder:
+Three checkpoints: `tied` and `untied` (whether the head is the embedding), and `moe`, whose layer 1 sends each token to
+2 of 8 experts. They are small enough for a test suite and made so that bugs show: norm weights other than 1, three
+query heads for each key head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the
+cache. In each folder:
 
 | file | what it holds |
 |---|---|
@@ -61,6 +71,11 @@ computes in float32, and those of "bfloat16" for one that rounds to 16 bits anyw
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
 (1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
+
+In `moe`, `router_indices` are integers: compare them as sets, token by token; their tolerance is the share that may be
+others. Where two experts are equally likely but for rounding, 16 bits may choose either, and from there on that token's
+numbers are others. Such choices are in the tolerances of "bfloat16", which are wide from `mlp.experts` of layer 1 on:
+bring the experts up in float32. `qwen3np compare --model` follows the port's own choices and stays sharp.
 
 To be told more than that it fails, write what you have under the same names, to a .safetensors, a .npz or a folder of
 .npy files:

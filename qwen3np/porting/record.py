@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike
 import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.model import checked_ids, forward
+from qwen3np.model import checked_ids, forward, position_axis
 from qwen3np.numerics import FLOAT64, Array, precision
-from qwen3np.porting.steps import point_names, position_axis, split_layer, split_pass
+from qwen3np.porting.steps import point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
 HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads
@@ -30,8 +30,8 @@ class Recording:
     """Points by name, those of a decode step under "decode.0.", "decode.1." and so on, in the order of forward.
 
     floors[precision][name] is how far the reference's own evaluation in "float32" or "bfloat16" lies from its float64
-    one: (the relative L2 distance, that of the worst position). tokens and heads are what was kept of a point, or None
-    for all.
+    one: (the relative L2 distance, that of the worst position); with experts the larger one of "bfloat16" and
+    "bfloat16-grouped". tokens and heads are what was kept of a point, or None for all.
     """
 
     points: dict[str, Array]
@@ -126,7 +126,7 @@ def record(
     Decode steps are fed the ids `fed`, of as many sequences, one by one; where there are fewer, greedy ones follow.
     points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
     layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
-    heads) where a point has an axis for them. It runs three times, in each precision, for the noise floors.
+    heads) where a point has an axis for them. It runs once in each precision, for the noise floors.
 
     Raises ValueError for ids outside the vocabulary, and choices that leave nothing.
     """
@@ -142,19 +142,19 @@ def record(
         truth = dict[str, Array]()
         trace(weights, config, prompt, truth.__setitem__, numerics=FLOAT64.name, **chosen)
     floors: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in ("float32", "bfloat16"):
-        floor: dict[str, tuple[float, float]] = {}
+    for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
+        floor = floors.setdefault(name.removesuffix("-grouped"), {})
 
         def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
             overall, by_token = distance(x, truth[point], position_axis(point))
-            floor[point] = overall, float(by_token.max())
+            before = floor.get(point, (0.0, 0.0))
+            floor[point] = max(overall, before[0]), max(float(by_token.max()), before[1])
 
         if name == numerics:
             for point, x in recorded.items():
                 measure(point, x)
         else:
             trace(weights, config, prompt, measure, numerics=name, **chosen)
-        floors[name] = floor
     kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
     return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
 
@@ -275,7 +275,11 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
     """Return the relative L2 distance from the truth, over all and per index of `axis`; where the truth is -inf, none.
 
     An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
+    Integers are choices: their distance is the share of the truth's that x does not have, in whatever order.
     """
+    if truth.dtype.kind in "iu":
+        lacking = (truth[..., :, None] != x[..., None, :]).all(-1)
+        return float(lacking.mean()), lacking.mean(tuple(i for i in range(truth.ndim) if i != axis))
     seen = np.isfinite(truth)
     y: Array = np.where(seen, truth, 0.0).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):

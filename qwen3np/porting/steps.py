@@ -15,6 +15,8 @@ import numpy as np
 from qwen3np.attention import attend
 from qwen3np.config import Config
 from qwen3np.linear import linear
+from qwen3np.model import position_axis
+from qwen3np.moe import choose, experts, weigh
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, silu, softmax
 from qwen3np.rope import rotary_tables, rotate
@@ -32,6 +34,11 @@ class Place:
     positions: Array  # (B, S)
 
     @property
+    def layer(self) -> int:
+        """The number of the layer that the point belongs to."""
+        return split_layer(self.name)[0] or 0
+
+    @property
     def weight(self) -> Array:
         """The tensor of the module that has the name of the point."""
         return self.weights[f"{self.name}.weight"]
@@ -39,7 +46,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """inputs are points of the same layer; "input" is what the layer is given, "all ..." reaches back to position 0."""
+    """inputs are points of the same layer; "all ..." reaches back to position 0.
+
+    "input" is what the layer is given, "mlp" what its feed-forward part, dense or sparse, gives.
+    """
 
     run: Callable[..., Array]  # (place, *inputs) -> the point
     inputs: tuple[str, ...] = ()
@@ -75,7 +85,7 @@ def _scores(at: Place, q: Array, k: Array) -> Array:  # (B, H, S, Dh), (B, K, T,
     shape = (*q.shape[:3], k.shape[2])
     scores, probs = np.full(shape, -np.inf, at.numerics.dtype), np.zeros(shape, at.numerics.dtype)
     for b in range(len(q)):
-        attend(q[b], k[b], k[b], at.numerics, (scores[b], probs[b]))
+        attend(q[b], k[b], k[b], at.numerics, (scores[b], probs[b]), at.config.window(at.layer))
     return scores
 
 
@@ -99,6 +109,19 @@ def _activate(at: Place, gate: Array, up: Array) -> Array:
     return at.numerics.round(at.numerics.round(silu(gate)) * up)
 
 
+def _choose(at: Place, logits: Array) -> Array:  # (B, S, E) -> (B, S, k)
+    return choose(softmax(logits), at.config)
+
+
+def _weigh(at: Place, logits: Array, indices: Array) -> Array:  # (B, S, E), (B, S, k) -> (B, S, k)
+    return weigh(softmax(logits), indices, at.config, at.numerics)
+
+
+def _mix(at: Place, x: Array, indices: Array, shares: Array) -> Array:  # (B, S, D), twice (B, S, k) -> (B, S, D)
+    return experts(x, at.weights, f"{at.name}.", indices, shares, at.numerics)
+
+
+CHOICE = "mlp.router_indices"  # the one point of integers
 # In the order in which forward records them. "output" is the layer's own point, "model.layers.N".
 LAYER: dict[str, Step] = {
     "input_layernorm": Step(_normalise, ("input",)),
@@ -119,8 +142,14 @@ LAYER: dict[str, Step] = {
     "mlp.up_proj": Step(_project, ("post_attention_layernorm",)),
     "mlp.act": Step(_activate, ("mlp.gate_proj", "mlp.up_proj")),
     "mlp.down_proj": Step(_project, ("mlp.act",)),
-    "output": Step(_add, ("attn_residual", "mlp.down_proj")),
+    "mlp.gate": Step(_project, ("post_attention_layernorm",)),
+    CHOICE: Step(_choose, ("mlp.gate",)),
+    "mlp.router_weights": Step(_weigh, ("mlp.gate", CHOICE)),
+    "mlp.experts": Step(_mix, ("post_attention_layernorm", CHOICE, "mlp.router_weights")),
+    "output": Step(_add, ("attn_residual", "mlp")),
 }
+DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.act", "mlp.down_proj")
+SPARSE = ("mlp.gate", CHOICE, "mlp.router_weights", "mlp.experts")
 STEPS: dict[str, Step] = {
     "model.embed_tokens": Step(_embed),
     **LAYER,
@@ -131,7 +160,12 @@ STEPS: dict[str, Step] = {
 
 def point_names(config: Config) -> list[str]:
     """Return the points of one pass, in the order in which forward records them."""
-    layers = [point_name(i, kind) for i in range(config.num_hidden_layers) for kind in LAYER]
+    layers = [
+        point_name(i, kind)
+        for i in range(config.num_hidden_layers)
+        for kind in LAYER
+        if kind not in (DENSE if config.is_sparse(i) else SPARSE)
+    ]
     return ["model.embed_tokens", *layers, "model.norm", "lm_head"]
 
 
@@ -154,11 +188,6 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(found[1]), found[2] or "output") if found else (None, split_pass(name)[1])
 
 
-def position_axis(name: str) -> int:
-    """Return which axis of a point runs over the new positions."""
-    return 2 if split_layer(name)[1].endswith(("_rope", "scores", "probs")) else 1
-
-
 def point_shape(name: str, config: Config, batch: int, new: int, total: int) -> tuple[int, ...]:
     """Return the shape of a whole point of `new` positions, the last of `total`."""
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -172,7 +201,9 @@ def point_shape(name: str, config: Config, batch: int, new: int, total: int) -> 
         return batch, own, new, head_dim
     if kind in ("scores", "probs"):
         return batch, heads, new, total
-    sizes = {"lm_head": config.vocab_size} | dict.fromkeys(("gate_proj", "up_proj", "act"), config.intermediate_size)
+    sizes = dict.fromkeys(("gate_proj", "up_proj", "act"), config.intermediate_size)
+    sizes |= dict.fromkeys(("router_indices", "router_weights"), config.num_experts_per_tok)
+    sizes |= {"gate": config.num_experts, "lm_head": config.vocab_size}
     return batch, new, sizes.get(kind, config.hidden_size)
 
 
@@ -194,7 +225,9 @@ class Rerun:
 
     def value(self, name: str) -> Array:
         """Return the point as it is given, or else as the step makes it."""
-        return self.numerics.widen(self.given[name]) if name in self.given else self.step(name)
+        if name not in self.given:
+            return self.step(name)
+        return self.given[name] if name.endswith(CHOICE) else self.numerics.widen(self.given[name])
 
     def step(self, name: str) -> Array:
         """Return the point as the reference makes it from the values of its inputs."""
@@ -219,6 +252,8 @@ class Rerun:
             return self.value(prefix + x)
         if x == "input":
             return self._output(prefix, layer - 1)
+        if x == "mlp":
+            x = "mlp.experts" if self.config.is_sparse(layer) else "mlp.down_proj"
         if not x.startswith("all "):
             return self.value(prefix + point_name(layer, x))
         name = point_name(layer, x.removeprefix("all "))
