@@ -439,7 +439,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(folder):
 
 
 def test_rope_scaling_of_recordings(run, tmp_path):
-    """trace records the extended model, and compare takes its weights only with the same flag."""
+    """Trace records the extended model, and compare takes its weights only with the same flag."""
     golden, flags = str(tmp_path / "golden.safetensors"), ("--rope-scaling", "yarn:4")
     run("trace", "--ids", "1,2,3", *flags, "-o", golden)
     model = str(BUILTIN)

@@ -487,12 +487,41 @@ def test_unusable(config, weights, golden, dump, tmp_path):
         compare(golden, {"a": np.zeros(3)})
     with pytest.raises(ValueError, match="no shape fits"):
         compare(golden, {"lm_head": np.zeros((1, PROMPT, 7))})
-    with pytest.raises(ValueError, match="other ids"):
-        compare(golden, dump, {"ids": [[1, 2, 3]]})
+    with pytest.raises(ValueError, match=r"other ids: their shape is \(1, 3\), the prompt's \(1, 20\)"):
+        compare(golden, dump, {"ids": [[1, 2, 3]], "steps": 0})
+    other = golden.ids.copy()
+    other[0, 4] += 1
+    with pytest.raises(ValueError, match=f"other ids: {other[0, 4]} instead of {golden.ids[0, 4]} at position 4$"):
+        compare(golden, dump | {"ids": other})
+    with pytest.raises(ValueError, match="precision='float16' is unknown; known: float32, bfloat16"):
+        compare(golden, dump, precision="float16")
     dump["model.layers.0.mlp.act"] = np.zeros((1, PROMPT, 7))
     found = compare(golden, dump)
     assert found.first_point == "model.layers.0.mlp.act"
     assert "shape (1, 20, 7)" in found.meaning
+
+
+def test_decode_steps_of_other_ids_are_left_out(config, weights, golden):
+    """A recording of the prompt alone, and one that went on with another id, agree with it as far as they go."""
+    prompt = golden.ids[:, :PROMPT]
+    alone = record(weights, config, prompt)
+    other = record(weights, config, prompt, fed=(golden.ids[:, PROMPT:] + 1) % config.vocab_size)
+    for mine in (alone, other):
+        found = compare(golden, mine.points, {"ids": mine.ids.tolist(), "steps": mine.steps})
+        assert found.verdict == "equal"
+        assert {name.split(".")[0] for name in found.missing} == {"decode"}
+        assert not any(report.name.startswith("decode") for report in found.points)
+        assert compare(golden, mine.points | {"ids": mine.ids}).verdict == "equal"
+
+
+def test_what_is_missing_is_said_only_where_it_is(golden, dump):
+    """The step before: of the first norm the embedding, of the last norm the last layer's output."""
+    last = f"model.layers.{golden.config.num_hidden_layers - 1}"
+    for name, before in (("model.layers.0.input_layernorm", "model.embed_tokens"), ("model.norm", last)):
+        bad = dump | {name: dump[name] * np.float32(1.01)}
+        assert compare(golden, bad).meaning == f"a bug at {name}"
+        del bad[before]
+        assert compare(golden, bad).meaning == f"a bug at {name}, or at a step before it that the dump does not have"
 
 
 def test_command(config, weights, golden, dump, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_not_finite(golden, weights):
 
 def test_unusable(golden, weights):
     with pytest.raises(ValueError, match="other ids"):
-        diagnose(golden, golden.points, {"ids": [[1, 2, 3]]}, weights=weights)
+        diagnose(golden, golden.points, {"ids": [[1, 2, 3]], "steps": 0}, weights=weights)
     with pytest.raises(ValueError, match="no shape fits"):
         diagnose(golden, {"lm_head": np.zeros((1, PROMPT, 7))}, weights=weights)
     found = diagnose(golden, golden.points | {"model.layers.0.mlp.act": np.zeros((1, PROMPT, 7))}, weights=weights)

@@ -14,13 +14,14 @@ from qwen3np.model import position_axis
 from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
 from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import CHOICE, STEPS, Rerun, point_names, point_shape, split_layer, split_pass
+from qwen3np.porting.steps import CHOICE, STEPS, Rerun, input_name, point_names, point_shape, split_layer, split_pass
 from qwen3np.rope import rotary_tables, rotate
 
 # How many times the noise floor is still rounding: another order of summation, or another place to round.
 MARGIN = 4.0
 # No floor is below a share of the rounding of a single number: some points are exact in the reference.
 LEAST = {"float32": 2**-25, "bfloat16": 2**-10, "float64": 2**-55}
+DIGITS = {"float32": 23, "bfloat16": 7}  # binary, behind the first
 HIDDEN = -9000.0  # scores below stand for -inf, as ports mask with -1e4, -1e9 or the lowest number of a type
 SHIFTS = 16  # constant shifts of the positions that are tried
 
@@ -100,7 +101,8 @@ def compare(
     names maps names of the dump to points. precision is the port's, "float32" or "bfloat16"; None tells it from the
     numbers. With the weights each step is run on the port's own inputs, which gives the error that it adds.
 
-    Raises ValueError for a dump of other ids or of another model, and for one that has none of the points.
+    Raises ValueError for a dump of another prompt or of another model, and for one that has none of the points. Decode
+    steps from the first that was fed another id are left out.
     """
     aligned = align(golden, dump, about, names, precision)
     if weights is not None:
@@ -116,7 +118,9 @@ def align(
     precision: str | None = None,
 ) -> Aligned:
     """Bring a dump to the names and the layouts of a recording. Raises ValueError as compare."""
-    _check_origin(golden, about or {})
+    if precision not in (None, *DIGITS):
+        raise ValueError(f"precision={precision!r} is unknown; known: {', '.join(DIGITS)}")
+    dump = _comparable(golden, dump, about or {})
     point_of = namer(golden.config, names)
     named: dict[str, Array] = {}
     for name in sorted(dump, key=lambda name: name != point_of(name)):  # a plain name goes before a translated one
@@ -235,12 +239,34 @@ def kept(golden: Recording, here: Found, name: str, x: Array) -> Array:
     return np.take(x, [-1], position_axis(name)) if LAST in here.notes else golden.cut(name, x)
 
 
-def _check_origin(golden: Recording, about: Mapping[str, Any]) -> None:
-    """Raise ValueError where the dump is a recording of other ids or another model."""
-    if "ids" in about and not np.array_equal(about["ids"], golden.ids):
-        raise ValueError(f"the dump was made from other ids: {str(about['ids'])[:80]} instead of {golden.ids.tolist()}")
+def _comparable(golden: Recording, dump: Mapping[str, Array], about: Mapping[str, Any]) -> dict[str, Array]:
+    """Return what of a dump was made from the recording's ids, if it says what it was made from.
+
+    Raises ValueError where that is another prompt, or another model.
+    """
     if "config" in about and Config.from_dict(about["config"]) != golden.config:
         raise ValueError("the dump was made by another model: its config is not the recording's")
+    points = {name: x for name, x in dump.items() if name != "ids"}
+    given = about.get("ids", dump.get("ids"))
+    if given is None:
+        return points
+    ids, own = np.atleast_2d(np.asarray(given)), golden.ids
+    prompt = own.shape[1] - golden.steps
+    if len(ids) != len(own) or ids.shape[1] - about.get("steps", max(ids.shape[1] - prompt, 0)) != prompt:
+        raise ValueError(
+            f"the dump was made from other ids: their shape is {ids.shape}, the prompt's {(len(own), prompt)}"
+        )
+    length = min(ids.shape[1], own.shape[1])
+    differ = np.argwhere((ids[:, :length] != own[:, :length]).T)
+    same = int(differ[0, 0]) if len(differ) else length
+    if same < prompt:
+        at, b = differ[0]
+        raise ValueError(
+            f"the dump was made from other ids: {ids[b, at]} instead of {own[b, at]} at position {at}"
+            + (f" of sequence {b}" if len(own) > 1 else "")
+        )
+    other = tuple(f"decode.{i}." for i in range(same - prompt, golden.steps))
+    return {name: x for name, x in points.items() if not name.startswith(other)}
 
 
 def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
@@ -349,8 +375,7 @@ def _report(name: str, here: Found, golden: Recording, port: str, added: tuple[f
     seen = np.isfinite(truth)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(np.where(seen, x - np.where(seen, truth, 0), 0))
-    digits = {"float32": 23, "bfloat16": 7}[port]
-    place = np.exp2(np.floor(np.log2(np.maximum(np.abs(truth[seen]), 2.0**-126))) - digits)
+    place = np.exp2(np.floor(np.log2(np.maximum(np.abs(truth[seen]), 2.0**-126))) - DIGITS[port])
     head = None
     if (kind := name.rpartition(".")[2]) in HEADS:
         head = int(distance(x, truth, HEADS[kind])[1].argmax())
@@ -405,7 +430,7 @@ def _verdict(
     adding = [
         r for r in reports if r.added is not None and r.added_floor is not None and r.added > MARGIN * r.added_floor
     ]
-    kind = split_layer(first.name)[1]
+    (prefix, _), (layer, kind) = split_pass(first.name), split_layer(first.name)
     if first.name not in found or found[first.name].fault:
         return "different", first.name, f"a bug at {first.name}: {first.notes[-1]}"
     why = ""
@@ -417,11 +442,7 @@ def _verdict(
         why = f", but the first step to add more than rounding is {adding[0].name}"
     elif first.added is not None and first not in adding:
         why = ": its error is inherited from steps before it"
-    elif not any(
-        r.name.startswith(first.name.removesuffix(kind)) and r.name.endswith(i.split()[-1])
-        for i in STEPS[kind].inputs
-        for r in reports
-    ):
+    elif not {prefix + input_name(layer, x, golden.config) for x in STEPS[kind].inputs} & {r.name for r in reports}:
         why = ", or at a step before it that the dump does not have"
     if first.added is None and _other_choices(golden, found):
         why += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"

@@ -169,6 +169,20 @@ def point_names(config: Config) -> list[str]:
     return ["model.embed_tokens", *layers, "model.norm", "lm_head"]
 
 
+def input_name(layer: int | None, x: str, config: Config) -> str:
+    """Return the point that one of a Step's inputs means in this layer (None: outside of the layers)."""
+    x = x.removeprefix("all ")
+    if x == "last output":
+        return point_name(config.num_hidden_layers - 1, "output")
+    if layer is None:
+        return x
+    if x == "input":
+        return point_name(layer - 1, "output")
+    if x == "mlp":
+        x = "mlp.experts" if config.is_sparse(layer) else "mlp.down_proj"
+    return point_name(layer, x)
+
+
 def point_name(layer: int, kind: str) -> str:
     """Return the name of a layer's point; that of the embedding for the output of layer -1."""
     if layer < 0:
@@ -245,18 +259,11 @@ class Rerun:
         return self.computed[name]
 
     def _input(self, index: int, layer: int | None, x: str) -> Array:
-        prefix = self.passes[index][0]
-        if x == "last output":
-            return self._output(prefix, self.config.num_hidden_layers - 1)
-        if layer is None:
-            return self.value(prefix + x)
-        if x == "input":
-            return self._output(prefix, layer - 1)
-        if x == "mlp":
-            x = "mlp.experts" if self.config.is_sparse(layer) else "mlp.down_proj"
+        prefix, name = self.passes[index][0], input_name(layer, x, self.config)
+        if x == "last output" or (x == "input" and layer is not None):
+            return self._output(prefix, self.config.num_hidden_layers - 1 if layer is None else layer - 1)
         if not x.startswith("all "):
-            return self.value(prefix + point_name(layer, x))
-        name = point_name(layer, x.removeprefix("all "))
+            return self.value(prefix + name)
         return np.concatenate([self.value(p + name) for p, _, _ in self.passes[: index + 1]], position_axis(name))
 
     def _output(self, prefix: str, layer: int) -> Array:
