@@ -17,11 +17,16 @@ from qwen3np.numerics import PRECISIONS
 from qwen3np.tokenizer import Tokenizer
 
 
-def add_model(parser: argparse.ArgumentParser, needed: str | None = None) -> None:
+def add_model(
+    parser: argparse.ArgumentParser,
+    needed: str | None = None,
+    default: str = "the small checkpoint that is built in",
+) -> None:
     """Add the flags that name a checkpoint: one such as `needed`, where the built-in one cannot do what is asked."""
     group = parser.add_argument_group("checkpoint")
-    default = " (default: the small checkpoint that is built in)" if needed is None else ""
-    text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}{default}"
+    text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
+        f" (default: {default})" if not needed else ""
+    )
     group.add_argument("--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
     scaling = (

@@ -24,7 +24,7 @@ RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_dump(parser)
-    add_model(parser)  # with --model each step is run on the port's own inputs
+    add_model(parser, default="none; with it each step is run on the port's own inputs, for the error that it adds")
 
 
 def add_dump(parser: argparse.ArgumentParser) -> None:
