@@ -19,8 +19,7 @@ def written_aside(path: Path) -> Generator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); make room there, or name another place"
-        ) from error
+        reason = error.strerror or error  # NumPy's has no errno when a disk is full
+        raise ValueError(f"{path}: cannot be written ({reason}); make room there, or name another place") from error
     finally:
         part.unlink(missing_ok=True)

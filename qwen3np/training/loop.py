@@ -278,7 +278,7 @@ def _write_tokenizer(folder: Path, documents: Sequence[Document], config: Config
 
 
 def _write_log(file: Path, log: Sequence[Mapping[str, float]]) -> None:
-    with file.open("w", encoding="utf-8", newline="") as opened:
+    with written_aside(file) as part, part.open("w", encoding="utf-8", newline="") as opened:
         # a resumed run may have held-out documents that its beginning had not
         writer = csv.DictWriter(opened, list(dict.fromkeys(chain(*log))), lineterminator="\n")
         writer.writeheader()
