@@ -452,6 +452,25 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
     assert_same_bits(read_checkpoint(tmp_path / "new")[1], weights)
 
 
+def test_a_save_that_was_stopped_between_its_files_can_be_done_again(tmp_path, config, weights, monkeypatch):
+    new, move, moved = tmp_path / "new", os.replace, []
+
+    def once(part, whole):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(whole)
+        move(part, whole)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", once)
+        save_checkpoint(new, config, weights)
+    assert list(new.iterdir()) == moved
+    with pytest.raises(CheckpointError, match=r"already holds a checkpoint \(config.json\)"):
+        save_checkpoint(new, replace(config, rope_theta=1e4), weights)
+    save_checkpoint(new, config, weights)
+    assert_same_bits(read_checkpoint(new)[1], weights)
+
+
 @given(SEEDS)
 @settings(max_examples=10)
 def test_new_weights_are_those_a_training_run_starts_with(seed):
