@@ -15,7 +15,9 @@ def available_memory() -> int:
     """
     meminfo, groups = Path("/proc/meminfo"), Path("/proc/self/cgroup")
     if meminfo.exists():
-        own = groups.read_text() if groups.exists() else ""
+        own = ""
+        with suppress(OSError):
+            own = groups.read_text()
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return max(min([int(line.split()[1]) * 1024, *left_in_groups(own)]), 1)
@@ -41,7 +43,9 @@ def left_in_groups(own: str, root: Path = Path("/sys/fs/cgroup")) -> Iterator[in
             continue
         folder = top / group.lstrip("/")
         for above in (folder, *folder.parents[: len(folder.parts) - len(top.parts)]):
-            with suppress(OSError, ValueError):  # not there, as seen from inside of a container; "max", no limit
+            with suppress(
+                OSError, ValueError, KeyError
+            ):  # not there, as seen from inside of a container; "max", no limit
                 left = int((above / limit).read_text()) - int((above / usage).read_text())
                 counts = dict(line.split() for line in (above / "memory.stat").read_text().splitlines())
                 yield left + int(counts[f"{total}inactive_file"]) + int(counts[f"{total}active_file"])
