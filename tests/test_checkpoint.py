@@ -132,7 +132,9 @@ def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path, config, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype):
+@pytest.mark.parametrize("piece", [999, 1 << 22])
+def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype, piece, monkeypatch):
+    monkeypatch.setattr("qwen3np.checkpoint._PIECE", piece)
     save_checkpoint(tmp_path / "saved", config, weights, dtype=DTYPES[dtype])
     file = tmp_path / "saved" / "model.safetensors"
     assert_same_bits(safetensors.numpy.load_file(file), {name: w.astype(DTYPES[dtype]) for name, w in weights.items()})
