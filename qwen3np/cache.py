@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import ref
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from qwen3np.config import Config
+from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array, Numerics
 
 
@@ -74,17 +76,20 @@ class KVCache:
         """Return an empty cache for batch_size sequences of up to max_length positions (the config's maximum if None).
 
         dtype is float32, bfloat16 or float64. Systems that hand out memory on first use (Linux, macOS) take only what
-        the positions in use need. Raises ValueError for sizes below 1 and other dtypes.
+        the positions in use need. Raises ValueError for sizes below 1 and other dtypes, and where there is less memory
+        than max_length positions take in the end; without max_length, which asks for no number, generate looks at that.
         """
         dtype = np.dtype(dtype)
         if dtype not in (BFLOAT16, np.float32, np.float64):
             raise ValueError(f"KVCache: dtype {dtype} is not supported; supported: float32, bfloat16, float64")
-        max_length = config.max_position_embeddings if max_length is None else max_length
+        asked, max_length = max_length, config.max_position_embeddings if max_length is None else max_length
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"KVCache: batch_size {batch_size} and max_length {max_length} must be at least 1")
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        ids, lengths = np.zeros((batch_size, max_length), np.int64), np.zeros(batch_size, np.int64)
-        return cls(np.zeros(shape, dtype), np.zeros(shape, dtype), ids, lengths, np.arange(batch_size))
+        if asked is not None:
+            _require_memory(shape, dtype)
+        ids, lengths = _zeros((batch_size, max_length), np.int64), np.zeros(batch_size, np.int64)
+        return cls(_zeros(shape, dtype), _zeros(shape, dtype), ids, lengths, np.arange(batch_size))
 
     @property
     def batch_size(self) -> int:
@@ -115,13 +120,21 @@ class KVCache:
             return
         if self.batch_size < len(self.lengths):
             raise ValueError("cache: a selection cannot grow; reserve on the cache it was made from")
-        used = int(self.lengths.max())
-        for name, axis in (("k", 3), ("v", 3), ("ids", 1)):
-            old: Array = getattr(self, name)
-            new = np.zeros((*old.shape[:axis], max_length, *old.shape[axis + 1 :]), old.dtype)
+        used, olds = int(self.lengths.max()), (self.k, self.v, self.ids)
+        axes = (3, 3, 1)
+        news = [
+            _zeros((*old.shape[:axis], max_length, *old.shape[axis + 1 :]), old.dtype)
+            for old, axis in zip(olds, axes, strict=True)
+        ]
+        for old, new, axis in zip(olds, news, axes, strict=True):
             kept = (slice(None),) * axis + (slice(used),)
             new[kept] = old[kept]
-            setattr(self, name, new)
+        self.k, self.v, self.ids = news
+
+    def require_memory(self, length: int) -> None:
+        """Raise ValueError unless there is memory for `length` positions of each sequence, less those it holds."""
+        layers, _, heads, _, head_dim = self.k.shape
+        _require_memory((layers, len(self.rows), heads, length, head_dim), self.k.dtype, self.lengths[self.rows])
 
     def keep_prefix(self, b: int, ids: Sequence[int]) -> int:
         """Drop what sequence b holds beyond its longest common prefix with ids, and return that prefix's length."""
@@ -176,3 +189,25 @@ class KVCache:
             start: int = self.lengths.item(row)
             self.ids[row, start : start + len(new)] = new
         self.lengths[self.rows] += ids.shape[1]
+
+
+_FEWER = (
+    "ask for fewer positions (max_new_tokens, --max-new-tokens) or sequences, "
+    'or for a cache of half the size by numerics="bfloat16" (--numerics bfloat16)'
+)
+
+
+def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], held: ArrayLike = 0) -> None:
+    """Raise ValueError unless there is memory for keys and values of this shape, less those of `held` positions."""
+    layers, batch_size, heads, length, head_dim = shape
+    size = 2 * layers * heads * head_dim * dtype.itemsize * (batch_size * length - int(np.sum(held)))
+    sequences = f"{batch_size} sequences of {length:,} positions" if batch_size > 1 else f"{length:,} positions"
+    require_memory(size, f"cache: {sequences} in {dtype}", _FEWER)
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Return zeros. Raises ValueError where the system refuses them (Windows, and under a limit of addresses)."""
+    try:
+        return np.zeros(shape, dtype)
+    except (MemoryError, ValueError) as error:  # ValueError: more than there are addresses
+        raise ValueError(f"cache: {error}; {_FEWER}") from None

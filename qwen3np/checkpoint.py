@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen3np.config import Config, ConfigError, parse_json, read_json
+from qwen3np.files import written_aside
 from qwen3np.numerics import BFLOAT16, Array
+
+if sys.byteorder == "big":
+    raise ImportError("qwen3np: checkpoints are little-endian, and bfloat16 has no other form: this machine is not")
 
 Weights: TypeAlias = Mapping[str, Array]
 
@@ -28,6 +33,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {"BF16": BFLOAT16, "F16": np.dtype("<f2"), "
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_PIECE = 1 << 22  # elements that are rounded and written at a time: saving takes no memory to speak of
 _LISTED = 20  # problems told one by one, so that an error stays readable
 
 
@@ -188,12 +194,15 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
 
     dtype (bfloat16, float16 or float32) is what the tensors are rounded to; None keeps each as it is. The folder is
     made if need be. Raises CheckpointError for tensors that do not fit the config, for another dtype and for a folder
-    that already holds a checkpoint; each file appears whole or not at all.
+    that already holds a checkpoint, and ValueError for a full disk. Each file appears whole or not at all, and a save
+    that was killed can be done again.
     """
-    folder = Path(folder)
-    for name in ("config.json", _SINGLE, _INDEX):
-        if (folder / name).exists():
-            raise CheckpointError(f"{folder}: already holds a checkpoint ({name}); choose a new folder")
+    folder, config_file = Path(folder), Path(folder, "config.json")
+    config_text = json.dumps(config.to_dict(), indent=2) + "\n"
+    for file in (config_file, folder / _SINGLE, folder / _INDEX):
+        # the same config alone is what is left of a save that was killed between its two files
+        if file.exists() and not (file == config_file and file.read_bytes() == config_text.encode()):
+            raise CheckpointError(f"{folder}: already holds a checkpoint ({file.name}); choose a new folder")
     shapes = weight_shapes(config)
     if config.tie_word_embeddings:  # as when reading: the embedding is the head
         weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
@@ -219,26 +228,23 @@ def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dty
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    parts = {folder / f"{name}.part": folder / name for name in ("config.json", _SINGLE)}
-    config_part, weights_part = parts
     try:
-        config_part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        with weights_part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in shapes:
-                with np.errstate(over="raise"):  # a value that float16 cannot hold
-                    tensor = np.ascontiguousarray(weights[name].astype(dtype or weights[name].dtype, copy=False))
-                # a view as bytes: NumPy's buffer protocol has no format for bfloat16
-                file.write(tensor.view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        for part, whole in parts.items():
-            os.replace(part, whole)
+        with written_aside(folder / _SINGLE) as weights_part:  # the last to get its name: where it is, all is
+            with weights_part.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in shapes:
+                    flat = weights[name].reshape(-1)
+                    for start in range(0, flat.size, _PIECE):
+                        with np.errstate(over="raise"):  # a value that float16 cannot hold
+                            piece = flat[start : start + _PIECE].astype(dtype or flat.dtype, copy=False)
+                        # a view as bytes: NumPy's buffer protocol has no format for bfloat16
+                        file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+                file.flush()
+                os.fsync(file.fileno())
+            with written_aside(config_file) as config_part:
+                config_part.write_bytes(config_text.encode())
     except FloatingPointError:
         raise CheckpointError(f"{folder}: not saved: a weight is too large for {np.dtype(dtype)}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
 
 
 def _listed(problems: Sequence[str]) -> str:

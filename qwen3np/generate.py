@@ -59,7 +59,8 @@ def generate(
     by piece, how many positions of the prompts were computed.
 
     Raises ValueError for bad ids and parameters (before anything is computed), ContextOverflowError for a prompt that
-    leaves no room in config.max_position_embeddings, CheckpointError for a mapped file that was changed since, and
+    leaves no room in config.max_position_embeddings, ValueError with the numbers where there is less memory than the
+    cache of prompts and new tokens takes in the end, CheckpointError for a mapped file that was changed since, and
     NonFiniteError where NaN or infinity came out.
     """
     batch, single = _as_batch(input_ids)
@@ -188,6 +189,7 @@ def steps(
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
     cache.check(weights, config, precision(numerics), len(batch), 0)
     require_unchanged(weights)
+    cache.require_memory(room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
 

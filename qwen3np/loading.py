@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +18,7 @@ from qwen3np.config import Config, ConfigError, read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
 from qwen3np.mapped import release
+from qwen3np.memory import available_memory, require_memory
 from qwen3np.model import forward
 from qwen3np.numerics import Array
 from qwen3np.threads import share
@@ -85,7 +85,8 @@ def load(
     that is free. The result of a forward does not depend on it. progress shows on stderr what "auto" chose, unless it
     is the copy of a small checkpoint, and, where that is a terminal, bars for what takes more than a second.
 
-    Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint.
+    Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint, and ValueError for a float32
+    copy that is larger than the memory that is free.
     """
     if weights_dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, bfloat16, float32")
@@ -101,8 +102,11 @@ def load(
     has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
     tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
 
-    copy = _choose_copy(weights, progress) if weights_dtype == "auto" else weights_dtype == "float32"
-    if copy:
+    size = sum(4 * tensor.size for tensor in weights.values())
+    if weights_dtype == "float32":
+        way_out = 'weights_dtype="bfloat16" (--weights-dtype bfloat16) maps the file as it is'
+        require_memory(size, f"{folder}: a float32 copy of the weights", way_out)
+    if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
         weights = _copied(weights, progress)
     return Model(config, weights, tokenizer, generation_config)
 
@@ -124,22 +128,9 @@ def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
     return generation_config
 
 
-def available_memory() -> int:
-    """Return the bytes of memory that can be used without swapping, as the system estimates it; 0 if it cannot say."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    try:  # macOS and other Unix systems: no estimate of what is free, so a part of what there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def _choose_copy(weights: Weights, progress: bool) -> bool:
-    """Choose a float32 copy if it takes no more than half of the free memory; with progress, say it on stderr."""
-    size, free = sum(4 * tensor.size for tensor in weights.values()), available_memory()
+def _copy_fits(size: int, progress: bool) -> bool:
+    """Whether a float32 copy takes no more than half of the free memory; with progress, what follows is said."""
+    free = available_memory()
     fits = size <= free / 2
     if progress and not (fits and size < SMALL):
         choice = "a float32 copy of the weights:" if fits else "weights mapped as they are: a float32 copy would take"

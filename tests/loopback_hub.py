@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -118,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body if part is None else part)
+            with suppress(ConnectionError):  # the client was killed
+                self.wfile.write(body if part is None else part)
 
 
 def described(repo: str, commit: str, files: dict[str, bytes]):

@@ -132,7 +132,9 @@ def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path, config, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype):
+@pytest.mark.parametrize("piece", [999, 1 << 22])
+def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype, piece, monkeypatch):
+    monkeypatch.setattr("qwen3np.checkpoint._PIECE", piece)
     save_checkpoint(tmp_path / "saved", config, weights, dtype=DTYPES[dtype])
     file = tmp_path / "saved" / "model.safetensors"
     assert_same_bits(safetensors.numpy.load_file(file), {name: w.astype(DTYPES[dtype]) for name, w in weights.items()})
@@ -443,13 +445,33 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the disk is full in the middle of the tensors
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(ValueError, match=r"safetensors: cannot be written \(File too large\); make room"):
             save_checkpoint(tmp_path / "new", config, weights)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "new").iterdir())
     save_checkpoint(tmp_path / "new", config, weights)
     assert_same_bits(read_checkpoint(tmp_path / "new")[1], weights)
+
+
+def test_a_save_that_was_stopped_between_its_files_can_be_done_again(tmp_path, config, weights, monkeypatch):
+    new, move, moved = tmp_path / "new", os.replace, []
+
+    def once(part, whole):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(whole)
+        move(part, whole)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(new, config, weights)
+    assert list(new.iterdir()) == moved
+    with pytest.raises(CheckpointError, match=r"already holds a checkpoint \(config.json\)"):
+        save_checkpoint(new, replace(config, rope_theta=1e4), weights)
+    save_checkpoint(new, config, weights)
+    assert_same_bits(read_checkpoint(new)[1], weights)
 
 
 @given(SEEDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,16 +118,3 @@ def test_a_folder_without_tokenizer_works_on_ids(folder):
     model = load(folder, progress=False)
     assert model.tokenizer is None
     assert len(model.generate([1, 2], max_new_tokens=2, stop_ids=())[0]) == 2
-
-
-def test_available_memory_is_what_the_system_says():
-    lines = SimpleNamespace(**dict.fromkeys(("MemTotal", "MemAvailable"), 0))
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if hasattr(lines, name):
-                    setattr(lines, name, int(value.split()[0]) * 1024)
-    except FileNotFoundError:
-        pytest.skip("needs /proc/meminfo")
-    assert 0.5 * lines.MemAvailable < module.available_memory() <= lines.MemTotal

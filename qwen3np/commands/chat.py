@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from qwen3np.commands import (
     utf8,
 )
 from qwen3np.conversation import Conversation
+from qwen3np.files import written_aside
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"
 HELP = "hold a conversation"
@@ -166,10 +166,9 @@ class Chat:
             _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
         elif name == "save":
             file = Path(argument).expanduser()
-            aside = file.with_name(f"{file.name}.part")  # written aside, so that no earlier file is lost half way
             content = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1)
-            aside.write_text(content + "\n", encoding="utf-8")
-            os.replace(aside, file)
+            with written_aside(file) as part:
+                part.write_text(content + "\n", encoding="utf-8")
             _say(f"Saved {len(conversation.messages)} messages.")
         elif name == "load":
             messages = _messages(Path(argument).expanduser())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, text
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
+from qwen3np.files import written_aside
 
 EXAMPLE = "qwen3np embed --model Qwen/Qwen3-Embedding-0.6B --file documents.txt --out documents.npy"
 HELP = "turn texts into vectors whose dot products compare them"
@@ -62,15 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     if out is None:
         sys.stdout.writelines(lines)
         return
-    part = out.with_name(f"{out.name}.part")  # so that the file appears whole or not at all
-    try:
-        with part.open("wb") as file:
-            if out.suffix == ".npy":
-                np.save(file, embeddings)
-            elif out.suffix == ".npz":
-                np.savez(file, embeddings=embeddings, texts=np.array(texts))
-            else:
-                file.writelines(line.encode() for line in lines)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_aside(out) as part, part.open("wb") as file:
+        if out.suffix == ".npy":
+            np.save(file, embeddings)
+        elif out.suffix == ".npz":
+            np.savez(file, embeddings=embeddings, texts=np.array(texts))
+        else:
+            file.writelines(line.encode() for line in lines)

@@ -8,7 +8,7 @@ from qwen3np.checkpoint import count_parameters, read_checkpoint
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
 from qwen3np.hub import resolve
-from qwen3np.loading import available_memory
+from qwen3np.memory import available_memory
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
 HELP = "describe a checkpoint: architecture, parameters, memory"

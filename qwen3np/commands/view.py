@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from qwen3np.commands import add_computation, add_model, load_model, progress_bar, text
+from qwen3np.files import written_aside
 from qwen3np.study.view import observe, page
 
 EXAMPLE = 'qwen3np view "The capital of France is" -o view.html'
@@ -35,10 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
     with progress_bar(len(ids) * (model.config.num_hidden_layers + 1), "guesses") as bar:
         seen = observe(model.weights, model.config, ids, numerics=arguments.numerics, progress=bar.update)
     content = page(seen, tokenizer, arguments.model or "the small built-in checkpoint").encode()
-    aside = out.with_name(f"{out.name}.part")  # so that no earlier page is lost half way
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(out) as part:
+        part.write_bytes(content)
     print(f"[{out}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser]", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike
 import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
+from qwen3np.files import written_aside
 from qwen3np.model import checked_ids, forward, position_axis
 from qwen3np.numerics import FLOAT64, Array, precision
 from qwen3np.porting.steps import point_names, split_layer, split_pass
@@ -72,18 +72,15 @@ class Recording:
             "heads": self.heads,
         }
         path = output_path(path)
-        partial = path.with_name(f"{path.name}.partial")
         points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
         try:
-            partial.touch()
-            mode = partial.stat().st_mode  # of any new file here; safetensors makes some that only their owner reads
-            save_file(points, partial, {METADATA: json.dumps(about)})
-            partial.chmod(mode)
-            os.replace(partial, path)
+            with written_aside(path) as part:
+                part.touch()
+                mode = part.stat().st_mode  # of any new file here; safetensors makes some that only their owner reads
+                save_file(points, part, {METADATA: json.dumps(about)})
+                part.chmod(mode)
         except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written: {error}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+            raise ValueError(f"{path}: cannot be written ({error}); make room there, or name another place") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
@@ -281,9 +278,10 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
         lacking = (truth[..., :, None] != x[..., None, :]).all(-1)
         return float(lacking.mean()), lacking.mean(tuple(i for i in range(truth.ndim) if i != axis))
     seen = np.isfinite(truth)
-    y: Array = np.where(seen, truth, 0.0).astype(np.float64)
+    # float64 first: NumPy 1.26 does not know bfloat16 beside a Python number
+    y: Array = np.where(seen, truth.astype(np.float64), 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
-        error: Array = np.square(np.where(seen, x, 0.0) - y)
+        error: Array = np.square(np.where(seen, x.astype(np.float64), 0.0) - y)
     others = tuple(i for i in range(truth.ndim) if i != axis)
     errors: Array = np.sqrt(error.sum(others))
     norms: Array = np.sqrt(np.square(y).sum(others))

@@ -19,6 +19,7 @@ import numpy as np
 
 from qwen3np.checkpoint import Weights, init_weights, save_checkpoint
 from qwen3np.config import Config
+from qwen3np.files import written_aside
 from qwen3np.model import forward
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.tokenizer import Tokenizer
@@ -90,15 +91,10 @@ class State:
             "log": self.log,
         }
         texts = {name: json.dumps(value) for name, value in rest.items()}
-        part = folder / f"{STATE}.part"
-        try:
-            with part.open("wb") as file:
-                file.write(cast("Any", safetensors.numpy).save(tensors, texts))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, folder / STATE)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_aside(folder / STATE) as part, part.open("wb") as file:
+            file.write(cast("Any", safetensors.numpy).save(tensors, texts))
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, folder: Path) -> State:
@@ -282,7 +278,7 @@ def _write_tokenizer(folder: Path, documents: Sequence[Document], config: Config
 
 
 def _write_log(file: Path, log: Sequence[Mapping[str, float]]) -> None:
-    with file.open("w", encoding="utf-8", newline="") as opened:
+    with written_aside(file) as part, part.open("w", encoding="utf-8", newline="") as opened:
         # a resumed run may have held-out documents that its beginning had not
         writer = csv.DictWriter(opened, list(dict.fromkeys(chain(*log))), lineterminator="\n")
         writer.writeheader()

@@ -1,0 +1,155 @@
+"""What would not fit into memory is refused with the numbers before it is allocated, and what fits is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3np import Conversation, KVCache, generate, load, score, stream
+from qwen3np import memory as module
+from qwen3np.hub import BUILTIN
+from qwen3np.numerics import BFLOAT16
+
+POSITION = 2 * 2 * 2 * 16 * 4  # bytes of the test config: k and v, L, K, Dh, float32
+linux = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux")
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Return a function that says how many bytes are free from now on."""
+    return lambda size: monkeypatch.setattr(module, "available_memory", lambda: size)
+
+
+def refusal(size, free):
+    return f"would take {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; ask for fewer positions"
+
+
+def test_a_cache_that_fits_is_made_and_one_that_does_not_is_refused(config, free):
+    free(3 * 100 * POSITION)
+    KVCache.allocate(config, 3, 100)
+    KVCache.allocate(config, 6, 100, BFLOAT16)
+    for batch, length, dtype in ((3, 101, np.float32), (4, 100, np.float32), (6, 101, BFLOAT16), (3, 51, np.float64)):
+        with pytest.raises(ValueError, match=r"cache: .* positions in .* ask for fewer positions"):
+            KVCache.allocate(config, batch, length, dtype)
+    free(0)  # not known
+    KVCache.allocate(config, 3, 101)
+
+
+def test_the_numbers_are_said(config, free):
+    free(2 * 10**9)
+    with pytest.raises(ValueError, match=f"^cache: 20,000,000 positions in float32 {refusal(2e7 * POSITION, 2e9)}"):
+        KVCache.allocate(config, 1, 20_000_000)
+    with pytest.raises(ValueError, match=r"cache: 3 sequences of 9,000,000 positions in float32 would take 13.8 GB"):
+        KVCache.allocate(config, 3, 9_000_000)
+
+
+def test_the_longest_context_is_no_request(weights, config, free):
+    # memory comes with the positions that are used: nobody asked for all of them
+    config = replace(config, max_position_embeddings=262_144)
+    free(11 * POSITION)
+    cache = KVCache.allocate(config)
+    assert len(generate(weights, config, [1, 2], max_new_tokens=10, cache=cache)[0]) == 10
+    cache = KVCache.allocate(config)
+    with pytest.raises(ValueError, match=r"12 positions .* ask for fewer"):
+        generate(weights, config, [1, 2, 3], max_new_tokens=10, cache=cache)
+    assert not cache.lengths.any()
+
+
+def test_calls_ask_for_the_positions_they_may_use(weights, config, free):
+    free(11 * POSITION)
+    for call in (
+        lambda: generate(weights, config, [1, 2, 3], max_new_tokens=10),
+        lambda: generate(weights, config, [[1, 2], [1]], max_new_tokens=10),
+        lambda: next(stream(weights, config, [1, 2, 3], max_new_tokens=10)),
+        lambda: score(weights, config, list(range(12))),
+    ):
+        with pytest.raises(ValueError, match="ask for fewer positions"):
+            call()
+    assert len(score(weights, config, list(range(11)))) == 10
+
+
+def test_what_a_cache_holds_has_its_memory_already(weights, config, free):
+    new, cache = generate(weights, config, [1, 2], max_new_tokens=9)  # 10 positions
+    ids = [1, 2, *new]
+    expected, _ = generate(weights, config, ids, max_new_tokens=6)
+    free(6 * POSITION)
+    with pytest.raises(ValueError, match="ask for fewer positions"):
+        generate(weights, config, ids, max_new_tokens=7, cache=cache)
+    assert generate(weights, config, ids, max_new_tokens=6, cache=cache)[0] == expected
+
+
+def test_a_turn_that_is_refused_leaves_the_conversation(builtin, free):
+    conversation = Conversation(builtin)
+    free(1000)
+    with pytest.raises(ValueError, match="ask for fewer positions"):
+        list(conversation.reply("Hello"))
+    assert conversation.messages == []
+    free(10**9)
+    assert list(conversation.reply("Hello"))
+
+
+def test_a_float32_copy_is_refused_where_it_does_not_fit(free):
+    size = 4 * sum(w.size for w in load(weights_dtype="bfloat16", progress=False).weights.values())
+    free(size)
+    load(weights_dtype="float32", progress=False)
+    free(size - 1)
+    with pytest.raises(ValueError, match=f"{BUILTIN}: a float32 copy .* would take 0.0 GB, .* maps the file as it is"):
+        load(weights_dtype="float32", progress=False)
+    load(weights_dtype="bfloat16", progress=False)
+
+
+def test_addresses_that_the_system_refuses_are_told():
+    pytest.importorskip("resource", reason="only POSIX limits addresses")
+    code = """
+import resource
+from qwen3np import KVCache, Config
+from qwen3np.hub import BUILTIN
+config = Config.from_file(BUILTIN)
+cache = KVCache.allocate(config, 1, 100)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for call in (lambda: KVCache.allocate(config, 1, 1 << 18), lambda: cache.reserve(1 << 18)):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+assert cache.max_length == cache.k.shape[3] == cache.v.shape[3] == 100
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    first, second = done.stdout.splitlines()
+    for line in (first, second):
+        assert line.startswith("cache: Unable to allocate 512. MiB")
+        assert "ask for fewer positions" in line
+
+
+@linux
+def test_available_memory_is_what_the_system_says():
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = 1024 * int(found["MemTotal"].split()[0])
+    assert 0 < module.available_memory() <= total
+
+
+def test_the_limits_of_control_groups_count(tmp_path):
+    def group(name, **files):
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (folder / file.replace("__", ".")).write_text(text)
+
+    # the files as the kernel's documentation has them
+    stat = "anon 1\ninactive_file 30\nactive_file 2\n"
+    group("a/b", memory__max="9000\n", memory__current="5000\n", memory__stat=stat)
+    group("a", memory__max="max\n", memory__current="6000\n", memory__stat=stat)
+    group(".", memory__max="800\n", memory__current="900\n", memory__stat=stat)  # of a container
+    stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 40\ntotal_active_file 3\n"
+    group("memory", memory__limit_in_bytes="700\n", memory__usage_in_bytes="100\n", memory__stat=stat)
+    # outside of the container it is in another group, which cannot be seen
+    own = "12:cpu,cpuacct:/x\n4:memory:/docker/0123abc\n1:name=systemd:/\n0::/a/b\n"
+    assert list(module.left_in_groups(own, tmp_path)) == [643, 4032, -68]
+    assert list(module.left_in_groups("", tmp_path)) == []
