@@ -18,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,24 +46,13 @@ GROUPS = [
                 '        if "head_dim" not in values:\n',
                 '        if values["hidden_size"] % values["num_attention_heads"] == 0:\n',
             ),
-            "null KV heads are one": (
-                'values.setdefault("num_key_value_heads", values["num_attention_heads"])',
-                'values.setdefault("num_key_value_heads", 1)',
-            ),
             "window ignored": ("return self.sliding_window if slides else None", "return None"),
             "window on the wrong layers": (
                 "return self.sliding_window if slides else None",
                 "return None if slides else self.sliding_window",
             ),
-            "window one layer late": ("layer >= self.max_window_layers", "layer > self.max_window_layers"),
-            "window though use_sliding_window is false": (
-                'd.get("sliding_window", 4096) if d.get("use_sliding_window") else None',
-                'd.get("sliding_window")',
-            ),
             "sparse layers counted from 0": ("(layer + 1) % self.decoder", "layer % self.decoder"),
-            "mlp_only_layers ignored": ("layer not in self.mlp_only_layers and ", ""),
             "norm_topk_prob by default": ("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"),
-            "other activations accepted": ('"hidden_act": (("silu",), "silu")', '"hidden_act": (("silu", "gelu"), "")'),
         },
     ),
     (
@@ -79,16 +69,13 @@ GROUPS = [
             ),
             "softmax: nothing subtracted": ("np.exp(x - np.max(x, axis=-1, keepdims=True))", "np.exp(x)"),
             "softmax: the largest of all rows": ("np.max(x, axis=-1, keepdims=True)", "np.max(x)"),
-            "softmax: sum of all rows": ("np.sum(e, axis=-1, keepdims=True)", "np.sum(e)"),
             "silu: sign": ("e = np.exp(-x)", "e = np.exp(x)"),
-            "silu warns": ('np.errstate(over="ignore")', 'np.errstate(over="warn")'),
         },
     ),
     (
         "linear.py",
         "linear golden",
         {
-            "bias left out": ("if bias is not None:", "if bias is not None and numerics.rounds:"),
             "bias left out of one row": ("if bias is not None:", "if bias is not None and len(rows) > 1:"),
             "bias added after rounding": (
                 "y += numerics.widen(bias)",
@@ -103,14 +90,7 @@ GROUPS = [
                 "for start, stop, near in ((0, cut, NEAR),):",
             ),
             "few rows: rows and blocks mixed up": ("np.swapaxes(products, 0, 1).reshape", "products.reshape"),
-            "tiles: as many as threads": (
-                "            return TILE_OUTPUTS\n",
-                "            return -(-len(w) // num_threads())\n",
-            ),
             "tiles: the last left out": ("[*range(start, stop, size), stop]", "[*range(start, stop, size)]"),
-            "one output cut off by itself": ("edges[-1] - edges[-2] == 1", "edges[-1] - edges[-2] == 0"),
-            "one row's outputs cut by threads": ("_multiple(len(w), 4 * threads)", "len(w) // (4 * threads) * 4"),
-            "upcast not upcast": ("np.copyto(upcast, w)", "np.copyto(upcast, np.trunc(w))"),
         },
     ),
     (
@@ -120,7 +100,6 @@ GROUPS = [
             "eps is always 1e-5": ("mean_square + eps", "mean_square + 1e-5"),
             "eps outside the root": ("(1 / np.sqrt(mean_square + eps))", "(1 / (np.sqrt(mean_square) + eps))"),
             "times 1 + weight": ("y *= weight", "y *= 1 + weight"),
-            "weight left out": ("        y *= weight\n", ""),
             "unbiased mean": ("/ x.shape[-1]\n", "/ max(x.shape[-1] - 1, 1)\n"),
             "mean subtracted": ("y = numerics.round(x *", "y = numerics.round((x - x.mean(-1, keepdims=True)) *"),
             "rounded once": (
@@ -131,7 +110,7 @@ GROUPS = [
     ),
     (
         "rope.py",
-        "rope golden",
+        "rope golden model",
         {
             "sign of sin": ("numerics.round(sin * scale)", "numerics.round(-sin * scale)"),
             "interleaved rotation": (
@@ -151,26 +130,11 @@ GROUPS = [
                 "frequencies = 1 / powers\n",
                 "frequencies = (1 / np.power(base, exponents, dtype=np.float64)).astype(numerics.dtype)\n",
             ),
-            "frequencies up to theta itself": (
-                "numerics.dtype.type(config.head_dim)",
-                "numerics.dtype.type(config.head_dim - 2)",
-            ),
             "bfloat16: products not rounded": ("r(pairs * sin[..., None, :])", "pairs * sin[..., None, :]"),
-            "tables not rounded": ("return numerics.round(cos * scale)", "return (cos * scale)"),
             "YaRN ignored": ("    if config.rope_scaling:\n        kept", "    if False:\n        kept"),
             "YaRN factor dropped": ("scale = attention_factor(config)", "scale = 1.0"),
             "YaRN factor squared": ("scale = attention_factor(config)", "scale = attention_factor(config) ** 2"),
             "YaRN factor of the config ignored": ("if yarn.attention_factor is not None:", "if False:"),
-            "YaRN: mscales the wrong way round": (
-                "scale(yarn.mscale) / scale(yarn.mscale_all_dim)",
-                "scale(yarn.mscale_all_dim) / scale(yarn.mscale)",
-            ),
-            "YaRN slows the fast lanes": ("kept = 1 - _slowed_share", "kept = _slowed_share"),
-            "YaRN: beta_fast and beta_slow swapped": (
-                "lane(yarn.beta_fast), lane(yarn.beta_slow)",
-                "lane(yarn.beta_slow), lane(yarn.beta_fast)",
-            ),
-            "YaRN: lanes rounded inwards": ("math.floor(low), math.ceil(high)", "math.ceil(low), math.floor(high)"),
             "YaRN: truncate ignored": ("if yarn.truncate:", "if True:"),
             "YaRN: the new context for the original one": (
                 "length = yarn.original_max_position_embeddings /",
@@ -190,23 +154,16 @@ GROUPS = [
                 "start: int = self.lengths.item(row)\n        end",
                 "start: int = int(self.lengths.max())\n        end",
             ),
-            "a selection writes into other rows": ("row: int = self.rows.item(b)", "row: int = b"),
-            "keys written for values": ("self.v[layer, row, :, start:end] = v", "self.v[layer, row, :, start:end] = k"),
             "all sequences advance": ("self.lengths[self.rows] += ids.shape[1]", "self.lengths += ids.shape[1]"),
-            "advance by one": ("self.lengths[self.rows] += ids.shape[1]", "self.lengths[self.rows] += 1"),
             "ids written from the start": (
                 "self.ids[row, start : start + len(new)] = new",
                 "self.ids[row, : len(new)] = new",
             ),
             "keep_prefix keeps the difference": ("= differs[0] if", "= differs[0] + 1 if"),
             "keep_prefix believes what is not held": ("min(self.lengths[row], len(ids))", "len(ids)"),
-            "keep_prefix in another row": ("row = self.rows[b]\n", "row = b\n"),
             "selection of a selection": ("self.rows[list(rows)]", "np.array(rows)"),
-            "selected twice": ("if len(set(selected.tolist())) < len(selected):", "if False:"),
             "reserve keeps what the first holds": ("int(self.lengths.max())", "int(self.lengths[0])"),
-            "reserve of a selection": ("if self.batch_size < len(self.lengths):", "if False:"),
             "check: one too many": ("0 <= length <= room - new", "0 <= length <= room - new + 1"),
-            "check: one too few": ("0 <= length <= room - new", "0 <= length < room - new"),
             "check: any precision": (
                 "if not np.can_cast(numerics.storage, self.k.dtype",
                 "if not np.can_cast(self.k.dtype, self.k.dtype",
@@ -216,7 +173,7 @@ GROUPS = [
     ),
     (
         "attention.py",
-        "attention golden model",
+        "golden model",
         {
             "q/k norm after rotation": (
                 'q, k, v = normalise(q, "q_norm"), normalise(k, "k_norm"), np.swapaxes(heads(v), 1, 2)\n'
@@ -244,55 +201,41 @@ GROUPS = [
                 'rms_norm(heads(y), weights[f"{prefix}{name}.weight"]',
                 "rms_norm(heads(y), weights[prefix + {'q_norm': 'k_norm', 'k_norm': 'q_norm'}[name] + '.weight']",
             ),
-            "keys not rotated": (
-                "rotate(q, tables, numerics), rotate(k, tables, numerics)",
-                "rotate(q, tables, numerics), k",
-            ),
             "scale of another head_dim": (
                 "attend(q[b], keys",
                 "attend(q[b] * (config.head_dim * config.num_attention_heads / config.hidden_size) ** 0.5, keys",
             ),
-            "scores not scaled": ("        scores *= head_dim**-0.5\n", ""),
             "KV heads tiled": (
                 "attend(q[b], keys, values,",
                 "attend(q[b], *(np.tile(y, (len(q[b]) // len(y), 1, 1)) for y in (keys, values)),",
             ),
+        },
+    ),
+    (
+        "attention.py",
+        "attention model cache",
+        {
+            "scores not scaled": ("        scores *= head_dim**-0.5\n", ""),
             "the mask shows the next position": ("total - last - a + 1)", "total - last - a + 2)"),
             "the mask hides the own position": ("total - last - a + 1)", "total - last - a)"),
-            "the mask of earlier blocks left out": ("if a + width > total - last + 1:", "if a + width >= total:"),
-            "no mask": ("if a + width > total - last + 1:", "if False:"),
             "the window shows one more": ("total - last - a - window)", "total - last - a - window - 1)"),
             "the window shows one less": ("max(first - window + 1, 0)", "max(first - window + 2, 0)"),
-            "the window of later blocks left out": ("a < total - window:", "a < total - window and a == 0:"),
-            "a hidden block is NaN": (", initial=np.finfo(scores.dtype).min)", ")"),
             "running softmax: sums not rescaled": ("sums += total_exp * shrink", "sums += total_exp"),
             "running softmax: values not rescaled": ("products += mixed * shrink", "products += mixed"),
-            "running softmax: the largest of this block alone": ("np.maximum(largest, before, out=largest)", "pass"),
-            "running softmax: nothing subtracted": ("        scores -= largest\n", ""),
             "bfloat16: a row in blocks": ("width = reach if numerics.rounds else", "width ="),
-            "bfloat16: product not rounded": (
-                "r(_product(rows, np.swapaxes(keys, 1, 2)))",
-                "_product(rows, np.swapaxes(keys, 1, 2))",
-            ),
             "bfloat16: probabilities not rounded": ("scores = r(scores / sums)", "scores = scores / sums"),
-            "blocks: queries of another block": (
-                "slice(start, start + step)\n        first",
-                "slice(max(start - 1, 0), max(start - 1, 0) + step)\n        first",
-            ),
             "blocks: a row's last keys left out": (
                 "for a in range(0, total, width):",
                 "for a in range(0, max(total - 1, 1), width):",
             ),
-            "a trace of ragged sequences": ("row[..., array.shape[-1] :] = fill", "row[..., array.shape[-1] :] = 0"),
         },
     ),
     (
         "mlp.py",
-        "model golden",
+        "golden model",
         {
             "gate and up swapped": ("silu(gate)) * up", "silu(up)) * gate"),
             "quick gelu": ("silu(gate)", "silu(1.702 * gate) / 1.702"),
-            "no activation": ("numerics.round(silu(gate)) * up", "gate * up"),
             "silu not rounded": ("numerics.round(silu(gate)) * up", "silu(gate) * up"),
         },
     ),
@@ -301,28 +244,23 @@ GROUPS = [
         "moe model",
         {
             "never renormalised": ("if config.norm_topk_prob:", "if False:"),
-            "always renormalised": ("if config.norm_topk_prob:", "if True:"),
             "raw logits for weights": ("np.take_along_axis(p, indices", "np.take_along_axis(logits, indices"),
-            "the smallest chosen": ("np.argsort(-p,", "np.argsort(p,"),
             "of equal ones the higher numbers": (
                 'np.argsort(-p, axis=-1, kind="stable")[',
                 'np.argsort(p, axis=-1, kind="stable")[..., ::-1][',
             ),
             "one expert fewer": (": config.num_experts_per_tok]", ": max(config.num_experts_per_tok - 1, 1)]"),
             "the weight of another token": ("y * by_weight[places]", "y * by_weight[places[::-1]]"),
-            "another token's row": ("rows[places // k]", "rows[places % len(rows)]"),
-            "not weighted": ("numerics.round(y * by_weight[places])", "numerics.round(y)"),
             "summed in the router's order": (
                 "    if not numerics.grouped:\n        order",
                 "    if False:\n        order",
             ),
-            "each sum not rounded": ("        if not numerics.grouped:\n            y = numerics.round(y)\n", ""),
             "weights not rounded": ("indices, numerics.round(shares)", "indices, shares"),
         },
     ),
     (
         "model.py",
-        "model cache golden",
+        "golden model cache",
         {
             "final norm missing": ('    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n)\n', ""),
             "head always tied": (
@@ -334,10 +272,6 @@ GROUPS = [
                 "starts[:, None] + np.arange(new)",
                 "starts[:, None] + (new == 1) + np.arange(new)",
             ),
-            "positions of the first sequence": (
-                "starts[:, None] + np.arange(new)",
-                "starts[:1, None] + np.arange(new)",
-            ),
             "residual of the normalised": (
                 '    x = in_blocks(add, x, h)\n    record(f"{prefix}attn_residual", x)\n    h = normalise(',
                 '    x = in_blocks(add, h, h)\n    record(f"{prefix}attn_residual", x)\n    h = normalise(',
@@ -347,19 +281,8 @@ GROUPS = [
                 "    x = h\n    record(prefix[:-1], x)",
             ),
             "residual not rounded": ("return numerics.round(x + h)", "return x + h"),
-            "the first norm twice": (
-                'h = normalise(x, "post_attention_layernorm")',
-                'h = normalise(x, "input_layernorm")',
-            ),
             "last_only gives the first": ("x = x[:, -1:]", "x = x[:, :1]"),
-            "no window in the cache's layer": (
-                "else (cache, layer), config.window(layer)",
-                "else (cache, layer), cache and config.window(layer)",
-            ),
-            "cache one layer behind": ("(cache, layer)", "(cache, layer - 1)"),
-            "one layer left out": ("range(config.num_hidden_layers)", "range(max(config.num_hidden_layers - 1, 1))"),
             "the id behind the vocabulary": ("ids.max() >= config.vocab_size", "ids.max() > config.vocab_size"),
-            "negative ids": ("ids.min() < 0 or ", ""),
         },
     ),
     (
@@ -367,47 +290,38 @@ GROUPS = [
         "sampling",
         {
             "top_k without ties": ("scores >= np.partition", "scores > np.partition"),
-            "top_k one more": ("max(scores.size - k, 0)", "max(scores.size - k - 1, 0)"),
             "top_p one less": ('np.float32(1 - p), side="right")', 'np.float32(1 - p), side="left")'),
             "top_p in float64": ("cumulative.astype(np.float32), np.float32(1 - p)", "cumulative, 1 - p"),
             "top_p: of equal ones the lower ids": (
                 "keep[ties[np.count_nonzero(keep) - stay :]] = True",
                 "keep[ties[: stay - np.count_nonzero(keep)]] = True",
             ),
-            "top_p may keep nothing": ("max(cumulative.size - int(dropped), 1)", "cumulative.size - int(dropped)"),
             "min_p not relative to the likeliest": (
                 "np.exp(scores - scores.max()) >=",
                 "np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum() >=",
             ),
-            "min_p above, not at": (") >= np.float32(p)", ") > np.float32(p)"),
             "temperature multiplies": ("scores /= np.float32(parameters", "scores *= np.float32(parameters"),
             "temperature after the filters": (
                 "        if parameters.temperature > 0:\n            scores /= np.float32(parameters.temperature)\n",
                 "",
             ),
-            "penalty rewards below 0": ("previous * factor, previous / factor", "previous / factor, previous / factor"),
             "penalty counts repeats": (
                 "scores[previous_ids] = np.where(previous < 0, previous * factor, previous / factor)",
                 "np.divide.at(scores, previous_ids, factor)",
             ),
-            "greedy: the last of equal ones": ("scores.argmax()]", "scores.size - 1 - scores[::-1].argmax()]"),
-            "greedy takes no random number": ("rng.random() * cdf[-1]", "(len(ids) > 1 and rng.random()) * cdf[-1]"),
             "ids of probability 0": ('cdf[-1], side="right"', 'cdf[-1], side="left"'),
             "sums in float32": (
                 "np.exp(scores - scores.max()), dtype=np.float64",
                 "np.exp(scores - scores.max()), dtype=np.float32",
             ),
-            "log_probabilities: nothing subtracted": ("    scores = scores - top\n", ""),
         },
     ),
     (
         "generate.py",
         "generate",
         {
-            "stops at a prompt's id": ("return lambda new: new[-1] in ids", "return lambda new: new[0] in ids"),
             "never stops": (" or stop(new[row])", ""),
             "one token more": ("len(new[row]) == most[row]", "len(new[row]) > most[row]"),
-            "one token less at the end of the context": ("context + 1 - len(prompt)", "context - len(prompt)"),
             "prefix believed": (
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
@@ -419,14 +333,9 @@ GROUPS = [
                 "[np.random.default_rng(seed)] * len(prompts)",
             ),
             "the penalty does not count the prompt": ("generators[row], so_far)", "generators[row], new[row])"),
-            "the penalty does not count the answer": ("generators[row], so_far)", "generators[row], prompts[row])"),
             "finished sequences mix up the others": (
                 "selected = cache.select(active)",
                 "selected = cache.select(range(len(active)))",
-            ),
-            "the newest token of the first": (
-                "[[new[row][-1]] for row in active]",
-                "[[new[active[0]][-1]] for row in active]",
             ),
             "top_k not passed on": (
                 "        cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
@@ -434,18 +343,10 @@ GROUPS = [
                 "        cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
                 "            temperature=temperature,\n",
             ),
-            "stream: top_k not passed on": (
-                "else cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
-                "            temperature=temperature,\n            top_k=top_k,\n",
-                "else cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
-                "            temperature=temperature,\n",
-            ),
             "stop string: its last character not awaited": (
                 "for n in range(len(stop)) if",
                 "for n in range(len(stop) - 1) if",
             ),
-            "stop string: the last of several": ("yield held[: min(found)]", "yield held[: max(found)]"),
-            "stop string: what is held is lost": ("    if held:\n        yield held\n", ""),
         },
     ),
     (
@@ -457,23 +358,18 @@ GROUPS = [
                 "targets = ids[scored - 1 : scored - 1 + len(chunk)]",
             ),
             "windows see what came before": ("        cache.lengths[0] = 0\n", ""),
-            "windows one token late": (
-                "end = min(start + window, len(ids))",
-                "end = min(start + window - 1, len(ids))",
-            ),
             "context of the first window": ("at := start + int(cache.lengths[0])", "at := int(cache.lengths[0])"),
         },
     ),
     (
         "checkpoint.py",
-        "checkpoint",
+        "checkpoint finite",
         {
             "biases assumed": (
                 "        if config.attention_bias:\n            layer[",
                 '        if name != "o_proj":\n            layer[',
             ),
             "overlaps not seen": ("if begin < end:", "if begin < end and False:"),
-            "bytes of no tensor not seen": ("!= size - 8 - length:", "> size - 8 - length:"),
             "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
             "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
             "header not counted": ("math.prod(shape), 8 + length + begin)", "math.prod(shape), length + begin)"),
@@ -483,19 +379,8 @@ GROUPS = [
                 'problems += [f"{name}" for name in () and sorted(',
             ),
             "names without model. refused": ('if not any(name.startswith("model.") for name in stored):', "if False:"),
-            "a tied head refused": ('        stored.pop("lm_head.weight", None)\n', "        pass\n"),
             "a tensor in two shards": ("for name in stored.keys() & tensors.keys():", "for name in ():"),
-            "the index not held against its shards": (
-                "            if name not in tensors:\n",
-                "            if False:\n",
-            ),
-            "an index may lead elsewhere": ("shard != Path(shard).name or ", ""),
-            "q_proj and o_proj of one shape": ('("o_proj", d, q)', '("o_proj", q, d)'),
-            "one seed for all tensors": ("np.random.default_rng([seed, index])", "np.random.default_rng(seed)"),
-            "active parameters": ("config.num_experts - config.num_experts_per_tok)", "config.num_experts)"),
             "a changed file not seen": ("if now == number and found != before:", "if False:"),
-            "saved over another": ('for name in ("config.json", _SINGLE, _INDEX):', "for name in (_INDEX,):"),
-            "a failed save leaves its parts": ("            part.unlink(missing_ok=True)\n", "            pass\n"),
         },
     ),
     (
@@ -504,23 +389,14 @@ GROUPS = [
         {
             "auto: any size": ("fits = size <= free / 2", "fits = size <= 2 * free"),
             "auto: the size of the file": ("4 * tensor.size for", "tensor.nbytes for"),
-            "auto never copies": ('weights_dtype == "auto" else', 'weights_dtype == "none" else'),
             "copy: each piece the first": (
                 "(copy[start : start + PIECE], tensor[start",
                 "(copy[start : start + PIECE], tensor[0 * start",
-            ),
-            "copy: the end left out": (
-                "for start in range(0, copy.size, PIECE)",
-                "for start in range(0, max(copy.size - 1, 1), PIECE)",
             ),
             "filters without do_sample": ('if given.get("do_sample"):', "if given:"),
             "stop ids of config.json alone": (
                 'given.get("eos_token_id", self.config.eos_token_id)',
                 "self.config.eos_token_id",
-            ),
-            "the checkpoint's defaults win": (
-                "stream(self.weights, self.config, input_ids, **(self.generation_defaults() | options))",
-                "stream(self.weights, self.config, input_ids, **(options | self.generation_defaults()))",
             ),
         },
     ),
@@ -530,13 +406,10 @@ GROUPS = [
         {
             "the last token": ("[:, axis].min()", "[:, axis].max()"),
             "the token within its piece": ("at = start + token", "at = token"),
-            "infinity not seen": ("if not np.isfinite(logits).all():", "if np.isnan(logits).any():"),
             "hidden scores taken for infinite": (
                 'np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)',
                 "~np.isfinite(x)",
             ),
-            "heads taken for positions": ("axis = 2 if", "axis = 1 if"),
-            "the weights not blamed": ("            if bad:\n", "            if bad > tensor.size:\n"),
         },
     ),
     (
@@ -550,14 +423,6 @@ GROUPS = [
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
             "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
             "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
-            "no normal form": ("    backend.normalizer = normalizers.NFC()\n", ""),
-            "the end token added": (
-                "backend.encode(text, add_special_tokens=False).ids",
-                'backend.encode(text + "<|im_end|>").ids',
-            ),
-            "special tokens in the stream": ("skip_special_tokens and token in self.special_tokens", "False"),
-            "truncation kept": ("        backend.no_truncation()\n", ""),
-            "the tools' template without tools": ("if tools is not None and", "if"),
         },
     ),
     (
@@ -567,11 +432,6 @@ GROUPS = [
             "lines of blocks kept": ("trim_blocks=True", "trim_blocks=False"),
             "JSON in ASCII": ("ensure_ascii: bool = False", "ensure_ascii: bool = True"),
             "reasoning lost": (', "reasoning_content": message[name]}', "}"),
-            "thinking always": (
-                "    if enable_thinking is not None:\n        variables",
-                "    if enable_thinking:\n        variables",
-            ),
-            "no time limit": ("timeout=_SECONDS", "timeout=60 * _SECONDS"),
         },
     ),
     (
@@ -584,19 +444,9 @@ GROUPS = [
                 "        finally:\n            _here",
                 "        finally:\n            _here",
             ),
-            "a part is done twice": ("iter(parts), threading.Lock()", "iter([*parts, parts[0]]), threading.Lock()"),
-            "threads that share stay so": (
-                "        finally:\n            _here.sharing = False",
-                "        finally:\n            pass",
-            ),
             "BLAS not given back": (
                 "            _hold(self.outside)\n\n\ndef blas_limit",
                 "            pass\n\n\ndef blas_limit",
-            ),
-            "BLAS held where another holds it": ("if len(_held) == 1 else 1", "if _held else 1"),
-            "a child keeps its parent's threads": (
-                "    return ThreadPoolExecutor",
-                "    process = 0\n    return ThreadPoolExecutor",
             ),
             "blocks: the first for all": (
                 "f(*(array[..., rows, :] for array in arrays))",
@@ -628,19 +478,12 @@ GROUPS = [
                 "return 1 / (1 + np.exp(-np.exp(log_probabilities(logits)[:, 1])))",
             ),
             "yes and no swapped": ("log_probabilities(logits)[:, 1]", "log_probabilities(logits)[:, 0]"),
-            "a shared beginning one too long": ("shared = int(same.argmin()) if", "shared = int(same.argmin()) + 1 if"),
-            "the instruction for documents too": (
-                "    if instruction is not None:\n",
-                "    instruction = instruction or DEFAULT_INSTRUCTION\n    if instruction is not None:\n",
-            ),
         },
     ),
     (
         "training/gradients.py",
         "gradients",
         {
-            "loss of every position": ("dlogits /= counted", "dlogits /= mask.size"),
-            "residual's gradient lost": ("return dh + normalise(dnormed, x,", "return normalise(dnormed, x,"),
             "embedding: repeated ids once": (
                 "np.add.at(gradients[embedding], ids, dx)",
                 "gradients[embedding][ids] += dx",
@@ -648,8 +491,6 @@ GROUPS = [
             "norm: its mean left out": ("    dx -= normed * np.mean(dx * normed, axis=-1, keepdims=True)\n", ""),
             "rotation not turned back": ("(cos, -sin)", "(cos, sin)"),
             "scores not scaled": ("        ds *= head_dim**-0.5\n", ""),
-            "softmax: its sum left out": ("        ds -= np.sum(dc * c, axis=-1, keepdims=True)\n", ""),
-            "silu's own derivative left out": ("    dgate += sigmoid\n", ""),
         },
     ),
 ]
@@ -692,7 +533,18 @@ def run_tests(copy: Path, tests: str, seconds: float) -> str | None:
     """
     # the tour holds the core's source itself against a copy
     which = [f"tests/test_{name}.py" for name in tests.split()] or ["--ignore=tests/test_tour.py"]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *which]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=unshrunk",
+        *which,
+    ]
     process = subprocess.Popen(
         command,
         cwd=copy,
@@ -715,17 +567,17 @@ def run_tests(copy: Path, tests: str, seconds: float) -> str | None:
     return failed and failed[1]
 
 
-def copied(folder: str) -> Path:
-    """Return a copy of the project, without what was made from it."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
-    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=ignored))
+def copied(project: Path, folder: str) -> Path:
+    """Return a copy of the project in this folder."""
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist")
+    return Path(shutil.copytree(project, Path(folder) / project.name, ignore=ignored))
 
 
-def tried(mutant: Mutant) -> tuple[bool, str]:
+def tried(mutant: Mutant, project: Path) -> tuple[bool, str]:
     """Plant a bug in a copy. Return whether a test caught it, and a line that says which, and how long it took."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied(folder)
+        copy = copied(project, folder)
         (copy / "qwen3np" / mutant.file).write_text(planted(mutant), encoding="utf-8")
         try:
             by = run_tests(copy, mutant.tests, SECONDS) or run_tests(copy, "", 3 * SECONDS)
@@ -751,16 +603,15 @@ def main() -> int:
             wrong += 1
     if wrong:
         return 1
-    with tempfile.TemporaryDirectory() as folder:  # what fails without a bug catches nothing
-        files = sorted({name for mutant in chosen for name in mutant.tests.split()})
-        by = run_tests(copied(folder), " ".join(files), 3 * SECONDS)
-    if by:
-        print(f"without a bug, too, this fails: {by}")
-        return 1
     caught = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, (found, line) in zip(chosen, pool.map(tried, chosen), strict=True):
-            print(f"{mutant.name:60} {line}", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        project = copied(ROOT, folder)
+        files = sorted({name for mutant in chosen for name in mutant.tests.split()})
+        if by := run_tests(project, " ".join(files), 3 * SECONDS):  # what fails without a bug catches none
+            print(f"without a bug, too, this fails: {by}")
+            return 1
+        for mutant, (found, line) in zip(chosen, pool.map(tried, chosen, repeat(project)), strict=True):
+            print(f"{mutant.name:50} {line}", flush=True)
             caught += found
     print(f"{caught} of {len(chosen)} planted bugs caught")
     return int(caught < len(chosen))
