@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawing import trained_like
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Model, forward, load
@@ -25,6 +25,10 @@ settings.register_profile(
     "fresh", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.register_profile("reproducible", settings.get_profile("fresh"), derandomize=True)
+# The same examples again, but no time goes into making one that fails small: for runs that are to fail.
+settings.register_profile(
+    "unshrunk", settings.get_profile("reproducible"), phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
 settings.load_profile("reproducible")
 
 

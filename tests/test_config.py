@@ -131,6 +131,7 @@ def test_defaults_are_those_of_transformers():
     config = Config.from_dict(d)
     assert (config.attention_bias, config.tie_word_embeddings, config.rms_norm_eps) == (False, False, 1e-6)
     assert config.head_dim == 2048 // 16
+    assert not Config.from_dict(without(**EXPERTS)).norm_topk_prob
     assert config.eos_token_id == ()
     assert Config.from_dict(without(num_key_value_heads=None)).num_key_value_heads == 16
     assert Config.from_dict(without(eos_token_id=[3, 0])).eos_token_id == (3, 0)

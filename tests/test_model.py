@@ -343,6 +343,7 @@ BAD = [
     ([], "empty"),
     ([[]], "empty"),
     (np.zeros((3, 0), int), "empty"),
+    ([101], "id 101 at row 0, position 0"),
     ([5, 101, 7, 999], r"id 101 at row 0, position 1 .*0 to 100 \(2 such ids\)"),
     ([[5, 6], [7, -1]], r"id -1 at row 1, position 1 .*0 to 100$"),
     ([2**63], r"9223372036854775808.*0 to 100"),

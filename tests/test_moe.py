@@ -56,6 +56,19 @@ def test_the_router_takes_the_largest_of_a_softmax_over_all(sparse, seed, tokens
     np.testing.assert_allclose(chosen, -np.sort(-p, axis=-1)[..., :3], rtol=1e-13)
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+def test_bfloat16_rounds_the_weights_at_the_end(sparse, normalised):
+    x, weights, _, _ = draw(sparse, 0, 50, "bfloat16")
+    config, gate = replace(sparse, norm_topk_prob=normalised), weights["model.layers.0.mlp.gate.weight"]
+    logits, indices, shares = route(x, gate, config, precision("bfloat16"))
+    np.testing.assert_array_equal(logits, round_bfloat16(logits))
+    np.testing.assert_array_equal(shares, round_bfloat16(shares))
+    p = np.exp(logits.astype(np.float64))
+    p = np.take_along_axis(p / p.sum(-1, keepdims=True), indices, axis=-1)
+    truth = p / p.sum(-1, keepdims=True) if normalised else p
+    np.testing.assert_allclose(shares, truth, rtol=2**-8 + 1e-6)  # one rounding, and not one before the division
+
+
 def test_of_equal_experts_the_lower_ones_are_taken(sparse):
     logits = np.array([[[1, 3, 2, 3, 2, 2, 0]]], np.float32)
     _, indices, _ = route(logits, np.eye(7, dtype=np.float32), sparse, precision("bfloat16"))

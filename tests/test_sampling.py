@@ -148,6 +148,16 @@ def test_ids_of_probability_zero_are_never_drawn():
     assert sample(logits, PLAIN, rng) == 40
 
 
+def test_many_unlikely_ids_are_drawn_as_often_as_they_should():
+    # each is less than half of the last bit of float32 at 1, where a sum in float32 would stand still
+    logits = np.full(100_001, -16.7)
+    logits[0] = 0
+    rng, others = np.random.default_rng(0), 100_000 * np.exp(-16.7)
+    drawn = [sample(logits, PLAIN, rng) for _ in range(1000)]
+    expected = np.count_nonzero(np.random.default_rng(0).random(1000) * (1 + others) > 1)
+    assert np.count_nonzero(drawn) == expected > 0
+
+
 def test_chi_square_of_100_000_draws():
     rng = np.random.default_rng(20)
     logits = rng.normal(0, 2, 40).astype(np.float32)
