@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,10 +155,8 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             return self._from_vocab_and_merges()
-        try:
+        with _refused(f"{file}: not a tokenizer"):
             backend = Backend.from_buffer(file.read_bytes())
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise CheckpointError(f"{file}: the decoder is {backend.decoder}, where Qwen3 has ByteLevel")
         # What a training run may have saved: encode would silently cut or pad.
@@ -169,10 +168,8 @@ class Tokenizer:
         from tokenizers import AddedToken, models
 
         vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
-        try:
+        with _refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
             backend = byte_level_bpe(models.BPE.from_file(str(vocab), str(merges)))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{vocab} with {merges.name}: not a BPE vocabulary: {error}") from error
         config = self.folder / "tokenizer_config.json"
         try:
             added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
@@ -228,6 +225,17 @@ def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+@contextmanager
+def _refused(what: str) -> Generator[None]:
+    """Turn what the library raises, which is a bare Exception or a panic of its Rust code, into CheckpointError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _token_id(value: SupportsIndex) -> int:

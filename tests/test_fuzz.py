@@ -1,5 +1,6 @@
 """A short run of the fuzzer; `python tests/fuzz.py --cases 100000` is the long one."""
 
+import json
 import os
 
 import fuzz
@@ -75,3 +76,12 @@ def test_a_name_that_is_given_twice_is_refused(folder, file):
     (folder / file).write_text(text.replace("{", '{"num_hidden_layers": 1, "weight_map": {}, ', 1))
     with pytest.raises((CheckpointError, ConfigError), match="is given twice"):
         qwen3np.load(folder, progress=False)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_file(folder):
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["model"]["continuing_subword_prefix"] = "longer than a token"
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    tokenizer = qwen3np.load(folder, progress=False).tokenizer
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer: "):
+        tokenizer.encode("a")
