@@ -94,12 +94,13 @@ def test_the_same_prompt_again_computes_its_last_token(weights, config, computed
     assert computed == [1, 1, 1]
 
 
-def test_long_prompts_go_in_pieces(weights, config, computed, monkeypatch):
+@pytest.mark.parametrize("pieces", [[8, 8, 8, 6], [8, 8, 8], [8, 8, 1]])
+def test_long_prompts_go_in_pieces(weights, config, computed, monkeypatch, pieces):
     monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
-    ids = draw_ids(np.random.default_rng(3), config, 30).tolist()
+    ids = draw_ids(np.random.default_rng(3), config, sum(pieces)).tolist()
     seen = []
     new, _ = generate(weights, config, ids, max_new_tokens=2, progress=seen.append)
-    assert computed[:4] == [8, 8, 8, 6] == seen
+    assert computed[: len(pieces)] == pieces == seen
     assert new == naive(weights, config, ids, 2)
 
 

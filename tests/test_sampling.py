@@ -57,6 +57,12 @@ def test_filters_by_hand(changes, expected):
     assert kept(np.log2([0.25, 0.5, 0.125, 0.125]) * np.log(2), **changes) == expected
 
 
+@pytest.mark.parametrize(("n", "p", "first"), [(10, 0.9, 1), (10, 0.8, 2), (5, 0.6, 2)])
+def test_top_p_cuts_equal_ones_where_torch_does(n, p, first):
+    # TopPLogitsWarper of transformers; in float64 0.1 is more than 1 - 0.9, and nothing would go
+    assert kept(np.zeros(n), top_p=p) == set(range(first, n))
+
+
 def test_top_p_of_one_is_off():
     assert kept([0.0, -200.0], top_p=1.0) == {0, 1}  # the probability of id 1 is 0 in float32
 
