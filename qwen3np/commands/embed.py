@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         if out.suffix == ".npy":
             np.save(file, embeddings)
         elif out.suffix == ".npz":
-            np.savez(file, embeddings=embeddings, texts=np.array(texts))
+            archive = io.BytesIO()  # on a full disk, one that is written directly complains a second time
+            np.savez(archive, embeddings=embeddings, texts=np.array(texts))
+            file.write(archive.getbuffer())
         else:
             file.writelines(line.encode() for line in lines)
