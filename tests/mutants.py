@@ -390,8 +390,8 @@ GROUPS = [
             "auto: any size": ("fits = size <= free / 2", "fits = size <= 2 * free"),
             "auto: the size of the file": ("4 * tensor.size for", "tensor.nbytes for"),
             "copy: each piece the first": (
-                "(copy[start : start + PIECE], tensor[start",
-                "(copy[start : start + PIECE], tensor[0 * start",
+                "tensor[start : start + PIECE]",
+                "tensor[: copy[start : start + PIECE].size]",
             ),
             "filters without do_sample": ('if given.get("do_sample"):', "if given:"),
             "stop ids of config.json alone": (

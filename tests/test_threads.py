@@ -60,6 +60,25 @@ def test_after_an_error_no_part_begins_and_those_that_had_begun_are_done(monkeyp
     assert [held for _, held in events] == [True]
 
 
+def test_after_an_error_in_another_thread_no_part_begins(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
+    both, failed, begun = threading.Barrier(2), threading.Event(), []
+
+    def task(part):
+        begun.append(part)
+        if part < 2:
+            both.wait(5)
+        if threading.current_thread() is not threading.main_thread():
+            failed.set()
+            raise ZeroDivisionError
+        failed.wait(5)
+        time.sleep(0.2)  # the other thread is out of its part
+
+    with pytest.raises(ZeroDivisionError):
+        share(range(10), 1 << 30, task)
+    assert sorted(begun) == [0, 1]
+
+
 def meet(_):
     """A task of two parts that ends only if two threads run them at once."""
     meet.barrier.wait(5)
