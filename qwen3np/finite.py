@@ -8,8 +8,8 @@ import numpy as np
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.model import forward, position_axis
-from qwen3np.numerics import Array, precision
+from qwen3np.model import forward
+from qwen3np.numerics import Array, position_axis, precision
 
 CHUNK = 16  # positions that are looked at together: all their scores are in memory at once
 

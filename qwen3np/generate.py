@@ -12,7 +12,8 @@ from qwen3np.cache import ContextOverflowError, KVCache
 from qwen3np.checkpoint import Weights, require_unchanged
 from qwen3np.config import Config
 from qwen3np.finite import require_finite
-from qwen3np.model import checked_sequence, forward
+from qwen3np.ids import checked_sequence
+from qwen3np.model import forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import SamplingParameters, sample
 

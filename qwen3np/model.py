@@ -6,7 +6,6 @@ Weights are a dictionary with Hugging Face's tensor names; config, weights and c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +13,7 @@ from numpy.typing import ArrayLike
 from qwen3np.attention import self_attention
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
+from qwen3np.ids import checked_ids
 from qwen3np.linear import is_ready, linear
 from qwen3np.mlp import swiglu
 from qwen3np.moe import mixture
@@ -81,11 +81,6 @@ def forward(
     return x
 
 
-def position_axis(name: str) -> int:
-    """Return which axis of a recorded point runs over the new positions."""
-    return 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
-
-
 def block(
     x: Array,
     weights: Mapping[str, Array],
@@ -120,35 +115,3 @@ def block(
     x = in_blocks(add, x, h)
     record(prefix[:-1], x)
     return x
-
-
-def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
-    """Return the ids of one sequence as a list. Raises ValueError as checked_ids, and for more than one sequence."""
-    checked = checked_ids(ids, config)
-    if np.ndim(ids) != 1:
-        raise ValueError(f"input_ids: a sequence must be a flat list of ids, not an array of shape {checked.shape}")
-    return checked[0].tolist()
-
-
-def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
-    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name`, and where."""
-    try:
-        ids: np.ndarray[Any, Any] = np.asarray(input_ids)
-    except ValueError:
-        raise ValueError(f"{name}: rows of different lengths; pad them on the right to one length") from None
-    if ids.ndim == 1:
-        ids = ids[None]
-    if ids.ndim != 2:
-        raise ValueError(f"{name}: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
-    if ids.size == 0:
-        raise ValueError(f"{name}: empty; a prompt needs at least one token")
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"{name}: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
-        row, column = outside[0]
-        raise ValueError(
-            f"{name}: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "
-            f"0 to {config.vocab_size - 1}" + (f" ({len(outside)} such ids)" if len(outside) > 1 else "")
-        )
-    return ids

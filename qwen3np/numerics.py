@@ -28,6 +28,11 @@ def ignore(name: str, array: Array) -> None:
     """Record nothing: what layers are given when nobody asked for a trace."""
 
 
+def position_axis(name: str) -> int:
+    """Return which axis of a recorded point runs over the new positions."""
+    return 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
+
+
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -282,6 +282,12 @@ GROUPS = [
             ),
             "residual not rounded": ("return numerics.round(x + h)", "return x + h"),
             "last_only gives the first": ("x = x[:, -1:]", "x = x[:, :1]"),
+        },
+    ),
+    (
+        "ids.py",
+        "model",
+        {
             "the id behind the vocabulary": ("ids.max() >= config.vocab_size", "ids.max() > config.vocab_size"),
         },
     ),

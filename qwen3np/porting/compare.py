@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.model import position_axis
-from qwen3np.numerics import BFLOAT16, FLOAT64, Array, precision
+from qwen3np.numerics import BFLOAT16, FLOAT64, Array, position_axis, precision
 from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
 from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.steps import CHOICE, STEPS, Rerun, input_name, point_names, point_shape, split_layer, split_pass

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.model import position_axis
-from qwen3np.numerics import Array
+from qwen3np.numerics import Array, position_axis
 from qwen3np.numerics import precision as numerics_of
 from qwen3np.porting.catalogue import BUGS, Bug
 from qwen3np.porting.compare import (

@@ -14,8 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.model import position_axis
-from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.numerics import BFLOAT16, Array, position_axis
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 from qwen3np.porting.steps import CHOICE, STEPS, split_layer
 

@@ -17,8 +17,9 @@ import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.files import written_aside
-from qwen3np.model import checked_ids, forward, position_axis
-from qwen3np.numerics import FLOAT64, Array, precision
+from qwen3np.ids import checked_ids
+from qwen3np.model import forward
+from qwen3np.numerics import FLOAT64, Array, position_axis, precision
 from qwen3np.porting.steps import point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
+from qwen3np.ids import checked_sequence
 from qwen3np.linear import linear
-from qwen3np.model import checked_sequence, forward
+from qwen3np.model import forward
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import log_probabilities

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.model import checked_ids, forward
+from qwen3np.ids import checked_ids
+from qwen3np.model import forward
 from qwen3np.numerics import FLOAT32, Array, Numerics, precision
 from qwen3np.rope import rotary_tables, rotate
 from qwen3np.threads import share
