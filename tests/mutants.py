@@ -255,7 +255,7 @@ GROUPS = [
                 "    if not numerics.grouped:\n        order",
                 "    if False:\n        order",
             ),
-            "weights not rounded": ("indices, numerics.round(shares)", "indices, shares"),
+            "weights not rounded": ("return numerics.round(shares)", "return shares"),
         },
     ),
     (
@@ -410,7 +410,7 @@ GROUPS = [
         "finite.py",
         "finite",
         {
-            "the last token": ("[:, axis].min()", "[:, axis].max()"),
+            "the last token": ("[:, position_axis(name)].min()", "[:, position_axis(name)].max()"),
             "the token within its piece": ("at = start + token", "at = token"),
             "hidden scores taken for infinite": (
                 'np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)',
