@@ -24,29 +24,43 @@ class ContextOverflowError(ValueError):
 
 
 class _Origin:
-    """Which weights a cache was filled with. The embedding stands for all; if it is another array, samples decide."""
+    """What a cache was filled with: which weights (the same arrays, or with the same first numbers), which angles."""
 
     def __init__(self) -> None:
-        self.embedding: ref[Array] | None = None
-        self.sample: Array = np.empty(0)
+        self.arrays: list[ref[Array]] = []
+        self.sample: Array | None = None
+        self.angles: object = None
 
-    def keep(self, weights: Mapping[str, Array]) -> None:
-        """Remember these weights."""
-        embedding = weights["model.embed_tokens.weight"]
-        if self.embedding is None or self.embedding() is not embedding:
-            self.embedding, self.sample = ref(embedding), self._sample(weights)
+    def keep(self, weights: Mapping[str, Array], config: Config) -> None:
+        """Remember these."""
+        names = self._names(weights)
+        self.arrays = [ref(weights[name]) for name in names]
+        self.sample, self.angles = self._sample(weights), (config.rope_theta, config.rope_scaling)
 
-    def is_of(self, weights: Mapping[str, Array]) -> bool:
-        """Whether these are the weights that were kept last, or a copy of them."""
-        if self.embedding is None or self.embedding() is weights["model.embed_tokens.weight"]:
+    def is_of(self, weights: Mapping[str, Array], config: Config) -> bool:
+        """Whether these are what was kept last, or a copy of it."""
+        if self.sample is None:
             return True
-        return np.array_equal(self.sample, self._sample(weights))
+        if self.angles != (config.rope_theta, config.rope_scaling):
+            return False
+        names = self._names(weights)
+        same = len(names) == len(self.arrays) and all(
+            array() is weights[name] for array, name in zip(self.arrays, names, strict=True)
+        )
+        return same or np.array_equal(self.sample, self._sample(weights))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out which arrays they were: in another process they are others."""
+        return {**self.__dict__, "arrays": []}
 
     @staticmethod
-    def _sample(weights: Mapping[str, Array]) -> Array:
+    def _names(weights: Mapping[str, Array]) -> list[str]:
         # not of the experts: of a mapped file only those are read that are hit
-        names = sorted(name for name in weights if ".experts." not in name)
-        return np.concatenate([weights[name].flat[:8].astype(np.float64) for name in names])
+        return [name for name in weights if name.startswith("model.") and ".experts." not in name]
+
+    @classmethod
+    def _sample(cls, weights: Mapping[str, Array]) -> Array:
+        return np.concatenate([weights[name].flat[:8].astype(np.float64) for name in sorted(cls._names(weights))])
 
 
 @dataclass(eq=False, repr=False)
@@ -63,7 +77,8 @@ class KVCache:
     ids: Array  # (B, max_length)
     lengths: Array  # (B,)
     rows: Array  # the sequences this cache speaks of: all B, unless made by select
-    origin: _Origin = field(default_factory=lambda: _Origin())
+    origin: _Origin = field(default_factory=_Origin)
+    whole: bool = True  # whether it was not made by select
 
     @classmethod
     def allocate(
@@ -109,7 +124,7 @@ class KVCache:
         selected = self.rows[list(rows)]
         if len(set(selected.tolist())) < len(selected):
             raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
-        return KVCache(self.k, self.v, self.ids, self.lengths, selected, self.origin)
+        return KVCache(self.k, self.v, self.ids, self.lengths, selected, self.origin, whole=False)
 
     def reserve(self, max_length: int) -> None:
         """Make room for max_length positions in each sequence, by moving to larger arrays if need be.
@@ -118,7 +133,7 @@ class KVCache:
         """
         if max_length <= self.max_length:
             return
-        if self.batch_size < len(self.lengths):
+        if not self.whole:
             raise ValueError("cache: a selection cannot grow; reserve on the cache it was made from")
         used, olds = int(self.lengths.max()), (self.k, self.v, self.ids)
         axes = (3, 3, 1)
@@ -162,7 +177,7 @@ class KVCache:
             raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
         if batch_size != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
-        if self.lengths.any() and not self.origin.is_of(weights):
+        if self.lengths.any() and not self.origin.is_of(weights, config):
             raise ValueError("cache: what it holds was made with other weights; use a new one, or set its lengths to 0")
         for row, length in zip(self.rows.tolist(), self.lengths[self.rows].tolist(), strict=True):
             if not 0 <= length <= room - new:
@@ -182,9 +197,10 @@ class KVCache:
         self.v[layer, row, :, start:end] = v
         return self.k[layer, row, :, :end], self.v[layer, row, :, :end]
 
-    def advance(self, ids: Array, weights: Mapping[str, Array]) -> None:
-        """Count the positions that `write` filled in every layer, with these weights: those of ids (B, S)."""
-        self.origin.keep(weights)
+    def advance(self, ids: Array, weights: Mapping[str, Array], config: Config) -> None:
+        """Count the positions that `write` filled in every layer, with this model: those of ids (B, S)."""
+        if not self.lengths.any():
+            self.origin.keep(weights, config)
         for row, new in zip(self.rows.tolist(), ids, strict=True):
             start: int = self.lengths.item(row)
             self.ids[row, start : start + len(new)] = new

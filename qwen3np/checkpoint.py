@@ -138,6 +138,8 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     expected = weight_shapes(config)
     if not any(name.startswith("model.") for name in stored):
         stored = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in stored.items()}
+        if "lm_head.weight" not in stored:  # of a model that makes embeddings
+            expected.pop("lm_head.weight", None)
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     problems += [f"{name}: extra: no such tensor in this model" for name in sorted(stored.keys() - expected.keys())]
@@ -174,19 +176,25 @@ def require_unchanged(weights: Weights) -> None:
         for path, (number, *before) in weights.files.items():
             try:
                 now, *found = _identity(path)
-            except FileNotFoundError:
+            except OSError:
                 continue
             if now == number and found != before:
                 raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
 
 
 def check_links(folder: Path) -> None:
-    """Raise CheckpointError for a link in the folder that leads out of it, but to the blobs of the Hub's own cache."""
+    """Raise CheckpointError for a file that is a link out of the folder, but to the blobs of the Hub's own cache."""
     root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if path.is_symlink() and not {root, blobs} & set(path.resolve().parents):
-            raise CheckpointError(f"{path}: leads to {path.resolve()}, outside the checkpoint's folder; copy that file")
+    blobs = (root.parent.parent / "blobs").resolve() if root.parent.name == "snapshots" else root
+    for pattern in ("*.safetensors", "*.json", "*.jinja", "merges.txt", "additional_chat_templates", "*/*.jinja"):
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                try:
+                    target = path.resolve()
+                except (OSError, RuntimeError) as error:  # a loop
+                    raise CheckpointError(f"{path}: a link that leads nowhere: {error}") from None
+                if not {root, blobs} & set(target.parents):
+                    raise CheckpointError(f"{path}: leads to {target}, outside the checkpoint's folder; copy that file")
 
 
 def save_checkpoint(folder: str | Path, config: Config, weights: Weights, *, dtype: DTypeLike | None = None) -> None:

@@ -91,6 +91,8 @@ class Config:
             raise _unsupported("num_hidden_layers", self.num_hidden_layers, f"{_MOST_MLPS:,} with all their experts")
         if self.rope_scaling and self.rope_theta <= 1:
             raise _unsupported("rope_theta", self.rope_theta, "numbers above 1, with YaRN")
+        if _SLIDING in self.layer_types and self.sliding_window is None:
+            raise _unsupported("sliding_window", None, f'a number, where layer_types has "{_SLIDING}"')
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
             raise _unsupported("layer_types", self.layer_types, f"one for each of the {self.num_hidden_layers} layers")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -228,6 +230,8 @@ def _check_fields(settings: Config | Yarn, prefix: str = "") -> None:
     """Raise ConfigError for a value of the wrong type; NumPy's numbers become Python's, which leave dtypes alone."""
     for field in fields(settings):
         value = getattr(settings, field.name)
+        if isinstance(value, list):
+            object.__setattr__(settings, field.name, tuple(cast("list[Any]", value)))
         if isinstance(value, np.generic):
             object.__setattr__(settings, field.name, value.item())
         kind = str(field.type)
@@ -256,11 +260,18 @@ def _check_bool(key: str, value: object) -> None:
 
 
 def _check_counts(key: str, value: tuple[Any, ...]) -> None:
+    _check_tuple(key, value)
     for count in value:
         _check_count(key, count)
 
 
+def _check_tuple(key: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise _unsupported(key, value, "a tuple")
+
+
 def _check_layer_types(key: str, value: tuple[Any, ...]) -> None:
+    _check_tuple(key, value)
     if any(kind not in (_SLIDING, "full_attention") for kind in value):
         raise _unsupported(key, value, '"full_attention" and "sliding_attention"')
 

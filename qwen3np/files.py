@@ -14,6 +14,9 @@ def written_aside(path: Path) -> Generator[Path]:
 
     Raises ValueError where the disk is full or refuses; after any error the file beside is gone, and `path` as it was.
     """
+    path = path.resolve()  # what a link leads to, not the link
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file; name another place")
     part = path.with_name(f"{path.name}.part")
     try:
         yield part

@@ -33,6 +33,7 @@ def require_finite(
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str) -> str:
     """Compute ids once more, and say what is the first point that is not finite."""
     cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
+    head = config.tie_word_embeddings or "lm_head.weight" in weights
 
     def look(name: str, x: Array) -> None:
         bad = np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
@@ -42,7 +43,8 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], num
     for start in range(0, len(ids), CHUNK):
         try:
             with np.errstate(all="ignore"):
-                forward(weights, config, ids[start : start + CHUNK], cache, numerics=numerics, trace=look)
+                piece = ids[start : start + CHUNK]
+                forward(weights, config, piece, cache, numerics=numerics, head=head, trace=look)
         except _Found as found:
             point, token = found.args
             at = start + token

@@ -48,6 +48,8 @@ def forward(
     (ContextOverflowError when it is full); nothing is changed then.
     """
     n, record = precision(numerics), ignore if trace is None else trace
+    if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
+        raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")
     ids = checked_ids(input_ids, config)
     batch: int = ids.shape[0]
     new: int = ids.shape[1]
@@ -77,7 +79,7 @@ def forward(
             x = linear(x, w, None, n)
         record("lm_head", x)
     if cache is not None:
-        cache.advance(ids, weights)
+        cache.advance(ids, weights, config)
     return x
 
 

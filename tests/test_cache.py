@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from dataclasses import fields, replace
 
 import numpy as np
@@ -20,7 +21,11 @@ TOLERANCE = {"float64": 1e-14, "float32": 3e-6, "bfloat16": 1e-3, "bfloat16-grou
 
 
 def snapshot(cache):
-    return {field.name: getattr(cache, field.name).copy() for field in fields(cache) if field.name != "origin"}
+    return {
+        field.name: getattr(cache, field.name).copy()
+        for field in fields(cache)
+        if field.name not in ("origin", "whole")
+    }
 
 
 def assert_unchanged(cache, before):
@@ -279,3 +284,17 @@ def test_a_selection_neither_grows_nor_holds_a_sequence_twice(config):
     for twice in ([1, 1], [0, -3]):
         with pytest.raises(ValueError, match="selected twice"):
             cache.select(twice)
+
+
+def test_a_selection_of_all_cannot_grow_either(config, weights):
+    cache = KVCache.allocate(config, 1, 8)
+    forward(weights, config, [1, 2, 3], cache)
+    with pytest.raises(ValueError, match="a selection cannot grow"):
+        cache.select([0]).reserve(16)
+
+
+def test_a_pickled_cache_goes_on(config, weights):
+    cache = KVCache.allocate(config, 1, 8)
+    forward(weights, config, [1, 2, 3], cache)
+    copy = pickle.loads(pickle.dumps(cache))
+    np.testing.assert_array_equal(forward(weights, config, [4], copy), forward(weights, config, [4], cache))

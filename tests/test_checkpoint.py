@@ -220,6 +220,19 @@ def test_names_without_model_get_it(tmp_path, config, weights):
         assert_same_bits(read_checkpoint(folder)[1], truth)
 
 
+def test_an_embedding_checkpoint_needs_no_head(tmp_path, config, weights):
+    """Untied, and saved without its head: hidden states are there, logits are not."""
+    (tmp_path / "config.json").write_text(json.dumps(replace(config, tie_word_embeddings=False).to_dict()))
+    stored = {name.removeprefix("model."): w for name, w in weights.items() if name != "lm_head.weight"}
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    read_config, read = read_checkpoint(tmp_path)
+    np.testing.assert_array_equal(
+        forward(read, read_config, [3, 1], head=False), forward(weights, config, [3, 1], head=False)
+    )
+    with pytest.raises(ValueError, match=r"there is no lm_head.weight: this checkpoint makes embeddings"):
+        forward(read, read_config, [3, 1])
+
+
 def test_names_of_which_only_some_lack_model_are_told(tmp_path, config, weights):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     stored = dict(weights)

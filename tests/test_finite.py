@@ -115,6 +115,10 @@ def test_a_cache_of_other_weights_is_refused():
         generate(copy, CONFIG, longer, max_new_tokens=3, cache=cache)[0]
         == generate(weights, CONFIG, longer, max_new_tokens=3)[0]
     )
+    one = {**weights, "model.layers.1.mlp.up_proj.weight": weights["model.layers.1.mlp.up_proj.weight"] * 2}
+    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), (weights, replace(CONFIG, rope_theta=1e4))):
+        with pytest.raises(ValueError, match=message):
+            generate(changed, config, longer, max_new_tokens=3, cache=cache)
     cache.lengths[:] = 0
     assert (
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)[0]

@@ -85,3 +85,12 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_file(folder):
     tokenizer = qwen3np.load(folder, progress=False).tokenizer
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer: "):
         tokenizer.encode("a")
+
+
+def test_links_that_nobody_reads_do_no_harm_and_loops_are_refused(folder):
+    os.symlink("/tmp", folder / "logs")
+    qwen3np.load(folder, progress=False)
+    os.rename(folder / "config.json", folder / "kept")
+    os.symlink("config.json", folder / "config.json")
+    with pytest.raises((CheckpointError, ConfigError), match=r"config\.json"):
+        qwen3np.load(folder, progress=False)

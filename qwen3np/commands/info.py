@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if files or not (folder / "config.json").exists():
         config, weights = read_checkpoint(folder)
+        files = sorted(weights.files)
         stored = sum(file.stat().st_size for file in files)
         dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
         disk = f"{stored:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {', '.join(dtypes)}"

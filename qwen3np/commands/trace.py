@@ -19,12 +19,16 @@ EXAMPLE = 'qwen3np trace --model Qwen/Qwen3-0.6B "The capital of France is" --st
 SHOWN = 32  # ids that are printed
 HELP = "record every number on the way from a prompt to its logits"
 
+MOST = 1_000_000  # numbers in one range
+
 
 def numbers(argument: str) -> list[int]:
     """Return "1,5-7" as [1, 5, 6, 7]."""
     found: list[int] = []
     for part in argument.split(","):
         first, _, last = part.strip().partition("-")
+        if not 0 <= int(last or first) - int(first) < MOST:
+            raise ValueError(f"{part}: from a lower to a higher number, {MOST:,} at most")
         found += range(int(first), int(last or first) + 1)
     return found
 
