@@ -168,7 +168,7 @@ GROUPS = [
                 "if not np.can_cast(numerics.storage, self.k.dtype",
                 "if not np.can_cast(self.k.dtype, self.k.dtype",
             ),
-            "check: any weights": ("return np.array_equal(self.sample, self._sample(weights))", "return True"),
+            "check: any weights": ("return same or np.array_equal(self.sample, self._sample(weights))", "return True"),
         },
     ),
     (
