@@ -428,7 +428,7 @@ BUGS = (
     ),
     Bug(
         "attention: sliding window ignored",
-        {"self_attn.scores": _configured(sliding_window=None)},
+        {"self_attn.scores": _configured(sliding_window=None, layer_types=())},
         "sliding_window, in the layers that layer_types or max_window_layers name",
         _slides,
     ),
