@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import textwrap
 import traceback
@@ -16,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from qwen3np.files import written_aside
 
 NOTEBOOK = Path(__file__).with_name("tour.ipynb")
 Cell: TypeAlias = Mapping[str, Any]  # of the notebook format, https://nbformat.readthedocs.io
@@ -120,9 +121,8 @@ def execute(notebook: Path = NOTEBOOK) -> None:
     except nbclient.exceptions.CellExecutionError as error:
         raise ValueError(f"{notebook.name}: {error}") from None
     contents.metadata = {"kernelspec": contents.metadata.kernelspec, "language_info": {"name": "python"}}
-    part = notebook.with_name(f"{notebook.name}.part")
-    part.write_text(nbformat.writes(contents).rstrip("\n") + "\n", encoding="utf-8")
-    os.replace(part, notebook)
+    with written_aside(notebook) as part:
+        part.write_text(nbformat.writes(contents).rstrip("\n") + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
