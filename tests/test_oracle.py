@@ -315,13 +315,19 @@ def test_bfloat16_steps(oracle, name, how):
     points = []
     oracle.prefill_and_decode(oracle.model_of(config, weights, "bfloat16", how), ids, STEPS, points)
 
-    limits = {  # the share of the elements that may differ, and by how many steps
-        "elementwise": (0, 0),
-        "matrix product": (5e-4, 1),  # another order of summation: measured 5e-5
-        "scaled product": (5e-4, 2),  # the same: 3e-5; scaling moves the leading digits and can make two steps of one
-        "norm": (5e-5, 2),  # a float32 mean, likewise: 6e-6; the weight can make two steps of one
-        "softmax": (1e-4, 1),  # a float32 sum, likewise, and another exp: 1.2e-5 to 4.2e-5
-        "experts": (6e-4, 2),  # matrix products, and a sum over six experts: measured 6e-5
+    # A sum that cancels keeps the float32 noise of its terms, which can be many steps of the small result.
+    noise = 5e-7  # measured 1.2e-7
+    limits = {  # the share of the elements that may differ; by how many steps, or by what part of the largest
+        "elementwise": (0, 0, 0),
+        "matrix product": (5e-4, 1, noise),  # another order of summation: measured 5e-5
+        # the same: 3e-5; scaling moves the leading digits and can make two steps of one
+        "scaled product": (5e-4, 2, noise),
+        "norm": (5e-5, 2, noise),  # a float32 mean, likewise: 6e-6; the weight can make two steps of one
+        "softmax": (1e-4, 1, noise),  # a float32 sum, likewise, and another exp: 1.2e-5 to 4.2e-5
+        # three products with a rounding behind each, of which one that falls the other way moves the sum by up to half
+        # a step of its largest term: measured 2e-5 to 1.4e-3, and 1.3e-3 of the largest, with each of oneDNN's kernels
+        # (AVX2, AVX-512, AVX-512 with bfloat16, AMX); one rounding less would change a quarter of the elements
+        "experts": (3e-3, 2, 2**-9),
     }
     figures = {kind: [] for kind in limits}
     start = 0
@@ -330,24 +336,23 @@ def test_bfloat16_steps(oracle, name, how):
         part = ids[:, start : start + new]
         for kind, point, ours, truth in each_from_theirs(theirs, weights, config, part, start, numerics):
             away = np.abs(steps(ours) - steps(truth))
-            # A sum that cancels keeps the float32 noise of its terms, which can be many steps of the small result.
-            far = away > limits[kind][1]
-            beyond = np.abs(ours[far] - truth[far]).max(initial=0)
-            noise = beyond / np.abs(truth[np.isfinite(truth)]).max()
-            assert noise <= 5e-7, point  # measured 1.2e-7
-            figures[kind].append((away.size, np.count_nonzero(away), away[~far].max(initial=0), noise))
+            _, most, limit = limits[kind]
+            far = away > most
+            beyond = np.abs(ours[far] - truth[far]).max(initial=0) / np.abs(truth[np.isfinite(truth)]).max()
+            assert beyond <= limit, point
+            figures[kind].append((away.size, np.count_nonzero(away), away[~far].max(initial=0), beyond))
         start += new
     print(f"\n{name}, {numerics.name}, prefill {len(ids)} x {ids.shape[1] - STEPS} and {STEPS} decode steps")
-    for kind, (share, _) in limits.items():
+    for kind, (share, _, _) in limits.items():
         if not figures[kind]:
             continue
-        sizes, counts, most, noise = zip(*figures[kind], strict=True)
+        sizes, counts, most, beyond = zip(*figures[kind], strict=True)
         size, count = sum(sizes), sum(counts)
         print(
             f"{kind:15}{size:>9} elements, {count:>4} differ: {count / size:.1e}, by at most {max(most):.0f} steps",
             end="",
         )
-        print(f", or by {max(noise):.0e} of the largest" if max(noise) else "")
+        print(f", or by {max(beyond):.0e} of the largest" if max(beyond) else "")
         assert count <= share * size
 
 
