@@ -32,13 +32,21 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EP
 BUILTIN = Path(__file__).parent / "builtin"  # the small checkpoint that comes with the package
 
 
-def resolve(name_or_path: str | os.PathLike[str] | None, *, revision: str | None = None, progress: bool = True) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    progress: bool = True,
+) -> Path:
     """Return the folder of a checkpoint; a Hub id is downloaded first, None is the built-in checkpoint.
 
     An existing folder is returned as it is, and `revision` means nothing then. A Hub id (`Qwen/Qwen3-0.6B`)
     is fetched by huggingface_hub into its cache: only `FILES`, at `revision` (a branch, tag or commit; None
     is `main`). What the cache holds is not transferred again, and serves alone where the Hub does not answer.
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are obeyed by huggingface_hub itself.
+
+    Without `weights` their files, which may have many gigabytes, are left where they are.
 
     `progress` shows bars on stderr if that is a terminal.
 
@@ -56,14 +64,14 @@ def resolve(name_or_path: str | os.PathLike[str] | None, *, revision: str | None
     if isinstance(name_or_path, os.PathLike) or _PATH.match(name):
         raise CheckpointError(f"there is no folder {name}: give one that exists, or a Hub id such as Qwen/Qwen3-0.6B")
     try:
-        return _download(name, revision, quiet=not (progress and sys.stderr.isatty()))
+        return _download(name, revision, weights, quiet=not (progress and sys.stderr.isatty()))
     except CheckpointError:
         raise
     except Exception as error:  # its HTTP client differs between versions, and hf_xet has its own errors
         raise CheckpointError(_explain(error, name, revision)) from error
 
 
-def _download(name: str, revision: str | None, *, quiet: bool) -> Path:
+def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) -> Path:
     from huggingface_hub import (
         constants,
         model_info,
@@ -76,31 +84,32 @@ def _download(name: str, revision: str | None, *, quiet: bool) -> Path:
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **(options | {"disable": True}))
 
+    wanted = [pattern for pattern in FILES if weights or not pattern.endswith(".safetensors")]
     try:
         # snapshot_download asks this too, but without a timeout.
         info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:
         with suppress(LocalEntryNotFoundError):
-            cached = snapshot_download(name, revision=revision, allow_patterns=FILES, local_files_only=True)
-            if not _missing(os.listdir(cached)):
+            cached = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
+            if not _missing(os.listdir(cached), weights):
                 return Path(cached)
         raise
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    if missing := _missing(files):
+    if missing := _missing(files, weights):
         raise CheckpointError(
             f"{name} on {constants.ENDPOINT} has no {missing}: give a repository (or a revision) with the "
             "weights as transformers saves them in safetensors; .bin and .gguf cannot be read"
         )
-    patterns = FILES if "tokenizer.json" in files else FILES + VOCABULARY_FILES
+    patterns = wanted if "tokenizer.json" in files else wanted + VOCABULARY_FILES
     bar = NoBar if quiet else None
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
 
 
-def _missing(files: Collection[str]) -> str | None:
+def _missing(files: Collection[str], weights: bool) -> str | None:
     """Name a file without which `files` are no checkpoint."""
     if "config.json" not in files:
         return "config.json"
-    if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
+    if weights and "model.safetensors" not in files and "model.safetensors.index.json" not in files:
         return "model.safetensors"
     return None
 

@@ -48,10 +48,10 @@ from qwen3np.hub import CheckpointError, resolve
 faulthandler.dump_traceback_later(60, exit=True)
 time.sleep = lambda seconds: None
 for line in sys.stdin:
-    name, revision, progress, environment = json.loads(line)
+    name, revision, options, environment = json.loads(line)
     os.environ.update(environment)
     try:
-        answer = ["folder", str(resolve(name, revision=revision, progress=progress))]
+        answer = ["folder", str(resolve(name, revision=revision, **options))]
     except CheckpointError as error:
         answer = ["error", str(error)]
     print(json.dumps(answer), flush=True)
@@ -87,8 +87,9 @@ def client(hub, home, stderr=None, **environment):
         ) as process,
     ):
 
-        def fetch(name, revision=None, progress=True, **environment):
-            print(json.dumps([name, revision, progress, environment]), file=process.stdin, flush=True)
+        def fetch(name, revision=None, progress=True, weights=True, **environment):
+            options = {"progress": progress, "weights": weights}
+            print(json.dumps([name, revision, options, environment]), file=process.stdin, flush=True)
             line = process.stdout.readline()
             assert line, log.read_text()
             kind, text = json.loads(line)
@@ -178,6 +179,21 @@ def test_shards_and_the_older_tokenizer_files(hub, tmp_path):
         assert contents(folder) == needed
         hub.close()
         assert fetch("Qwen/Shards") == folder
+
+
+def test_all_but_the_weights(hub, tmp_path):
+    shards = {f"model-0000{i}-of-00002.safetensors": WEIGHTS for i in (1, 2)}
+    small = {name: content for name, content in CHECKPOINT.items() if content is not WEIGHTS}
+    index = {"model.safetensors.index.json": b'{"weight_map": {}}'}
+    hub.repos = {"Qwen/Tiny": {"main": CHECKPOINT}, "Qwen/Shards": {"main": small | shards | index}}
+    with client(hub, tmp_path) as fetch:
+        folders = {name: fetch(name, weights=False) for name in hub.repos}
+        assert contents(folders["Qwen/Tiny"]) == small
+        assert contents(folders["Qwen/Shards"]) == small | index
+        assert contents(fetch("Qwen/Tiny")) == CHECKPOINT  # what is there already is not in the way
+        hub.close()
+        assert {name: fetch(name, weights=False) for name in folders} == folders
+        assert "Qwen/Shards is not complete in the cache" in fetch("Qwen/Shards")
 
 
 def test_revisions(hub, tmp_path):

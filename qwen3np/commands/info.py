@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     positions: int = arguments.positions
     if positions < 1:
         raise ValueError(f"--positions={positions} is not a whole number from 1")
-    folder = resolve(named(arguments), revision=arguments.revision)
+    folder = resolve(named(arguments), revision=arguments.revision, weights=False)  # whether it fits is asked before
     files = sorted(folder.glob("*.safetensors"))
     if files or not (folder / "config.json").exists():
         config, weights = read_checkpoint(folder)
