@@ -15,6 +15,7 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.ids import checked_ids
 from qwen3np.linear import is_ready, linear
+from qwen3np.mapped import require_unchanged
 from qwen3np.mlp import swiglu
 from qwen3np.moe import mixture
 from qwen3np.norm import rms_norm
@@ -45,8 +46,10 @@ def forward(
     trace is called once for each recorded point, in order, with its name and its array, to keep but not to change.
 
     Raises ValueError for ids that are empty, out of range or no integers, and for a cache that does not match
-    (ContextOverflowError when it is full); nothing is changed then.
+    (ContextOverflowError when it is full), and CheckpointError for a mapped file that was changed since it was loaded;
+    nothing is changed then.
     """
+    require_unchanged(weights)
     n, record = precision(numerics), ignore if trace is None else trace
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
         raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import qwen3np
 from qwen3np import CheckpointError, Config, KVCache, NonFiniteError, forward, generate, init_weights, score
+from qwen3np.threads import share
 
 CONFIG = Config(
     vocab_size=50,
@@ -73,6 +75,8 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
     copy = qwen3np.load(folder, weights_dtype="float32", progress=False)
     file = folder / "model.safetensors"
     before = model.generate(IDS, max_new_tokens=3)[0]
+    begun = model.stream(IDS, max_new_tokens=3)
+    assert next(begun) == before[0]
     data = file.read_bytes()
     with file.open("r+b") as opened:  # one weight is another
         opened.seek(-1, os.SEEK_END)
@@ -81,6 +85,8 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
         lambda: model.generate(IDS, max_new_tokens=3),
         lambda: model.stream(IDS, max_new_tokens=3),
         lambda: score(model.weights, CONFIG, IDS),
+        lambda: model.forward(IDS),
+        lambda: next(begun),
     ):
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(file))}: was changed after it was loaded; load"):
             use()
@@ -89,6 +95,16 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
         opened.truncate(len(data) // 2)
     with pytest.raises(CheckpointError, match="was changed after"):
         model.generate(IDS, max_new_tokens=3)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_an_error(folder, monkeypatch):
+    def change_at_the_end(*arguments):
+        share(*arguments)
+        os.utime(folder / "model.safetensors", (0, 0))
+
+    monkeypatch.setattr(sys.modules["qwen3np.loading"], "share", change_at_the_end)
+    with pytest.raises(CheckpointError, match="was changed after"):
+        qwen3np.load(folder, weights_dtype="float32", progress=False)
 
 
 def test_a_file_that_is_replaced_or_deleted_does_no_harm(folder, tmp_path):
