@@ -82,7 +82,7 @@ def forward(
             x = linear(x, w, None, n)
         record("lm_head", x)
     if cache is not None:
-        cache.advance(ids, weights, config)
+        cache.advance(ids, weights, config, n)
     return x
 
 

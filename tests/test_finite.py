@@ -121,7 +121,7 @@ def test_a_cache_of_other_weights_is_refused():
     weights, other = init_weights(CONFIG, 0), init_weights(CONFIG, 1)
     expected, cache = generate(weights, CONFIG, IDS, max_new_tokens=3)
     longer = [*IDS, *expected]
-    message = "^cache: what it holds was made with other weights; use a new one, or set its lengths to 0$"
+    message = "^cache: what it holds was made with other weights, another config or precision; use a new one, or set"
     with pytest.raises(ValueError, match=message):
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)
     with pytest.raises(ValueError, match=message):
@@ -132,9 +132,14 @@ def test_a_cache_of_other_weights_is_refused():
         == generate(weights, CONFIG, longer, max_new_tokens=3)[0]
     )
     one = {**weights, "model.layers.1.mlp.up_proj.weight": weights["model.layers.1.mlp.up_proj.weight"] * 2}
-    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), (weights, replace(CONFIG, rope_theta=1e4))):
+    others = ({"rope_theta": 1e4}, {"rms_norm_eps": 1e-5}, {"sliding_window": 9}, {"num_experts_per_tok": 2})
+    configs = [replace(CONFIG, **change) for change in others]
+    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), *((weights, config) for config in configs)):
         with pytest.raises(ValueError, match=message):
             generate(changed, config, longer, max_new_tokens=3, cache=cache)
+    with pytest.raises(ValueError, match=message):  # it could hold this precision, but what it holds is of another
+        forward(weights, CONFIG, [1], cache, numerics="bfloat16")
+    forward(weights, replace(CONFIG, eos_token_id=(3,), max_position_embeddings=64), [1], cache)
     cache.lengths[:] = 0
     assert (
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)[0]

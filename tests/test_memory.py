@@ -74,14 +74,33 @@ def test_calls_ask_for_the_positions_they_may_use(weights, config, free):
     assert len(score(weights, config, list(range(11)))) == 10
 
 
-def test_what_a_cache_holds_has_its_memory_already(weights, config, free):
+def test_what_a_cache_held_has_its_memory_already(weights, config, free):
+    cache = KVCache.allocate(config, 1, 20)
+    new, _ = generate(weights, config, [1, 2], max_new_tokens=9, cache=cache)  # 10 positions
+    expected, _ = generate(weights, config, [*new, 1, 2], max_new_tokens=6)
+    for length in (10, 0):
+        cache.lengths[:] = length
+        free(6 * POSITION)
+        with pytest.raises(ValueError, match="ask for fewer positions"):
+            generate(weights, config, [*new, 1, 2], max_new_tokens=7, cache=cache)
+    assert generate(weights, config, [*new, 1, 2], max_new_tokens=6, cache=cache)[0] == expected
+    free(1)
+    assert generate(weights, config, [*new, 1, 2], max_new_tokens=6, cache=cache)[0] == expected
+
+
+def test_a_cache_that_moves_has_two_copies_for_a_while(weights, config, free):
     new, cache = generate(weights, config, [1, 2], max_new_tokens=9)  # 10 positions
-    ids = [1, 2, *new]
-    expected, _ = generate(weights, config, ids, max_new_tokens=6)
-    free(6 * POSITION)
-    with pytest.raises(ValueError, match="ask for fewer positions"):
-        generate(weights, config, ids, max_new_tokens=7, cache=cache)
-    assert generate(weights, config, ids, max_new_tokens=6, cache=cache)[0] == expected
+    expected, _ = generate(weights, config, [1, 2, *new], max_new_tokens=6)
+    free(10 * POSITION - 1)
+    with pytest.raises(ValueError, match=r"^cache: 10 positions in float32 would take .* ask for fewer positions"):
+        generate(weights, config, [1, 2, *new], max_new_tokens=6, cache=cache)
+    free(10 * POSITION)
+    assert generate(weights, config, [1, 2, *new], max_new_tokens=6, cache=cache)[0] == expected
+    cache.lengths[:] = 3
+    cache.reserve(40)  # of what it held only three positions have memory now
+    free(17 * POSITION - 1)
+    with pytest.raises(ValueError, match="20 positions in float32 would take"):
+        generate(weights, config, [1, 2], max_new_tokens=19, cache=cache)
 
 
 def test_a_turn_that_is_refused_leaves_the_conversation(builtin, free):
