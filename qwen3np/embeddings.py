@@ -96,6 +96,8 @@ def rerank(
     head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     with blas_threads(1):
         logits = linear(x, model.weights[head][[no, yes]], None, precision(numerics))
+    for row, sequence in zip(logits, sequences, strict=True):
+        require_finite(row, model.weights, model.config, sequence, numerics)
     return np.exp(log_probabilities(logits)[:, 1])
 
 
@@ -170,7 +172,7 @@ def _last_hidden_states(
     while len(order):
         longest = int(lengths[order[0]])
         group, order = np.split(order, [max(PREFILL_CHUNK // longest, 1)])
-        ids = np.zeros((len(group), longest), np.int64)
+        ids = np.full((len(group), longest), sequences[0][-1])  # which all of them end with
         for row, sequence in zip(ids, group, strict=True):
             row[: lengths[sequence]] = sequences[sequence]
         cache = KVCache.allocate(config, len(group), longest, n.storage)
