@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +154,47 @@ def test_available_memory_is_what_the_system_says():
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = 1024 * int(found["MemTotal"].split()[0])
     assert 0 < module.available_memory() <= total
+
+
+@pytest.fixture
+def group():
+    """The file of processes of a real control group, with a limit of 400 MB."""
+    for top, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        folder = Path(top, f"qwen3np-test-{os.getpid()}")
+        with suppress(OSError):
+            folder.mkdir()
+            try:
+                if (folder / limit).exists():
+                    (folder / limit).write_text("400000000")
+                    yield folder / "cgroup.procs"
+                    return
+            finally:
+                folder.rmdir()
+    pytest.skip("makes a control group, which only root may, and not everywhere")
+
+
+@linux
+def test_what_would_not_fit_into_a_control_group_is_refused_and_nobody_is_killed(group):
+    code = """
+import sys
+from pathlib import Path
+from qwen3np import KVCache, load
+from qwen3np.memory import available_memory
+Path(sys.argv[1]).write_text("0")
+assert 2e8 < available_memory() < 4e8, available_memory()
+model = load(progress=False)
+position = 2 * 4 * 2 * 64 * 4  # bytes
+cache = KVCache.allocate(model.config, 1, int(0.8 * available_memory() / position))
+for array in (cache.k, cache.v):
+    array[...] = 1
+try:
+    KVCache.allocate(model.config, 1, int(2e8 / position))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, group], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but 0\.[01] GB of memory are free; ", done.stdout)
 
 
 def test_the_limits_of_control_groups_count(tmp_path):
