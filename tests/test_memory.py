@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3np import Conversation, KVCache, generate, load, score, stream
+from qwen3np import Conversation, KVCache, forward, generate, load, score, stream
 from qwen3np import memory as module
 from qwen3np.hub import BUILTIN
 from qwen3np.numerics import BFLOAT16
@@ -49,6 +49,18 @@ def test_the_numbers_are_said(config, free):
         KVCache.allocate(config, 1, 20_000_000)
     with pytest.raises(ValueError, match=r"cache: 3 sequences of 9,000,000 positions in float32 would take 13.8 GB"):
         KVCache.allocate(config, 3, 9_000_000)
+
+
+def test_logits_that_do_not_fit_are_refused(weights, config, free):
+    config = replace(config, vocab_size=1_000_000)
+    embedding = np.zeros((config.vocab_size, config.hidden_size), BFLOAT16)
+    weights = {**weights, "model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    free(3 * 10**8)
+    with pytest.raises(ValueError, match=r"^logits: 80 positions in float32 would take 0.3 GB, but .*last_only=True"):
+        forward(weights, config, [1] * 80)
+    assert forward(weights, config, [1] * 80, last_only=True).shape == (1, 1, config.vocab_size)
+    free(321 * 10**6)
+    assert forward(weights, config, [1] * 80).shape == (1, 80, config.vocab_size)
 
 
 def test_the_longest_context_is_no_request(weights, config, free):
