@@ -59,8 +59,6 @@ def test_logits_that_do_not_fit_are_refused(weights, config, free):
     with pytest.raises(ValueError, match=r"^logits: 80 positions in float32 would take 0.3 GB, but .*last_only=True"):
         forward(weights, config, [1] * 80)
     assert forward(weights, config, [1] * 80, last_only=True).shape == (1, 1, config.vocab_size)
-    free(321 * 10**6)
-    assert forward(weights, config, [1] * 80).shape == (1, 80, config.vocab_size)
 
 
 def test_the_longest_context_is_no_request(weights, config, free):
