@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py [--generations 10000]
 
-One in four is a turn of a chat, one in four is refused or broken off. Status 1 if the process keeps more than 5 MB more
+One half uses a float32 copy of the weights, the other the mapped file. One in four is a turn of a chat, one in four is
+refused or broken off, one in eight is a text that is scored. Status 1 if the process keeps more than 5 MB more
 at the end than after the first 100. Linux: memory is read from /proc, and only what is no page of a file counts.
 """
 
@@ -13,7 +14,7 @@ import gc
 import sys
 from contextlib import suppress
 
-from qwen3np import Conversation, Model, load
+from qwen3np import Conversation, Model, load, score
 from qwen3np.commands.bench import memory
 
 WARM, MOST = 100, 5_000_000
@@ -21,12 +22,14 @@ PROMPTS = ("The capital of France is", "The opposite of hot is", "Seven plus fiv
 
 
 def one(model: Model, n: int, chat: Conversation) -> None:
-    """Run generation number n: completed, sampled from a batch, in the chat, or one that ends in an error."""
+    """Run number n: completed, scored, sampled from a batch, in the chat, or one that ends in an error."""
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(f"{PROMPTS[n % 7 % 4]} {n % 13}")
     kind = n % 8
-    if kind in (0, 1, 2):
+    if kind in (0, 1):
         model.tokenizer.decode(model.generate(ids, max_new_tokens=1 + n % 3)[0])
+    elif kind == 2:
+        score(model.weights, model.config, ids)
     elif kind == 3:
         model.generate([ids, ids[:2]], max_new_tokens=2, temperature=1.0, top_k=20, seed=n)
     elif kind in (4, 5):
@@ -47,10 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=10_000, metavar="N")
     generations = parser.parse_args().generations
-    model = load(progress=False)
-    chat, first, kept = Conversation(model), 0, 0
+    models = [load(weights_dtype=dtype, progress=False) for dtype in ("float32", "bfloat16")]
+    chats, first, kept = [Conversation(model) for model in models], 0, 0
     for n in range(1, generations + 1):
-        one(model, n, chat)
+        which = n // 8 % 2
+        one(models[which], n, chats[which])
         if n in (WARM, generations) or n % 1000 == 0:
             gc.collect()
             kept = memory()["anonymous_bytes"]

@@ -7,7 +7,8 @@ of them (Pope et al., 2022, https://arxiv.org/abs/2211.05102). Keys are kept nor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 from weakref import ref
 
@@ -23,25 +24,30 @@ class ContextOverflowError(ValueError):
     """More positions than there is room for. Nothing was written."""
 
 
+# Of a config, keys and values depend on all but these.
+_OTHERS = ("max_position_embeddings", "tie_word_embeddings", "initializer_range", "eos_token_id")
+_settings = attrgetter(*(field.name for field in fields(Config) if field.name not in _OTHERS))
+
+
 class _Origin:
-    """What a cache was filled with: which weights (the same arrays, or with the same first numbers), which angles."""
+    """What a cache was filled with: which weights (the same arrays, or with the same first numbers), which settings."""
 
     def __init__(self) -> None:
         self.arrays: list[ref[Array]] = []
         self.sample: Array | None = None
-        self.angles: object = None
+        self.settings: object = None
 
-    def keep(self, weights: Mapping[str, Array], config: Config) -> None:
+    def keep(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> None:
         """Remember these."""
         names = self._names(weights)
         self.arrays = [ref(weights[name]) for name in names]
-        self.sample, self.angles = self._sample(weights), (config.rope_theta, config.rope_scaling)
+        self.sample, self.settings = self._sample(weights), (numerics, *_settings(config))
 
-    def is_of(self, weights: Mapping[str, Array], config: Config) -> bool:
+    def is_of(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> bool:
         """Whether these are what was kept last, or a copy of it."""
         if self.sample is None:
             return True
-        if self.angles != (config.rope_theta, config.rope_scaling):
+        if self.settings != (numerics, *_settings(config)):
             return False
         names = self._names(weights)
         same = len(names) == len(self.arrays) and all(
@@ -69,13 +75,14 @@ class KVCache:
 
     lengths says how many positions of each sequence hold something; what lies behind is never read. Sequences may have
     different lengths. To drop the end of one (the padding of a prompt, an answer to be written anew), set its length
-    back: `cache.lengths[b] = n`.
+    back: `cache.lengths[b] = n`. One call at a time: two threads need a cache each.
     """
 
     k: Array  # (L, B, K, max_length, Dh)
     v: Array  # (L, B, K, max_length, Dh)
     ids: Array  # (B, max_length)
     lengths: Array  # (B,)
+    filled: Array  # (B,) the most that each length was: memory is taken for so many positions
     rows: Array  # the sequences this cache speaks of: all B, unless made by select
     origin: _Origin = field(default_factory=_Origin)
     whole: bool = True  # whether it was not made by select
@@ -103,8 +110,8 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         if asked is not None:
             _require_memory(shape, dtype)
-        ids, lengths = _zeros((batch_size, max_length), np.int64), np.zeros(batch_size, np.int64)
-        return cls(_zeros(shape, dtype), _zeros(shape, dtype), ids, lengths, np.arange(batch_size))
+        ids, (lengths, filled) = _zeros((batch_size, max_length), np.int64), np.zeros((2, batch_size), np.int64)
+        return cls(_zeros(shape, dtype), _zeros(shape, dtype), ids, lengths, filled, np.arange(batch_size))
 
     @property
     def batch_size(self) -> int:
@@ -124,18 +131,21 @@ class KVCache:
         selected = self.rows[list(rows)]
         if len(set(selected.tolist())) < len(selected):
             raise ValueError(f"cache: a sequence is selected twice: {list(rows)}")
-        return KVCache(self.k, self.v, self.ids, self.lengths, selected, self.origin, whole=False)
+        return KVCache(self.k, self.v, self.ids, self.lengths, self.filled, selected, self.origin, whole=False)
 
     def reserve(self, max_length: int) -> None:
         """Make room for max_length positions in each sequence, by moving to larger arrays if need be.
 
-        Raises ValueError for a selection, which would no longer share its memory.
+        Raises ValueError for a selection, which would no longer share its memory, and where there is less memory than a
+        second copy of what it holds takes.
         """
         if max_length <= self.max_length:
             return
         if not self.whole:
             raise ValueError("cache: a selection cannot grow; reserve on the cache it was made from")
         used, olds = int(self.lengths.max()), (self.k, self.v, self.ids)
+        layers, batch_size, heads, _, head_dim = self.k.shape
+        _require_memory((layers, batch_size, heads, used, head_dim), self.k.dtype)
         axes = (3, 3, 1)
         news = [
             _zeros((*old.shape[:axis], max_length, *old.shape[axis + 1 :]), old.dtype)
@@ -145,11 +155,13 @@ class KVCache:
             kept = (slice(None),) * axis + (slice(used),)
             new[kept] = old[kept]
         self.k, self.v, self.ids = news
+        self.filled[:] = used
 
     def require_memory(self, length: int) -> None:
-        """Raise ValueError unless there is memory for `length` positions of each sequence, less those it holds."""
+        """Raise ValueError unless there is memory for `length` positions of each sequence, less what it has already."""
         layers, _, heads, _, head_dim = self.k.shape
-        _require_memory((layers, len(self.rows), heads, length, head_dim), self.k.dtype, self.lengths[self.rows])
+        taken = np.minimum(self.filled[self.rows], length)
+        _require_memory((layers, len(self.rows), heads, length, head_dim), self.k.dtype, taken)
 
     def keep_prefix(self, b: int, ids: Sequence[int]) -> int:
         """Drop what sequence b holds beyond its longest common prefix with ids, and return that prefix's length."""
@@ -158,6 +170,11 @@ class KVCache:
         differs = np.flatnonzero(held != ids[: len(held)])
         self.lengths[row] = differs[0] if len(differs) else len(held)
         return int(self.lengths[row])
+
+    def holds(self, b: int, ids: Sequence[int]) -> bool:
+        """Whether sequence b holds these ids, and no more."""
+        row = self.rows[b]
+        return bool(self.lengths[row] == len(ids) and np.array_equal(self.ids[row, : len(ids)], ids))
 
     def check(
         self, weights: Mapping[str, Array], config: Config, numerics: Numerics, batch_size: int, new: int
@@ -177,8 +194,11 @@ class KVCache:
             raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
         if batch_size != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
-        if self.lengths.any() and not self.origin.is_of(weights, config):
-            raise ValueError("cache: what it holds was made with other weights; use a new one, or set its lengths to 0")
+        if self.lengths.any() and not self.origin.is_of(weights, config, numerics):
+            raise ValueError(
+                "cache: what it holds was made with other weights, another config or precision; use a new one, or set "
+                "its lengths to 0"
+            )
         for row, length in zip(self.rows.tolist(), self.lengths[self.rows].tolist(), strict=True):
             if not 0 <= length <= room - new:
                 raise ContextOverflowError(
@@ -197,14 +217,15 @@ class KVCache:
         self.v[layer, row, :, start:end] = v
         return self.k[layer, row, :, :end], self.v[layer, row, :, :end]
 
-    def advance(self, ids: Array, weights: Mapping[str, Array], config: Config) -> None:
+    def advance(self, ids: Array, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> None:
         """Count the positions that `write` filled in every layer, with this model: those of ids (B, S)."""
         if not self.lengths.any():
-            self.origin.keep(weights, config)
+            self.origin.keep(weights, config, numerics)
         for row, new in zip(self.rows.tolist(), ids, strict=True):
             start: int = self.lengths.item(row)
             self.ids[row, start : start + len(new)] = new
         self.lengths[self.rows] += ids.shape[1]
+        np.maximum(self.filled, self.lengths, out=self.filled)
 
 
 _FEWER = (
@@ -213,10 +234,10 @@ _FEWER = (
 )
 
 
-def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], held: ArrayLike = 0) -> None:
-    """Raise ValueError unless there is memory for keys and values of this shape, less those of `held` positions."""
+def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], taken: ArrayLike = 0) -> None:
+    """Raise ValueError unless there is memory for keys and values of this shape, less those of `taken` positions."""
     layers, batch_size, heads, length, head_dim = shape
-    size = 2 * layers * heads * head_dim * dtype.itemsize * (batch_size * length - int(np.sum(held)))
+    size = 2 * layers * heads * head_dim * dtype.itemsize * (batch_size * length - int(np.sum(taken)))
     sequences = f"{batch_size} sequences of {length:,} positions" if batch_size > 1 else f"{length:,} positions"
     require_memory(size, f"cache: {sequences} in {dtype}", _FEWER)
 

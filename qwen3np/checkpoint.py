@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike
 
 from qwen3np.config import Config, ConfigError, parse_json, read_json
 from qwen3np.files import written_aside
+from qwen3np.mapped import CheckpointError, MappedWeights, identity
 from qwen3np.numerics import BFLOAT16, Array
 
 if sys.byteorder == "big":
@@ -35,10 +36,6 @@ _SINGLE = "model.safetensors"
 _HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _PIECE = 1 << 22  # elements that are rounded and written at a time: saving takes no memory to speak of
 _LISTED = 20  # problems told one by one, so that an error stays readable
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message lists everything that is wrong with it."""
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -126,7 +123,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     stored: dict[str, Array | None] = {}  # None: found, but not usable; its problem is listed
     identities: dict[Path, tuple[int, int, int]] = {}
     for path, listed in _files(folder, problems).items():
-        identities[path] = _identity(path)
+        identities[path] = identity(path)
         tensors = _map_file(path, problems)
         for name in listed or ():
             if name not in tensors:
@@ -153,33 +150,6 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     weights = MappedWeights({name: cast("Array", stored[name]) for name in expected})
     weights.files = identities
     return config, weights
-
-
-class MappedWeights(dict[str, Array]):
-    """Weights by name that are views of mapped files."""
-
-    files: Mapping[Path, tuple[int, int, int]]  # what _identity said when they were mapped
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Return what tells whether it is still the same file, unchanged: its number, size and time of change."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def require_unchanged(weights: Weights) -> None:
-    """Raise CheckpointError if a mapped file was written to or cut since: its weights are not those that were checked.
-
-    A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
-    """
-    if isinstance(weights, MappedWeights):
-        for path, (number, *before) in weights.files.items():
-            try:
-                now, *found = _identity(path)
-            except OSError:
-                continue
-            if now == number and found != before:
-                raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
 
 
 def check_links(folder: Path) -> None:

@@ -11,7 +11,6 @@ from numbers import Integral
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import require_unchanged
 from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.linear import linear
@@ -97,6 +96,8 @@ def rerank(
     head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     with blas_threads(1):
         logits = linear(x, model.weights[head][[no, yes]], None, precision(numerics))
+    for row, sequence in zip(logits, sequences, strict=True):
+        require_finite(row, model.weights, model.config, sequence, numerics)
     return np.exp(log_probabilities(logits)[:, 1])
 
 
@@ -150,8 +151,6 @@ def _last_hidden_states(
             f"model is {context}: cut it into parts"
         )
 
-    require_unchanged(model.weights)
-
     def run(ids: Array, cache: KVCache) -> tuple[Array, int]:
         """Bring the cache up to ids (B, S). Return the hidden states of the last piece, and where it starts."""
         x, start = np.empty(0), 0
@@ -173,7 +172,7 @@ def _last_hidden_states(
     while len(order):
         longest = int(lengths[order[0]])
         group, order = np.split(order, [max(PREFILL_CHUNK // longest, 1)])
-        ids = np.zeros((len(group), longest), np.int64)
+        ids = np.full((len(group), longest), sequences[0][-1])  # which all of them end with
         for row, sequence in zip(ids, group, strict=True):
             row[: lengths[sequence]] = sequences[sequence]
         cache = KVCache.allocate(config, len(group), longest, n.storage)

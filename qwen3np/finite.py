@@ -30,14 +30,26 @@ def require_finite(
         raise NonFiniteError(_where(weights, config, ids, numerics))
 
 
+def require_finite_point(
+    name: str, x: Array, weights: Mapping[str, Array], config: Config, ids: Array, numerics: str
+) -> None:
+    """Raise the same where a recorded point of ids (B, S) holds NaN or infinity."""
+    if (bad := _not_finite(name, x)).any():
+        raise NonFiniteError(_where(weights, config, ids[np.argwhere(bad)[0, 0]].tolist(), numerics))
+
+
+def _not_finite(name: str, x: Array) -> Array:
+    """Return where a recorded point is NaN or infinite. Scores are -inf where they are hidden."""
+    return np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
+
+
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str) -> str:
     """Compute ids once more, and say what is the first point that is not finite."""
     cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights
 
     def look(name: str, x: Array) -> None:
-        bad = np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
-        if bad.any():
+        if (bad := _not_finite(name, x)).any():
             raise _Found(name, int(np.argwhere(bad)[:, position_axis(name)].min()))
 
     for start in range(0, len(ids), CHUNK):

@@ -9,10 +9,11 @@ from typing import NamedTuple, TypeAlias, cast
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import Weights, require_unchanged
+from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
 from qwen3np.finite import require_finite
 from qwen3np.ids import checked_sequence
+from qwen3np.mapped import require_unchanged
 from qwen3np.model import forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import SamplingParameters, sample
@@ -109,7 +110,8 @@ def stream(
 ) -> Iterator[int]:
     """Yield the new ids of one sequence as they come; arguments and errors as in generate.
 
-    A cache given here is filled on the way, and is good for going on wherever the caller stops listening.
+    A cache given here is filled on the way, and is good for going on wherever the caller stops listening. When another
+    call has used it, this one can only end with a ValueError.
     """
     batch, single = _as_batch(input_ids)
     if not single:
@@ -218,6 +220,9 @@ def steps(
                 yield Step(row, new[row][-1], row_logits, done)
             active = going_on
             if active:
+                for row in active:
+                    if not cache.holds(row, prompts[row] + new[row][:-1]):
+                        raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 newest = [[new[row][-1]] for row in active]
                 selected = cache.select(active)
                 logits = list(forward(weights, config, newest, selected, numerics=numerics, last_only=True)[:, 0])

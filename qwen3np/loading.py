@@ -17,7 +17,7 @@ from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint
 from qwen3np.config import Config, ConfigError, read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
-from qwen3np.mapped import release
+from qwen3np.mapped import release, require_unchanged
 from qwen3np.memory import available_memory, require_memory
 from qwen3np.model import forward
 from qwen3np.numerics import Array
@@ -107,7 +107,9 @@ def load(
         way_out = 'weights_dtype="bfloat16" (--weights-dtype bfloat16) maps the file as it is'
         require_memory(size, f"{folder}: a float32 copy of the weights", way_out)
     if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
-        weights = _copied(weights, progress)
+        copies = _copied(weights, progress)
+        require_unchanged(weights)  # else some may be of the file as it was, others as it is
+        weights = copies
     return Model(config, weights, tokenizer, generation_config)
 
 

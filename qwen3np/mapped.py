@@ -1,4 +1,4 @@
-"""What the system is told about the pages of mapped weights: which are needed next, and which no longer.
+"""Mapped weights: whether their files are still as they were, and what the system is told about their pages.
 
 For arrays that are not part of a mapped file, and on systems that do not ask, these functions do nothing.
 """
@@ -6,6 +6,8 @@ For arrays that are not part of a mapped file, and on systems that do not ask, t
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +16,37 @@ from qwen3np.numerics import Array
 
 # Linux reads ahead only the first part of a longer stretch: as much as the disk takes in one request.
 AHEAD = 1 << 19
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+
+
+class MappedWeights(dict[str, Array]):
+    """Weights by name that are views of mapped files."""
+
+    files: Mapping[Path, tuple[int, int, int]]  # what identity said when they were mapped
+
+
+def identity(path: Path) -> tuple[int, int, int]:
+    """Return what tells whether it is still the same file, unchanged: its number, size and time of change."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def require_unchanged(weights: Mapping[str, Array]) -> None:
+    """Raise CheckpointError if a mapped file was written to or cut since: its weights are not those that were checked.
+
+    A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
+    """
+    if isinstance(weights, MappedWeights):
+        for path, (number, *before) in weights.files.items():
+            try:
+                now, *found = identity(path)
+            except OSError:
+                continue
+            if now == number and found != before:
+                raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
 
 
 def will_need(tensor: Array) -> None:

@@ -15,12 +15,17 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.ids import checked_ids
 from qwen3np.linear import is_ready, linear
+from qwen3np.mapped import require_unchanged
+from qwen3np.memory import require_memory
 from qwen3np.mlp import swiglu
 from qwen3np.moe import mixture
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
 from qwen3np.threads import blas_threads, in_blocks, threads_for
+
+# Bytes of logits from which on the system is asked whether there is memory for them.
+LARGE = 1 << 28
 
 
 def forward(
@@ -45,14 +50,20 @@ def forward(
     trace is called once for each recorded point, in order, with its name and its array, to keep but not to change.
 
     Raises ValueError for ids that are empty, out of range or no integers, and for a cache that does not match
-    (ContextOverflowError when it is full); nothing is changed then.
+    (ContextOverflowError when it is full), for logits that are larger than the memory that is free, and CheckpointError
+    for a mapped file that was changed since it was loaded; nothing is changed then.
     """
+    require_unchanged(weights)
     n, record = precision(numerics), ignore if trace is None else trace
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
         raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")
     ids = checked_ids(input_ids, config)
     batch: int = ids.shape[0]
     new: int = ids.shape[1]
+    size = ids.size * config.vocab_size * n.dtype.itemsize if head and not last_only else 0
+    if size > LARGE:
+        way_out = "ask for those of the last position (last_only=True), or go on with a cache, a piece at a time"
+        require_memory(size, f"logits: {ids.size:,} positions in {n.dtype}", way_out)
     if cache is not None:
         cache.check(weights, config, n, batch, new)
     starts = np.zeros(batch, np.int64) if cache is None else cache.lengths[cache.rows]
@@ -79,7 +90,7 @@ def forward(
             x = linear(x, w, None, n)
         record("lm_head", x)
     if cache is not None:
-        cache.advance(ids, weights, config)
+        cache.advance(ids, weights, config, n)
     return x
 
 

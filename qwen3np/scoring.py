@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import Weights, require_unchanged
+from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
 from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
@@ -52,7 +52,6 @@ def score(
             f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
         )
 
-    require_unchanged(weights)
     cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
     result = np.empty(len(ids) - 1)
     scored, start = 1, 0  # tokens before `scored` have their log-probability, or are the first

@@ -91,8 +91,12 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
     with blas_threads():
         others: list[Future[None]] = []
         try:
-            for _ in range(threads - 1):
-                others.append(_pool(os.getpid()).submit(run))
+            try:
+                for _ in range(threads - 1):
+                    others.append(_pool(os.getpid()).submit(run))
+            except RuntimeError as error:  # once the main thread has ended, but others go on
+                if "cannot schedule" not in str(error):
+                    raise
             run()
         except BaseException:
             left = iter(())

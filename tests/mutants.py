@@ -144,7 +144,7 @@ GROUPS = [
     ),
     (
         "cache.py",
-        "cache finite",
+        "cache finite generate",
         {
             "written one position early": (
                 "end = start + k.shape[1]",
@@ -169,6 +169,8 @@ GROUPS = [
                 "if not np.can_cast(self.k.dtype, self.k.dtype",
             ),
             "check: any weights": ("return same or np.array_equal(self.sample, self._sample(weights))", "return True"),
+            "check: any config": ("if self.settings != (numerics, *_settings(config)):", "if False:"),
+            "holds as many of other ids": (" and np.array_equal(self.ids[row, : len(ids)], ids)", ""),
         },
     ),
     (
@@ -332,6 +334,7 @@ GROUPS = [
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
             ),
+            "a cache that another call used": ("if not cache.holds(row, prompts[row] + new[row][:-1]):", "if False:"),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("last = start == len(ids)", "last = start >= len(ids) - 1"),
             "one generator for all": (
@@ -369,7 +372,7 @@ GROUPS = [
     ),
     (
         "checkpoint.py",
-        "checkpoint finite",
+        "checkpoint",
         {
             "biases assumed": (
                 "        if config.attention_bias:\n            layer[",
@@ -386,6 +389,12 @@ GROUPS = [
             ),
             "names without model. refused": ('if not any(name.startswith("model.") for name in stored):', "if False:"),
             "a tensor in two shards": ("for name in stored.keys() & tensors.keys():", "for name in ():"),
+        },
+    ),
+    (
+        "mapped.py",
+        "finite",
+        {
             "a changed file not seen": ("if now == number and found != before:", "if False:"),
         },
     ),

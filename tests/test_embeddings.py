@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from drawing import trained_like
 
-from qwen3np import ContextOverflowError, Model, Tokenizer, embed, forward, rerank
+from qwen3np import ContextOverflowError, Model, NonFiniteError, Tokenizer, embed, forward, rerank
 from qwen3np.embeddings import DEFAULT_INSTRUCTION
 
 TEXTS = ["The capital of China is Beijing.", "", "Gravity — a force. 🎉", "The cap", "pulls " * 40, "long " * 500]
@@ -51,6 +51,21 @@ def test_embed(model, instruction):
         exact = embed(model, TEXTS, instruction, dimensions, numerics="float64")
         np.testing.assert_allclose(exact, cut, rtol=0, atol=1e-14)  # measured: 1.6e-15
     assert sum(counts) == 4 * len(TEXTS)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_named_where_it_counts(model):
+    def broken(name, row):
+        weights = {**model.weights, name: model.weights[name].copy()}
+        weights[name][row] = -np.inf
+        return dataclasses.replace(model, weights=weights)
+
+    yes, unused = model.tokenizer.token_to_id("yes"), 0
+    if not model.config.tie_word_embeddings:
+        with pytest.raises(NonFiniteError, match=r"^lm_head is NaN or infinite .* the checkpoint is damaged$"):
+            rerank(broken("lm_head.weight", yes), "cap", TEXTS[:2])
+    found = embed(broken("model.embed_tokens.weight", unused), TEXTS[:5])
+    np.testing.assert_array_equal(found, embed(model, TEXTS[:5]))
 
 
 @pytest.mark.parametrize("instruction", [None, "Find the answer"])

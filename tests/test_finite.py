@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import qwen3np
 from qwen3np import CheckpointError, Config, KVCache, NonFiniteError, forward, generate, init_weights, score
+from qwen3np.threads import share
 
 CONFIG = Config(
     vocab_size=50,
@@ -73,6 +75,8 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
     copy = qwen3np.load(folder, weights_dtype="float32", progress=False)
     file = folder / "model.safetensors"
     before = model.generate(IDS, max_new_tokens=3)[0]
+    begun = model.stream(IDS, max_new_tokens=3)
+    assert next(begun) == before[0]
     data = file.read_bytes()
     with file.open("r+b") as opened:  # one weight is another
         opened.seek(-1, os.SEEK_END)
@@ -81,6 +85,8 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
         lambda: model.generate(IDS, max_new_tokens=3),
         lambda: model.stream(IDS, max_new_tokens=3),
         lambda: score(model.weights, CONFIG, IDS),
+        lambda: model.forward(IDS),
+        lambda: next(begun),
     ):
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(file))}: was changed after it was loaded; load"):
             use()
@@ -89,6 +95,16 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
         opened.truncate(len(data) // 2)
     with pytest.raises(CheckpointError, match="was changed after"):
         model.generate(IDS, max_new_tokens=3)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_an_error(folder, monkeypatch):
+    def change_at_the_end(*arguments):
+        share(*arguments)
+        os.utime(folder / "model.safetensors", (0, 0))
+
+    monkeypatch.setattr(sys.modules["qwen3np.loading"], "share", change_at_the_end)
+    with pytest.raises(CheckpointError, match="was changed after"):
+        qwen3np.load(folder, weights_dtype="float32", progress=False)
 
 
 def test_a_file_that_is_replaced_or_deleted_does_no_harm(folder, tmp_path):
@@ -105,7 +121,7 @@ def test_a_cache_of_other_weights_is_refused():
     weights, other = init_weights(CONFIG, 0), init_weights(CONFIG, 1)
     expected, cache = generate(weights, CONFIG, IDS, max_new_tokens=3)
     longer = [*IDS, *expected]
-    message = "^cache: what it holds was made with other weights; use a new one, or set its lengths to 0$"
+    message = "^cache: what it holds was made with other weights, another config or precision; use a new one, or set"
     with pytest.raises(ValueError, match=message):
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)
     with pytest.raises(ValueError, match=message):
@@ -116,9 +132,14 @@ def test_a_cache_of_other_weights_is_refused():
         == generate(weights, CONFIG, longer, max_new_tokens=3)[0]
     )
     one = {**weights, "model.layers.1.mlp.up_proj.weight": weights["model.layers.1.mlp.up_proj.weight"] * 2}
-    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), (weights, replace(CONFIG, rope_theta=1e4))):
+    others = ({"rope_theta": 1e4}, {"rms_norm_eps": 1e-5}, {"sliding_window": 9}, {"num_experts_per_tok": 2})
+    configs = [replace(CONFIG, **change) for change in others]
+    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), *((weights, config) for config in configs)):
         with pytest.raises(ValueError, match=message):
             generate(changed, config, longer, max_new_tokens=3, cache=cache)
+    with pytest.raises(ValueError, match=message):  # it could hold this precision, but what it holds is of another
+        forward(weights, CONFIG, [1], cache, numerics="bfloat16")
+    forward(weights, replace(CONFIG, eos_token_id=(3,), max_position_embeddings=64), [1], cache)
     cache.lengths[:] = 0
     assert (
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)[0]

@@ -16,6 +16,7 @@ from test_training import DOCUMENTS, SETTINGS, SIZES, trained
 from qwen3np import Conversation, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.commands.chat import Chat
+from qwen3np.files import written_aside
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training import loop
 from qwen3np.training.loop import train
@@ -180,6 +181,34 @@ def test_training_goes_on_from_the_state_before(disk, at, whole, monkeypatch):
             trained(folder)
     monkeypatch.undo()
     assert trained(folder, resume=True) == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the later one is refused: an open file cannot be taken away")
+def test_of_two_calls_that_write_one_file_the_later_one_does(tmp_path):
+    file = tmp_path / "x [1]"
+
+    def both():
+        with written_aside(file) as first, first.open("w") as opened:
+            with written_aside(file) as second:
+                second.write_text("whole")
+                print("half", file=opened, flush=True)
+            assert file.read_text() == "whole"
+
+    with pytest.raises(ValueError, match=r"x \[1\]: cannot be written \("):
+        both()
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("whole", [file])
+
+
+def test_what_a_killed_call_left_goes_and_who_may_read_the_file_stays(tmp_path):
+    file, left, other = tmp_path / "x", tmp_path / "x.0123abcd.part", tmp_path / "x.part"
+    for each in (file, left, other):
+        each.write_text("before")
+    file.chmod(0o600)
+    mode = file.stat().st_mode
+    with written_aside(file) as part:
+        part.write_text("after")
+    assert sorted(tmp_path.iterdir()) == [file, other]
+    assert (file.read_text(), file.stat().st_mode) == ("after", mode)
 
 
 def test_the_kit_of_a_port(disk, refused):

@@ -251,6 +251,17 @@ def test_prefix_logits_are_those_of_a_plain_forward(weights, config):
     assert relative(logits, forward(weights, config, ids)[:, 30:]) < 3e-6
 
 
+@pytest.mark.parametrize("other", [[4, 5, 6], [1, 2, 3, 4]])  # as long as what the stream left, and longer
+def test_a_stream_whose_cache_was_used_meanwhile_ends_with_an_error(weights, config, other):
+    cache = KVCache.allocate(config, 1, 20)
+    begun = stream(weights, config, [1, 2, 3], max_new_tokens=9, cache=cache)
+    next(begun)
+    found, _ = generate(weights, config, other, max_new_tokens=1, cache=cache)
+    assert found == generate(weights, config, other, max_new_tokens=1)[0]
+    with pytest.raises(ValueError, match=r"^cache: another call used it meanwhile, so this generation cannot go on$"):
+        next(begun)
+
+
 def test_each_filter_is_passed_on(weights, config):
     """One step at a time, chosen by the filters from logits that a plain forward gives."""
     ids = [1, 2, 3, 3, 7, 7, 9]

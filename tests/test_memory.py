@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qwen3np import Conversation, KVCache, generate, load, score, stream
+from qwen3np import Conversation, KVCache, forward, generate, load, score, stream
 from qwen3np import memory as module
 from qwen3np.hub import BUILTIN
 from qwen3np.numerics import BFLOAT16
@@ -49,6 +51,16 @@ def test_the_numbers_are_said(config, free):
         KVCache.allocate(config, 3, 9_000_000)
 
 
+def test_logits_that_do_not_fit_are_refused(weights, config, free):
+    config = replace(config, vocab_size=1_000_000)
+    embedding = np.zeros((config.vocab_size, config.hidden_size), BFLOAT16)
+    weights = {**weights, "model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    free(3 * 10**8)
+    with pytest.raises(ValueError, match=r"^logits: 80 positions in float32 would take 0.3 GB, but .*last_only=True"):
+        forward(weights, config, [1] * 80)
+    assert forward(weights, config, [1] * 80, last_only=True).shape == (1, 1, config.vocab_size)
+
+
 def test_the_longest_context_is_no_request(weights, config, free):
     # memory comes with the positions that are used: nobody asked for all of them
     config = replace(config, max_position_embeddings=262_144)
@@ -74,14 +86,33 @@ def test_calls_ask_for_the_positions_they_may_use(weights, config, free):
     assert len(score(weights, config, list(range(11)))) == 10
 
 
-def test_what_a_cache_holds_has_its_memory_already(weights, config, free):
+def test_what_a_cache_held_has_its_memory_already(weights, config, free):
+    cache = KVCache.allocate(config, 1, 20)
+    new, _ = generate(weights, config, [1, 2], max_new_tokens=9, cache=cache)  # 10 positions
+    expected, _ = generate(weights, config, [*new, 1, 2], max_new_tokens=6)
+    for length in (10, 0):
+        cache.lengths[:] = length
+        free(6 * POSITION)
+        with pytest.raises(ValueError, match="ask for fewer positions"):
+            generate(weights, config, [*new, 1, 2], max_new_tokens=7, cache=cache)
+    assert generate(weights, config, [*new, 1, 2], max_new_tokens=6, cache=cache)[0] == expected
+    free(1)
+    assert generate(weights, config, [*new, 1, 2], max_new_tokens=6, cache=cache)[0] == expected
+
+
+def test_a_cache_that_moves_has_two_copies_for_a_while(weights, config, free):
     new, cache = generate(weights, config, [1, 2], max_new_tokens=9)  # 10 positions
-    ids = [1, 2, *new]
-    expected, _ = generate(weights, config, ids, max_new_tokens=6)
-    free(6 * POSITION)
-    with pytest.raises(ValueError, match="ask for fewer positions"):
-        generate(weights, config, ids, max_new_tokens=7, cache=cache)
-    assert generate(weights, config, ids, max_new_tokens=6, cache=cache)[0] == expected
+    expected, _ = generate(weights, config, [1, 2, *new], max_new_tokens=6)
+    free(10 * POSITION - 1)
+    with pytest.raises(ValueError, match=r"^cache: 10 positions in float32 would take .* ask for fewer positions"):
+        generate(weights, config, [1, 2, *new], max_new_tokens=6, cache=cache)
+    free(10 * POSITION)
+    assert generate(weights, config, [1, 2, *new], max_new_tokens=6, cache=cache)[0] == expected
+    cache.lengths[:] = 3
+    cache.reserve(40)  # of what it held only three positions have memory now
+    free(17 * POSITION - 1)
+    with pytest.raises(ValueError, match="20 positions in float32 would take"):
+        generate(weights, config, [1, 2], max_new_tokens=19, cache=cache)
 
 
 def test_a_turn_that_is_refused_leaves_the_conversation(builtin, free):
@@ -133,6 +164,47 @@ def test_available_memory_is_what_the_system_says():
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = 1024 * int(found["MemTotal"].split()[0])
     assert 0 < module.available_memory() <= total
+
+
+@pytest.fixture
+def group():
+    """The file of processes of a real control group, with a limit of 400 MB."""
+    for top, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        folder = Path(top, f"qwen3np-test-{os.getpid()}")
+        with suppress(OSError):
+            folder.mkdir()
+            try:
+                if (folder / limit).exists():
+                    (folder / limit).write_text("400000000")
+                    yield folder / "cgroup.procs"
+                    return
+            finally:
+                folder.rmdir()
+    pytest.skip("makes a control group, which only root may, and not everywhere")
+
+
+@linux
+def test_what_would_not_fit_into_a_control_group_is_refused_and_nobody_is_killed(group):
+    code = """
+import sys
+from pathlib import Path
+from qwen3np import KVCache, load
+from qwen3np.memory import available_memory
+Path(sys.argv[1]).write_text("0")
+assert 2e8 < available_memory() < 4e8, available_memory()
+model = load(progress=False)
+position = 2 * 4 * 2 * 64 * 4  # bytes
+cache = KVCache.allocate(model.config, 1, int(0.8 * available_memory() / position))
+for array in (cache.k, cache.v):
+    array[...] = 1
+try:
+    KVCache.allocate(model.config, 1, int(2e8 / position))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, group], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but 0\.[01] GB of memory are free; ", done.stdout)
 
 
 def test_the_limits_of_control_groups_count(tmp_path):

@@ -11,7 +11,7 @@ from drawing import draw_any_config, draw_ids, relative, trained_like
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from qwen3np import forward, save_checkpoint
+from qwen3np import NonFiniteError, forward, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.numerics import precision
 from qwen3np.porting import Recording, record
@@ -245,13 +245,19 @@ def test_command(config, weights, tmp_path, capsys):
 
 
 def test_table_of_broken_weights(config, weights, tmp_path, capsys):
-    """What is not finite is counted, and may be all there is."""
+    """What is not finite is counted, and may be all there is; no port is measured by it."""
     key = "model.layers.0.mlp.up_proj.weight"
     save_checkpoint(tmp_path / "model", config, weights | {key: np.full_like(weights[key], np.nan)})
     main(["trace", "--model", str(tmp_path / "model"), "--ids", "1,2", "--points", "layers.0.mlp.*"])
     rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()}
     assert rows["model.layers.0.mlp.gate_proj"][-1] == "0"
     assert rows["model.layers.0.mlp.up_proj"][1:] == ["nan", "nan", "nan", "nan", str(2 * config.intermediate_size)]
+    broken = weights | {key: np.full_like(weights[key], np.nan)}
+    message = r"^model.layers.0.mlp.up_proj is NaN or infinite at position 0 \(id 1\): .* the checkpoint is damaged$"
+    for options in ({}, {"points": "layers.0.mlp.act"}, {"points": "model.embed_tokens", "steps": 1}):
+        with pytest.raises(NonFiniteError, match=message):
+            record(broken, config, [1, 2], **options)
+    assert list(record(broken, config, [1, 2], points="model.embed_tokens").points) == ["model.embed_tokens"]
 
 
 def test_fed(config, weights, ids):

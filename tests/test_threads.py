@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -209,6 +211,24 @@ def test_a_child_made_by_fork_begins_anew():
     assert os.waitpid(child, 0)[1] == 0
     leave.set()
     other.join()
+
+
+def test_a_thread_that_outlives_the_main_thread_goes_on():
+    code = """
+import threading
+from qwen3np.threads import share
+
+def work():
+    threading.main_thread().join()
+    found = []
+    share(range(4), 1 << 30, found.append)
+    print(sorted(found))
+
+threading.Thread(target=work).start()
+"""
+    environment = os.environ | {"QWEN3NP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[0, 1, 2, 3]\n", "")
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 3), (2, 40, 3), (2, 3, 40, 5)])

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from qwen3np import SamplingParameters, forward
+from qwen3np import NonFiniteError, SamplingParameters, forward
 from qwen3np.cli import main
 from qwen3np.sampling import processed_logits
 from qwen3np.study.view import CANDIDATES, MAX_TOKENS, Observation, observe, page, visible
@@ -42,6 +42,13 @@ class Elements(HTMLParser):
 @pytest.fixture(scope="module")
 def seen(builtin):
     return observe(builtin.weights, builtin.config, builtin.tokenizer.encode(PROMPT))
+
+
+def test_what_is_not_finite_is_named(builtin):
+    name = "model.layers.2.mlp.up_proj.weight"
+    broken = {**builtin.weights, name: np.full_like(builtin.weights[name], np.nan)}
+    with pytest.raises(NonFiniteError, match=r"^model.layers.2.mlp.up_proj is NaN or infinite at position 0 "):
+        observe(broken, builtin.config, [1, 2])
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.files import written_aside
+from qwen3np.finite import require_finite, require_finite_point
 from qwen3np.ids import checked_ids
 from qwen3np.model import forward
 from qwen3np.numerics import FLOAT64, Array, position_axis, precision
@@ -126,11 +127,14 @@ def record(
     layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
     heads) where a point has an axis for them. It runs once in each precision, for the noise floors.
 
-    Raises ValueError for ids outside the vocabulary, and choices that leave nothing.
+    Raises ValueError for ids outside the vocabulary, and choices that leave nothing; NonFiniteError for a point that
+    holds NaN or infinity: nothing could be compared with it.
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}
     all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, **chosen)
+    for name, x in recorded.items():
+        require_finite_point(name, x, weights, config, all_ids, numerics)
     prompt, later = np.split(all_ids, [np.shape(ids)[-1]], 1)
     steps = later.shape[1]
     if steps:
@@ -173,7 +177,7 @@ def trace(
 ) -> Array:
     """Call visit with the name and the array of each chosen point as it is made, and return all ids, (B, S + steps).
 
-    Arguments and errors are those of record.
+    Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
     """
     prompt = checked_ids(ids, config)
     n = precision(numerics)
@@ -205,7 +209,12 @@ def trace(
 
         logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
         if i < steps:
-            new = later[:, i : i + 1] if i < later.shape[1] else logits[:, -1:].argmax(-1)
+            if i < later.shape[1]:
+                new = later[:, i : i + 1]
+            else:
+                for row, so_far in zip(logits[:, -1], np.concatenate(seen, 1).tolist(), strict=True):
+                    require_finite(row, weights, config, so_far, numerics)
+                new = logits[:, -1:].argmax(-1)
             seen.append(new)
     return np.concatenate(seen, 1)
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
+from qwen3np.finite import require_finite
 from qwen3np.ids import checked_sequence
 from qwen3np.linear import linear
 from qwen3np.model import forward
@@ -87,7 +88,7 @@ def observe(
     A layer's guesses are its output through the final norm and the head, as if it were the last (the logit lens:
     nostalgebraist, 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
 
-    Raises ValueError as forward does, and for more than MAX_TOKENS ids.
+    Raises ValueError as forward does, and for more than MAX_TOKENS ids; NonFiniteError as generate.
     """
     ids, n = checked_sequence(input_ids, config), precision(numerics)
     if len(ids) > MAX_TOKENS:
@@ -115,6 +116,7 @@ def observe(
                 sizes[name] = _sizes(point, x)
 
     logits = forward(weights, config, ids, numerics=numerics, trace=record)[0]
+    require_finite(logits, weights, config, ids, numerics)
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     guesses: list[Array] = []
     probabilities: list[Array] = []
