@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 from qwen3np.config import Config, ConfigError, parse_json, read_json
 from qwen3np.files import written_aside
 from qwen3np.mapped import CheckpointError, MappedWeights, identity
+from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
 
 if sys.byteorder == "big":
@@ -88,8 +89,10 @@ def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> di
 
     As a training run starts: matrices normal with initializer_range, norm weights 1, biases 0. trained_like instead
     scales matrices by their number of inputs and draws norm weights and biases, as they are after training: with norm
-    weights of 1 many bugs of a port cannot be seen, since a norm then commutes with the rotation.
+    weights of 1 many bugs of a port cannot be seen, since a norm then commutes with the rotation. Raises ValueError
+    where there is less memory than they take.
     """
+    require_memory(4 * count_parameters(config)["unique"], "random weights in float32", "choose smaller sizes")
     weights: dict[str, Array] = {}
     for index, (name, shape) in enumerate(weight_shapes(config).items()):
         rng = np.random.default_rng([seed, index])

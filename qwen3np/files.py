@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -33,4 +33,5 @@ def written_aside(path: Path) -> Generator[Path]:
         reason = error.strerror or error  # NumPy's has no errno when a disk is full
         raise ValueError(f"{path}: cannot be written ({reason}); make room there, or name another place") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or the disk takes no change
+            part.unlink()

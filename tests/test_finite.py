@@ -55,6 +55,16 @@ def test_the_first_point_and_token_are_named(name, where, point, position, value
             score(weights, CONFIG, IDS)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])  # one of them makes the expert's logit -inf
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16", "float64"])
+def test_an_expert_that_damage_hides_is_named(value, numerics):
+    config = replace(CONFIG, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True)
+    weights = init_weights(config, 0, trained_like=True)
+    weights["model.layers.1.mlp.gate.weight"][3, 5] = value
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=r"^model.layers.1.mlp.gate is NaN or infinite"):
+        generate(weights, config, IDS[:1], max_new_tokens=1, numerics=numerics)
+
+
 def test_numbers_that_outgrow_the_precision_are_told_from_damaged_ones():
     weights = init_weights(CONFIG, 0, trained_like=True)
     weights["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)

@@ -130,6 +130,20 @@ def embedding(builtin, yes_no, tmp_path_factory):
     return folder
 
 
+def test_a_disk_that_takes_no_change(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounts a disk, which only root may on Linux")
+    try:
+        message = r"x: cannot be written \(Read-only file system\); make room there, or"
+        with pytest.raises(ValueError, match=message), written_aside(folder / "x") as part:
+            part.touch()
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def test_a_checkpoint(disk, builtin):
     folder = disk.folder / "new"
     with disk.full():

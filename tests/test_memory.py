@@ -13,10 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3np import Conversation, KVCache, forward, generate, load, score, stream
+from qwen3np import (
+    Conversation,
+    KVCache,
+    count_parameters,
+    forward,
+    generate,
+    init_weights,
+    load,
+    score,
+    stream,
+)
 from qwen3np import memory as module
 from qwen3np.hub import BUILTIN
 from qwen3np.numerics import BFLOAT16
+from qwen3np.training.loop import SIZES, Settings, train
 
 POSITION = 2 * 2 * 2 * 16 * 4  # bytes of the test config: k and v, L, K, Dh, float32
 linux = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux")
@@ -59,6 +70,18 @@ def test_logits_that_do_not_fit_are_refused(weights, config, free):
     with pytest.raises(ValueError, match=r"^logits: 80 positions in float32 would take 0.3 GB, but .*last_only=True"):
         forward(weights, config, [1] * 80)
     assert forward(weights, config, [1] * 80, last_only=True).shape == (1, 1, config.vocab_size)
+
+
+def test_weights_that_do_not_fit_are_not_made(config, free, tmp_path):
+    size = 4 * count_parameters(config)["unique"]
+    free(size - 1)
+    with pytest.raises(ValueError, match=r"^random weights in float32 would take .* choose smaller sizes$"):
+        init_weights(config, 0)
+    free(size)
+    init_weights(config, 0)
+    with pytest.raises(ValueError, match=r"^training: weights, .* would take .* choose smaller sizes$"):
+        train(["a b c"], tmp_path / "model", SIZES, Settings(), progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_longest_context_is_no_request(weights, config, free):

@@ -17,9 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from qwen3np.checkpoint import Weights, init_weights, save_checkpoint
+from qwen3np.checkpoint import Weights, count_parameters, init_weights, save_checkpoint
 from qwen3np.config import Config
 from qwen3np.files import written_aside
+from qwen3np.memory import require_memory
 from qwen3np.model import forward
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.tokenizer import Tokenizer
@@ -134,9 +135,10 @@ def train(
     when it is called again with resume, to the same weights bit for bit. progress shows a bar on stderr with the loss
     and tokens per second.
 
-    Raises ValueError for sizes that do not fit, for documents in which nothing counts, for a folder that exists (to
-    resume: one without a state, or with one of other sizes, of another corpus or of more steps), and for a loss that is
-    not finite: the last saved state stays then. No folder is left where training could not begin.
+    Raises ValueError for sizes that do not fit (to each other, or into the memory that is free), for documents in which
+    nothing counts, for a folder that exists (to resume: one without a state, or with one of other sizes, of another
+    corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
+    where training could not begin.
     """
     from tqdm import tqdm
 
@@ -200,6 +202,8 @@ def _begun(
     """Return the state to go on from, the documents as ids, and the held-out rows and masks. Raises as train does."""
     fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
     config = Config.from_dict({**sizes, **fixed})
+    size = 16 * count_parameters(config)["unique"]
+    require_memory(size, "training: weights, gradients and two moments in float32", "choose smaller sizes")
     state = State.load(folder) if resume else None
     if state is None and folder.exists():
         raise ValueError(f"{folder} exists; name a new folder, or resume the training that was stopped there")
