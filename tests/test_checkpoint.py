@@ -121,6 +121,8 @@ def test_saved_and_read_are_the_same_bits(tmp_path_factory, seed, dtype):
     again, read = read_checkpoint(folder)
     assert again == config
     assert_same_bits(read, {name: w.astype(dtype) for name, w in weights.items()})
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert header % 8 == 0  # the tensors, which stand behind it, are aligned
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -130,10 +130,11 @@ def test_a_cache_of_other_weights_is_refused():
         forward({**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 2}, CONFIG, [1], cache)
 
 
-def test_the_token_is_named():
+@pytest.mark.parametrize(("name", "row", "position"), [("model.embed_tokens", IDS[30], 30), ("lm_head", 7, 0)])
+def test_the_token_is_named(name, row, position):
     config = replace(CONFIG, tie_word_embeddings=False)
     weights = init_weights(config, 0)
-    weights["model.embed_tokens.weight"][IDS[30]] = np.nan
-    message = rf"^model.embed_tokens is NaN or infinite at position 30 \(id {IDS[30]}\): "
+    weights[f"{name}.weight"][row] = np.nan
+    message = rf"^{name} is NaN or infinite at position {position} \(id {IDS[position]}\): {name}.weight holds 16 of"
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
         generate(weights, config, IDS, max_new_tokens=3)

@@ -169,6 +169,13 @@ def test_yarn_slows_no_lane_more_than_factor_and_the_slow_ones_most(seed, factor
         np.testing.assert_allclose(ratios[turns <= 1], 1 / factor, rtol=1e-14)
 
 
+def test_yarn_of_a_context_in_which_no_lane_turns_once(config):
+    """Both bounds of the ramp are lane 0: it stays, and all others are slowed wholly."""
+    plain = inverse_frequencies(config, FLOAT64)
+    ratios = inverse_frequencies(replace(config, rope_scaling=Yarn(4, 6)), FLOAT64) / plain
+    np.testing.assert_allclose(ratios, [1, *[0.25] * (len(plain) - 1)], rtol=1e-15)
+
+
 @given(SEEDS, POSITIONS)
 def test_bfloat16_rounds_both_products_then_their_sum(seed, position):
     config, x = draw(seed)
