@@ -160,6 +160,7 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "layer_types = [", "sliding_attention"),
     ({**SLIDING, "sliding_window": 0}, "sliding_window = 0", "whole numbers from 1"),
     ({**SLIDING, "max_window_layers": -1}, "max_window_layers = -1", "whole numbers from 0"),
+    ({**SLIDING, "max_window_layers": "27"}, 'max_window_layers = "27"', "whole numbers from 0"),
     ({"use_sliding_window": "yes"}, 'use_sliding_window = "yes"', "true and false"),
     ({"layer_types": ["full_attention"] * 27}, "layer_types = [", "full_attention"),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 'rope_scaling.type = "linear"', "default and yarn"),
@@ -364,6 +365,7 @@ def test_from_file_reads_a_file_or_its_folder(tmp_path):
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "config"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "d": 2}}', "not JSON: 'd' is given twice"),
         (b"[1, 2]", "holds a JSON list, not an object"),
     ],
 )
@@ -401,6 +403,7 @@ def test_a_config_cannot_be_changed_or_made_wrong(config):
         ({"rope_scaling": YARN}, r"rope_scaling = .*supported: None and Yarn"),
         (sliding, "sliding_window = null"),
         ({"layer_types": ("full_attention",)}, "layer_types = .*one for each of the 2 layers"),
+        (EXPERT_SIZES | {"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
         (EXPERT_SIZES | sliding | {"sliding_window": 4}, "num_experts = 4 .*all layers slide, or none"),
         (EXPERT_SIZES | {"max_window_layers": 1}, "num_experts = 4 .*all layers slide, or none"),
     ):

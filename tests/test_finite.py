@@ -138,3 +138,13 @@ def test_the_token_is_named(name, row, position):
     message = rf"^{name} is NaN or infinite at position {position} \(id {IDS[position]}\): {name}.weight holds 16 of"
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
         generate(weights, config, IDS, max_new_tokens=3)
+
+
+def test_the_expert_is_named():
+    config = replace(CONFIG, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=8)
+    weights = init_weights(config, 0)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    weights[name][3, 5] = np.nan
+    message = rf"^model.layers.1.mlp.experts is NaN .* at position 0 \(id 10\): {name} holds 1 of 128 "
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
+        generate(weights, config, IDS, max_new_tokens=3)

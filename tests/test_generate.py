@@ -177,9 +177,10 @@ def test_a_cache_that_is_too_small_grows(weights, config):
     cache = KVCache.allocate(config, 1, 4)
     assert list(stream(weights, config, ids, max_new_tokens=12, cache=cache)) == naive(weights, config, ids, 12)
     assert cache.max_length >= 14
-    cache, prompts = KVCache.allocate(config, 2, 4), [[1, 2], [3] * 9]
+    cache, prompts = KVCache.allocate(config, 2, 15), [[1, 2], [3] * 9]
     singles = [naive(weights, config, prompt, 12) for prompt in prompts]
     assert generate(weights, config, prompts, max_new_tokens=12, cache=cache)[0] == singles
+    assert cache.max_length == 30  # doubled, not just the 20 that it must hold
 
 
 def test_the_end_of_the_context_is_the_end(weights, config):
