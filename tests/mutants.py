@@ -516,6 +516,28 @@ GROUPS = [
         },
     ),
     (
+        "conversation.py",
+        "conversation",
+        {
+            "options do not reach the template": ("(self.messages, **template_options)", "(self.messages)"),
+        },
+    ),
+    (
+        "files.py",
+        "paths",
+        {
+            "a link is replaced, not what it leads to": ("    path = path.resolve()", "    path = path.absolute()"),
+        },
+    ),
+    (
+        "porting/compare.py",
+        "compare",
+        {
+            "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
+            "key heads numbered as query heads": ('is not None and kind[0] != "k"', "is not None"),
+        },
+    ),
+    (
         "training/gradients.py",
         "gradients",
         {

@@ -74,6 +74,13 @@ def test_what_is_refused_was_never_said(model):
         list(Conversation(replace(model, tokenizer=None)).reply("Hello"))
 
 
+def test_options_reach_the_template(model):
+    conversation = Conversation(model, [{"role": "user", "content": "Hi"}])
+    assert conversation.prompt_ids() == user(model, "Hi")
+    told = model.tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert conversation.prompt_ids(add_generation_prompt=False) == told
+
+
 def test_system_and_reset(model):
     conversation = Conversation(model)
     list(conversation.reply("Hello", options=NOISE))

@@ -53,6 +53,17 @@ def test_the_first_point_and_token_are_named(name, where, point, position, value
             score(weights, CONFIG, IDS)
 
 
+def test_the_first_point_may_be_the_scores():
+    weights = init_weights(CONFIG, 0, trained_like=True)
+    for name in ("q_norm", "k_norm"):
+        weights[f"model.layers.1.self_attn.{name}.weight"][:] = 1e22
+    message = (
+        r"^model.layers.1.self_attn.scores is NaN or infinite at position \d+ \(id \d+\): the numbers outgrow float32$"
+    )
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
+        generate(weights, CONFIG, IDS, max_new_tokens=3)
+
+
 def test_numbers_that_outgrow_the_precision_are_told_from_damaged_ones():
     weights = init_weights(CONFIG, 0, trained_like=True)
     weights["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)
