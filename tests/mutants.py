@@ -53,6 +53,7 @@ GROUPS = [
             ),
             "sparse layers counted from 0": ("(layer + 1) % self.decoder", "layer % self.decoder"),
             "norm_topk_prob by default": ("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"),
+            "experts of no size": ('            _check_int("moe_intermediate_size", self.moe_intermediate_size)\n', ""),
         },
     ),
     (
@@ -97,6 +98,7 @@ GROUPS = [
         "norm.py",
         "norm golden",
         {
+            "wide weights not rounded": ("    weight = numerics.widen(weight)\n", ""),
             "eps is always 1e-5": ("mean_square + eps", "mean_square + 1e-5"),
             "eps outside the root": ("(1 / np.sqrt(mean_square + eps))", "(1 / (np.sqrt(mean_square) + eps))"),
             "times 1 + weight": ("y *= weight", "y *= 1 + weight"),
@@ -134,6 +136,9 @@ GROUPS = [
             "YaRN ignored": ("    if config.rope_scaling:\n        kept", "    if False:\n        kept"),
             "YaRN factor dropped": ("scale = attention_factor(config)", "scale = 1.0"),
             "YaRN factor squared": ("scale = attention_factor(config)", "scale = attention_factor(config) ** 2"),
+            "YaRN factor on cos alone": ("numerics.round(sin * scale)", "numerics.round(sin)"),
+            "YaRN: mscale alone": ("if yarn.mscale is not None and", "if yarn.mscale is not None or"),
+            "YaRN: a ramp within one lane": ("        high += 0.001\n", "        pass\n"),
             "YaRN factor of the config ignored": ("if yarn.attention_factor is not None:", "if False:"),
             "YaRN: truncate ignored": ("if yarn.truncate:", "if True:"),
             "YaRN: the new context for the original one": (
@@ -269,6 +274,10 @@ GROUPS = [
                 'w = embedding if config.tie_word_embeddings else weights["lm_head.weight"]',
                 "w = embedding",
             ),
+            "a head that is given wins over the tie": (
+                'embedding if config.tie_word_embeddings else weights["lm_head.weight"]',
+                'weights.get("lm_head.weight", embedding)',
+            ),
             "position reset in decode": ("starts[:, None] + np.arange(new)", "0 * starts[:, None] + np.arange(new)"),
             "position off in decode": (
                 "starts[:, None] + np.arange(new)",
@@ -288,9 +297,10 @@ GROUPS = [
     ),
     (
         "ids.py",
-        "model",
+        "model scoring",
         {
             "the id behind the vocabulary": ("ids.max() >= config.vocab_size", "ids.max() > config.vocab_size"),
+            "the first of several sequences for one": ("if np.ndim(ids) != 1:", "if False:"),
         },
     ),
     (
@@ -316,6 +326,10 @@ GROUPS = [
             "penalty counts repeats": (
                 "scores[previous_ids] = np.where(previous < 0, previous * factor, previous / factor)",
                 "np.divide.at(scores, previous_ids, factor)",
+            ),
+            "an id below 0 is the last": (
+                "0 <= previous_ids.min() <= previous_ids.max()",
+                "previous_ids.max()",
             ),
             "ids of probability 0": ('cdf[-1], side="right"', 'cdf[-1], side="left"'),
             "sums in float32": (
@@ -352,6 +366,13 @@ GROUPS = [
                 "        cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
                 "            temperature=temperature,\n",
             ),
+            "stream: top_p not passed on": (
+                "is None else cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
+                "            temperature=temperature,\n            top_k=top_k,\n            top_p=top_p,\n",
+                "is None else cache,\n        max_new_tokens=max_new_tokens,\n        sampling=SamplingParameters(\n"
+                "            temperature=temperature,\n            top_k=top_k,\n",
+            ),
+            "room for the shortest alone": ("room = max(len(prompt)", "room = min(len(prompt)"),
             "stop string: its last character not awaited": (
                 "for n in range(len(stop)) if",
                 "for n in range(len(stop) - 1) if",
@@ -367,6 +388,7 @@ GROUPS = [
                 "targets = ids[scored - 1 : scored - 1 + len(chunk)]",
             ),
             "windows see what came before": ("        cache.lengths[0] = 0\n", ""),
+            "a text of two tokens": ("max(window // 2, 1)", "max(window // 2, 2)"),
             "context of the first window": ("at := start + int(cache.lengths[0])", "at := int(cache.lengths[0])"),
         },
     ),
@@ -382,6 +404,8 @@ GROUPS = [
             "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
             "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
             "header not counted": ("math.prod(shape), 8 + length + begin)", "math.prod(shape), length + begin)"),
+            "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
+            "any metadata": ("if not all(isinstance(text, str) for text in texts):", "if False:"),
             "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != math.prod(shape):"),
             "extra names ignored": (
                 'problems += [f"{name}: extra: no such tensor in this model" for name in sorted(',
@@ -421,6 +445,11 @@ GROUPS = [
         {
             "the last token": ("[:, position_axis(name)].min()", "[:, position_axis(name)].max()"),
             "the token within its piece": ("at = start + token", "at = token"),
+            "a head of its own not looked at": (
+                'config.tie_word_embeddings or "lm_head.weight" in weights',
+                "config.tie_word_embeddings",
+            ),
+            "experts never to blame": (' or module.endswith(".experts")', ""),
             "hidden scores taken for infinite": (
                 'np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)',
                 "~np.isfinite(x)",
@@ -493,6 +522,28 @@ GROUPS = [
                 "return 1 / (1 + np.exp(-np.exp(log_probabilities(logits)[:, 1])))",
             ),
             "yes and no swapped": ("log_probabilities(logits)[:, 1]", "log_probabilities(logits)[:, 0]"),
+        },
+    ),
+    (
+        "conversation.py",
+        "conversation",
+        {
+            "options do not reach the template": ("(self.messages, **template_options)", "(self.messages)"),
+        },
+    ),
+    (
+        "files.py",
+        "paths",
+        {
+            "a link is replaced, not what it leads to": ("    path = path.resolve()", "    path = path.absolute()"),
+        },
+    ),
+    (
+        "porting/compare.py",
+        "compare",
+        {
+            "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
+            "key heads numbered as query heads": ('is not None and kind[0] != "k"', "is not None"),
         },
     ),
     (

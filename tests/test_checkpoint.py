@@ -121,6 +121,8 @@ def test_saved_and_read_are_the_same_bits(tmp_path_factory, seed, dtype):
     again, read = read_checkpoint(folder)
     assert again == config
     assert_same_bits(read, {name: w.astype(dtype) for name, w in weights.items()})
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert header % 8 == 0  # the tensors, which stand behind it, are aligned
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -291,6 +293,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path, config, weights):
         "model.layers.0.post_attention_layernorm.weight: model.safetensors.index.json puts it into '../elsewhere",
     ):
         assert part in told
+    assert "... and" not in told
     for name in ("lm_head", "model.embed_tokens", "model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"):
         assert f"{name}.weight: " not in told
 
@@ -403,6 +406,12 @@ def test_an_entry_that_cannot_be(folder, entry, message):
     assert message in told
     assert "model.norm.weight: " in told
     assert "model.norm.weight: missing" not in told
+
+
+@pytest.mark.parametrize("metadata", [{"format": 1}, ["pt"], None])
+def test_metadata_is_an_object_of_texts(folder, metadata):
+    write(folder / "model.safetensors", {"__metadata__": metadata})
+    assert "model.safetensors: the metadata is not an object of texts" in problems(folder)
 
 
 @given(st.data())

@@ -71,6 +71,21 @@ def test_one_wrong_number(weights, golden, dump, name, with_weights):
         assert here.added == pytest.approx(here.rel_l2, rel=1e-3)
 
 
+def test_the_largest_error_in_numbers_and_in_ulps(golden):
+    x = golden.points["model.norm"].astype(np.float32)
+    for place, steps in (((0, 5, 7), 3), ((0, 2, 1), 2)):
+        x[place] += steps * np.spacing(x[place])
+    here = report(compare(golden, {"model.norm": x}), "model.norm")
+    assert here.max_abs == np.abs(x - golden.points["model.norm"].astype(np.float64)).max()
+    assert here.ulp == pytest.approx(3, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [bool, complex, str])
+def test_what_holds_no_numbers_fits_nowhere(golden, dtype):
+    with pytest.raises(ValueError, match="no shape fits"):
+        compare(golden, {"model.norm": golden.points["model.norm"].astype(dtype)})
+
+
 def test_added_and_inherited(config, weights, golden):
     """A step is wrong and all that follow inherit it: they add nothing, and the table says so."""
     wrong = dict(weights)
@@ -271,6 +286,8 @@ def test_experts_in_any_order(sparse):
         assert compare(golden, dump, weights=some).verdict == "equal"
     bare = {CHOICE: dump[CHOICE].astype(np.float32)}
     assert compare(golden, bare).verdict == "equal"
+    last = {CHOICE: dump[CHOICE][:, -1:]}
+    assert compare(golden, last).verdict == "equal"
 
 
 def test_names_and_layouts_of_experts(sparse):
@@ -340,6 +357,8 @@ def test_cut_recording_and_whole_dump(config, weights, golden, dump):
     dump["model.layers.1.self_attn.probs"][0, 4, 19, 5] += 1
     here = report(compare(cut, dump), "model.layers.1.self_attn.probs")
     assert (here.token, here.head, here.verdict) == (19, 4, "different")
+    dump["model.layers.1.self_attn.k_norm"][0, 19, 1, 5] += 1
+    assert report(compare(cut, dump), "model.layers.1.self_attn.k_norm").head == 1  # keys are kept of all heads
 
 
 @pytest.mark.parametrize(
@@ -362,6 +381,11 @@ def test_cut_recording_and_whole_dump(config, weights, golden, dump):
 )
 def test_names(config, name, point):
     assert namer(config)(name) == point
+
+
+def test_a_plain_name_goes_before_a_translated_one(golden, dump):
+    dump = {"Qwen3Model.norm_outputs": dump["model.norm"] + 1, **dump}
+    assert compare(golden, dump).verdict == "equal"
 
 
 def test_llama_cpp(config, weights, golden, dump):

@@ -147,7 +147,8 @@ def test_round_trip(seed, eos):
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 27}
-EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+EXPERTS = {"model_type": "qwen3_moe", **EXPERT_SIZES}
 
 UNSUPPORTED = [  # what is changed, and what the message must say: key, value, what is supported
     ({"model_type": "llama"}, 'model_type = "llama"', "qwen3 and qwen3_moe"),
@@ -159,6 +160,7 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({"layer_types": ["full_attention"] * 27 + ["chunked_attention"]}, "layer_types = [", "sliding_attention"),
     ({**SLIDING, "sliding_window": 0}, "sliding_window = 0", "whole numbers from 1"),
     ({**SLIDING, "max_window_layers": -1}, "max_window_layers = -1", "whole numbers from 0"),
+    ({**SLIDING, "max_window_layers": "27"}, 'max_window_layers = "27"', "whole numbers from 0"),
     ({"use_sliding_window": "yes"}, 'use_sliding_window = "yes"', "true and false"),
     ({"layer_types": ["full_attention"] * 27}, "layer_types = [", "full_attention"),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 'rope_scaling.type = "linear"', "default and yarn"),
@@ -363,6 +365,7 @@ def test_from_file_reads_a_file_or_its_folder(tmp_path):
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "config"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "d": 2}}', "not JSON: 'd' is given twice"),
         (b"[1, 2]", "holds a JSON list, not an object"),
     ],
 )
@@ -377,6 +380,12 @@ def test_a_folder_without_config_is_told_with_its_name(tmp_path):
         Config.from_file(tmp_path)
 
 
+def test_a_config_that_cannot_be_read_is_told_with_its_name(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=rf"{tmp_path.name}.config\.json: cannot be read: "):
+        Config.from_file(tmp_path)
+
+
 def test_an_unsupported_value_is_told_with_its_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(without(hidden_act="gelu")))
     with pytest.raises(ConfigError, match=rf'{tmp_path.name}.*hidden_act = "gelu"'):
@@ -386,5 +395,18 @@ def test_an_unsupported_value_is_told_with_its_file(tmp_path):
 def test_a_config_cannot_be_changed_or_made_wrong(config):
     with pytest.raises(AttributeError):
         config.hidden_size = 3
-    with pytest.raises(ConfigError, match="head_dim = 15"):
-        Config(**{**asdict(config), "head_dim": 15})
+    sliding = {"layer_types": ("sliding_attention", "full_attention")}
+    for change, message in (
+        ({"head_dim": 15}, "head_dim = 15"),
+        ({"eos_token_id": 3}, "eos_token_id = 3 is not supported; supported: a tuple"),
+        ({"layer_types": "full_attention"}, "layer_types = .*supported: a tuple"),
+        ({"rope_scaling": YARN}, r"rope_scaling = .*supported: None and Yarn"),
+        (sliding, "sliding_window = null"),
+        ({"layer_types": ("full_attention",)}, "layer_types = .*one for each of the 2 layers"),
+        (EXPERT_SIZES | {"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
+        (EXPERT_SIZES | sliding | {"sliding_window": 4}, "num_experts = 4 .*all layers slide, or none"),
+        (EXPERT_SIZES | {"max_window_layers": 1}, "num_experts = 4 .*all layers slide, or none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(config, **change)
+    assert hash(replace(config, eos_token_id=[3])) == hash(replace(config, eos_token_id=(3,)))

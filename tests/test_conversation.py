@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qwen3np import Conversation, generate
@@ -68,6 +70,15 @@ def test_what_is_refused_was_never_said(model):
     with pytest.raises(ValueError, match="the context of this model"):
         list(conversation.reply("7" * model.config.max_position_embeddings))
     assert conversation.messages == before
+    with pytest.raises(ValueError, match="no tokenizer: a conversation needs one"):
+        list(Conversation(replace(model, tokenizer=None)).reply("Hello"))
+
+
+def test_options_reach_the_template(model):
+    conversation = Conversation(model, [{"role": "user", "content": "Hi"}])
+    assert conversation.prompt_ids() == user(model, "Hi")
+    told = model.tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert conversation.prompt_ids(add_generation_prompt=False) == told
 
 
 def test_system_and_reset(model):

@@ -65,6 +65,17 @@ def test_an_expert_that_damage_hides_is_named(value, numerics):
         generate(weights, config, IDS[:1], max_new_tokens=1, numerics=numerics)
 
 
+def test_the_first_point_may_be_the_scores():
+    weights = init_weights(CONFIG, 0, trained_like=True)
+    for name in ("q_norm", "k_norm"):
+        weights[f"model.layers.1.self_attn.{name}.weight"][:] = 1e22
+    message = (
+        r"^model.layers.1.self_attn.scores is NaN or infinite at position \d+ \(id \d+\): the numbers outgrow float32$"
+    )
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
+        generate(weights, CONFIG, IDS, max_new_tokens=3)
+
+
 def test_numbers_that_outgrow_the_precision_are_told_from_damaged_ones():
     weights = init_weights(CONFIG, 0, trained_like=True)
     weights["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)
@@ -161,10 +172,21 @@ def test_a_cache_of_other_weights_is_refused():
         forward({**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 2}, CONFIG, [1], cache)
 
 
-def test_the_token_is_named():
+@pytest.mark.parametrize(("name", "row", "position"), [("model.embed_tokens", IDS[30], 30), ("lm_head", 7, 0)])
+def test_the_token_is_named(name, row, position):
     config = replace(CONFIG, tie_word_embeddings=False)
     weights = init_weights(config, 0)
-    weights["model.embed_tokens.weight"][IDS[30]] = np.nan
-    message = rf"^model.embed_tokens is NaN or infinite at position 30 \(id {IDS[30]}\): "
+    weights[f"{name}.weight"][row] = np.nan
+    message = rf"^{name} is NaN or infinite at position {position} \(id {IDS[position]}\): {name}.weight holds 16 of"
+    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
+        generate(weights, config, IDS, max_new_tokens=3)
+
+
+def test_the_expert_is_named():
+    config = replace(CONFIG, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=8)
+    weights = init_weights(config, 0)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    weights[name][3, 5] = np.nan
+    message = rf"^model.layers.1.mlp.experts is NaN .* at position 0 \(id 10\): {name} holds 1 of 128 "
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
         generate(weights, config, IDS, max_new_tokens=3)

@@ -11,7 +11,17 @@ from drawing import draw_config, draw_ids, relative, trained_like
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3np import ContextOverflowError, KVCache, forward, generate, stop_at, stream, threads
+from qwen3np import (
+    ContextOverflowError,
+    KVCache,
+    SamplingParameters,
+    forward,
+    generate,
+    steps,
+    stop_at,
+    stream,
+    threads,
+)
 
 module = sys.modules["qwen3np.generate"]  # the package's attribute of this name is the function
 
@@ -167,6 +177,10 @@ def test_a_cache_that_is_too_small_grows(weights, config):
     cache = KVCache.allocate(config, 1, 4)
     assert list(stream(weights, config, ids, max_new_tokens=12, cache=cache)) == naive(weights, config, ids, 12)
     assert cache.max_length >= 14
+    cache, prompts = KVCache.allocate(config, 2, 15), [[1, 2], [3] * 9]
+    singles = [naive(weights, config, prompt, 12) for prompt in prompts]
+    assert generate(weights, config, prompts, max_new_tokens=12, cache=cache)[0] == singles
+    assert cache.max_length == 30  # doubled, not just the 20 that it must hold
 
 
 def test_the_end_of_the_context_is_the_end(weights, config):
@@ -193,6 +207,14 @@ def test_bad_input(weights, config):
         stream(weights, config, [1], max_new_tokens=1, temperature=-1)
     with pytest.raises(ValueError, match="one sequence"):
         stream(weights, config, [[1], [2]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="stop_ids must be a collection of ids, got 5"):
+        generate(weights, config, [1], max_new_tokens=1, stop_ids=5)
+    greedy = SamplingParameters()
+    with pytest.raises(ValueError, match="an empty batch"):
+        steps(weights, config, [], KVCache.allocate(config, 1, 8), max_new_tokens=1, sampling=greedy, stop=bool)
+    for nested in ([[[1, 2]]], [[[1], [2]]]):
+        with pytest.raises(ValueError, match="must be a flat list of ids"):
+            generate(weights, config, nested, max_new_tokens=1)
     with pytest.raises(ValueError, match="holds 2 sequences, but input_ids has 1"):
         generate(weights, config, [1], max_new_tokens=1, cache=KVCache.allocate(config, 2, 8))
 
@@ -283,6 +305,20 @@ def test_each_filter_is_passed_on(weights, config):
     p = np.sort(p / p.sum())[::-1]
     count = int(np.searchsorted(np.cumsum(p), 0.2)) + 1
     assert drawn(top_p=0.2) <= set(order[:count].tolist())
+
+
+def test_stream_is_generate_and_no_option_is_lost(weights, config):
+    ids = [1, 2, 3, 3, 7, 7, 9]
+    options = {"temperature": 2.0, "top_k": 40, "top_p": 0.95, "min_p": 0.3, "repetition_penalty": 1.5, "seed": 1}
+    options |= {"numerics": "bfloat16", "max_new_tokens": 40}
+    options["stop_ids"] = list(dict.fromkeys(generate(weights, config, ids, **options)[0]))[-2:-1]  # comes late
+    new, _ = generate(weights, config, ids, **options)
+    pieces = []
+    assert list(stream(weights, config, ids, progress=pieces.append, **options)) == new
+    assert pieces == [len(ids)]
+    for name in options.keys() - {"max_new_tokens"}:
+        others = {key: value for key, value in options.items() if key != name}
+        assert generate(weights, config, ids, **others)[0] != new, name
 
 
 def test_the_repetition_penalty_counts_the_prompt(weights, config):

@@ -138,6 +138,11 @@ def test_what_looks_like_a_path_is_never_looked_up(name, tmp_path, monkeypatch):
             resolve(name)
 
 
+def test_the_built_in_checkpoint_has_no_revision():
+    with pytest.raises(CheckpointError, match="revision v1: the built-in checkpoint has none"):
+        resolve(None, revision="v1")
+
+
 def test_a_file_is_not_a_checkpoint(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()

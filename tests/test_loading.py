@@ -51,6 +51,7 @@ def test_generate_and_stream_take_them_and_arguments_override(folder):
     ("generation_config", "message"),
     [
         ({"max_new_tokens": "5"}, "max_new_tokens = '5' is not a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 is not a whole number"),
         ({"temperature": [1]}, r"temperature = \[1\] is not a number"),
         ({"eos_token_id": 3.5}, "eos_token_id = 3.5 is neither a token id nor a list of them"),
         ({"eos_token_id": "257"}, "eos_token_id = '257'"),

@@ -246,6 +246,7 @@ def either(request, config, weights):
         num_experts_per_tok=3,
         moe_intermediate_size=24,
         mlp_only_layers=(0,),
+        attention_bias=True,
     )
     return trained_like(config, 1), config
 
@@ -254,7 +255,8 @@ def either(request, config, weights):
 def test_bits_do_not_depend_on_how_the_weights_are_stored(either, numerics):
     weights, config = either
     mapped = {name: w.astype(BFLOAT16) for name, w in weights.items()}
-    copied = {name: w.astype(np.float32) for name, w in mapped.items()}
+    # what bfloat16 is given in float32, it rounds
+    copied = weights if "bfloat16" in numerics else {name: w.astype(np.float32) for name, w in mapped.items()}
     for length in (1, 2, 17):
         ids = draw_ids(np.random.default_rng(4), config, length)
         one, two = (forward(w, config, ids, numerics=numerics) for w in (mapped, copied))
@@ -347,7 +349,7 @@ BAD = [
     ([5, 101, 7, 999], r"id 101 at row 0, position 1 .*0 to 100 \(2 such ids\)"),
     ([[5, 6], [7, -1]], r"id -1 at row 1, position 1 .*0 to 100$"),
     ([2**63], r"9223372036854775808.*0 to 100"),
-    ([1.0, 2.0], "float64"),
+    ([1.0, 2.0], "float64.* 0 to 100$"),
     ([True, False], "bool"),
     (["1", "2"], "integers"),
     ([None], "integers"),

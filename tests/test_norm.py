@@ -89,7 +89,8 @@ def test_rows_are_normalised_alone(seed, n):
 def test_bfloat16_rounds_before_and_after_the_weight(seed):
     rng = np.random.default_rng(seed)
     x = rng.integers(-9, 10, (3, 64)).astype(np.float32)  # the sums of whole squares are exact, in any order
-    weight = np.exp(rng.standard_normal(64)).astype(ml_dtypes.bfloat16)
+    weight = np.exp(rng.standard_normal(64)).astype(np.float32)
     scale = 1 / np.sqrt(np.mean(x * x, -1, keepdims=True))
-    truth = round_bfloat16(weight.astype(np.float32) * round_bfloat16(x * scale))
-    np.testing.assert_array_equal(rms_norm(x, weight, 1e-30, BF16), truth)
+    truth = round_bfloat16(round_bfloat16(weight) * round_bfloat16(x * scale))
+    for stored in (weight, weight.astype(ml_dtypes.bfloat16)):
+        np.testing.assert_array_equal(rms_norm(x, stored, 1e-30, BF16), truth)

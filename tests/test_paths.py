@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_training import SETTINGS, command, trained
 
 from qwen3np import load, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
+from qwen3np.files import written_aside
 from qwen3np.hub import BUILTIN
 from qwen3np.porting import Recording
 
@@ -46,6 +48,20 @@ def test_a_template_of_its_own_is_rendered_in_another_process(model):
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     text = load(model, progress=False).tokenizer.apply_chat_template([{"role": "user", "content": "Grüße 雪"}])
     assert text == "<user> Grüße 雪 ü\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_a_link_is_written_through_and_a_pipe_left_alone(place):
+    (place / "there").mkdir()
+    (place / "link").symlink_to("there/file")
+    with written_aside(place / "link") as part:
+        part.write_text("new")
+    assert (place / "link").is_symlink()
+    assert [file.read_text() for file in (place / "there").iterdir()] == ["new"]
+    os.mkfifo(place / "pipe")
+    with pytest.raises(ValueError, match="pipe: is not a regular file"), written_aside(place / "pipe"):
+        pass
+    assert (place / "pipe").is_fifo()
 
 
 def test_the_command_line(place, model):

@@ -155,6 +155,23 @@ def test_yarn_of_the_released_models(config):
         assert cos.ravel() == pytest.approx(np.full(64, 1.1386294), rel=4e-3 if numerics == "bfloat16" else 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [  # as the paper has it; the last two as transformers does
+        ({}, 1.1386294),
+        ({"attention_factor": 0.9}, 0.9),
+        ({"mscale": 0.7, "mscale_all_dim": 1.1}, (1 + 0.07 * np.log(4)) / (1 + 0.11 * np.log(4))),
+        ({"mscale": 0.7}, 1.1386294),
+        ({"mscale_all_dim": 1.1}, 1.1386294),
+    ],
+)
+def test_attention_factor(config, settings, factor):
+    config = replace(config, rope_scaling=Yarn(4, 32, **settings))
+    assert attention_factor(config) == pytest.approx(factor, rel=1e-7)
+    cos, sin = rotary_tables(config, np.array([[1]]), FLOAT64)
+    np.testing.assert_allclose(cos**2 + sin**2, factor**2, rtol=1e-7)
+
+
 @given(SEEDS, st.floats(1, 16), st.booleans())
 def test_yarn_slows_no_lane_more_than_factor_and_the_slow_ones_most(seed, factor, truncate):
     config, _ = draw(seed)
@@ -167,6 +184,13 @@ def test_yarn_slows_no_lane_more_than_factor_and_the_slow_ones_most(seed, factor
     if not truncate:
         np.testing.assert_allclose(ratios[turns >= 32], 1, rtol=1e-14)
         np.testing.assert_allclose(ratios[turns <= 1], 1 / factor, rtol=1e-14)
+
+
+def test_yarn_of_a_context_in_which_no_lane_turns_once(config):
+    """Both bounds of the ramp are lane 0: it stays, and all others are slowed wholly."""
+    plain = inverse_frequencies(config, FLOAT64)
+    ratios = inverse_frequencies(replace(config, rope_scaling=Yarn(4, 6)), FLOAT64) / plain
+    np.testing.assert_allclose(ratios, [1, *[0.25] * (len(plain) - 1)], rtol=1e-15)
 
 
 @given(SEEDS, POSITIONS)

@@ -234,7 +234,7 @@ def test_other_bad_inputs():
         processed_logits([], PLAIN)
     with pytest.raises(ValueError, match=r"float32 under .*temperature=1e-40"):
         processed_logits([5, 6], replace(PLAIN, temperature=1e-40))
-    for previous in ([-1], [0, 2]):
+    for previous in ([-1, 0], [0, 2]):
         with pytest.raises(ValueError, match=r"previous_ids must be in \[0, 2\)"):
             processed_logits([5, 6], replace(PLAIN, repetition_penalty=1.1), previous)
 

@@ -33,17 +33,20 @@ def test_windows(weights, config, length, window, data):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)  # measured: 3e-14
 
 
-def test_a_text_that_fits_is_one_plain_forward(weights, config):
-    ids = draw_ids(np.random.default_rng(0), config, 200)
+@pytest.mark.parametrize("length", [2, 3, 200])
+def test_a_text_that_fits_is_one_plain_forward(weights, config, length):
+    ids = draw_ids(np.random.default_rng(0), config, length)
     counts = []
     got = score(weights, config, ids, progress=counts.append)
     np.testing.assert_allclose(got, plain(weights, config, ids), rtol=0, atol=1e-5)  # float32; measured: 3e-6
-    assert sum(counts) == 199
+    assert sum(counts) == length - 1
 
 
 def test_bad_input(weights, config):
     with pytest.raises(ValueError, match="at least two"):
         score(weights, config, [1])
+    with pytest.raises(ValueError, match="must be a flat list of ids"):
+        score(weights, config, [[1, 2]])
     for window, stride in ((8, 8), (8, 0), (1, 1), (257, 3)):
         with pytest.raises(ValueError, match="0 < stride < window"):
             score(weights, config, [1, 2, 3], window=window, stride=stride)
