@@ -24,8 +24,7 @@ from qwen3np.numerics import Array, Numerics, Record, ignore, precision
 from qwen3np.rope import rotary_tables
 from qwen3np.threads import blas_threads, in_blocks, threads_for
 
-# Bytes of logits from which on the system is asked whether there is memory for them.
-LARGE = 1 << 28
+LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
 
 
 def forward(
@@ -60,10 +59,8 @@ def forward(
     ids = checked_ids(input_ids, config)
     batch: int = ids.shape[0]
     new: int = ids.shape[1]
-    size = ids.size * config.vocab_size * n.dtype.itemsize if head and not last_only else 0
-    if size > LARGE:
-        way_out = "ask for those of the last position (last_only=True), or go on with a cache, a piece at a time"
-        require_memory(size, f"logits: {ids.size:,} positions in {n.dtype}", way_out)
+    if head and not last_only:
+        _require_room(ids.size, config, n)
     if cache is not None:
         cache.check(weights, config, n, batch, new)
     starts = np.zeros(batch, np.int64) if cache is None else cache.lengths[cache.rows]
@@ -128,3 +125,11 @@ def block(
     x = in_blocks(add, x, h)
     record(prefix[:-1], x)
     return x
+
+
+def _require_room(positions: int, config: Config, numerics: Numerics) -> None:
+    """Raise ValueError where the logits of so many positions are larger than the memory that is free."""
+    size = positions * config.vocab_size * numerics.dtype.itemsize
+    if size > LARGE:
+        way_out = "ask for those of the last position (last_only=True), or go on with a cache, a piece at a time"
+        require_memory(size, f"logits: {positions:,} positions in {numerics.dtype}", way_out)
