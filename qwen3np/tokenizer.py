@@ -179,7 +179,7 @@ class Tokenizer:
 
         vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
         with _refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
-            files = [str(readable(file, MOST_BYTES)) for file in (vocab, merges)]
+            files = [str(readable(file)) for file in (vocab, merges)]
             backend = byte_level_bpe(models.BPE.from_file(*files))
         config = self.folder / "tokenizer_config.json"
         try:
