@@ -378,7 +378,7 @@ GROUPS = [
             "overlaps not seen": ("if begin < end:", "if begin < end and False:"),
             "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
             "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
-            "header not counted": ("math.prod(shape), 8 + length + begin)", "math.prod(shape), length + begin)"),
+            "header not counted": ("mapped, 8 + length + begin)", "mapped, length + begin)"),
             "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != math.prod(shape):"),
             "extra names ignored": (
                 'problems += [f"{name}: extra: no such tensor in this model" for name in sorted(',
