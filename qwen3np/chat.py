@@ -193,6 +193,8 @@ def _render_apart(job: str) -> str:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"the chat template takes more than {_SECONDS} s") from None
+    except OSError as error:
+        raise ValueError(f"the chat template cannot be rendered, for its process does not start: {error}") from None
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2] or f"its process ended with status {done.returncode}"
         raise ValueError(f"the chat template cannot be rendered: {reason}")

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from qwen3np.config import Config, ConfigError, parse_json, read_json
+from qwen3np.config import MOST_BYTES, Config, ConfigError, parse_json, read_json
 from qwen3np.files import written_aside
 from qwen3np.mapped import CheckpointError, MappedWeights, identity
 from qwen3np.memory import require_memory
@@ -34,7 +34,6 @@ Weights: TypeAlias = Mapping[str, Array]
 _DTYPES: dict[str, np.dtype[Any]] = {"BF16": BFLOAT16, "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _PIECE = 1 << 22  # elements that are rounded and written at a time: saving takes no memory to speak of
 _LISTED = 20  # problems told one by one, so that an error stays readable
 
@@ -126,8 +125,12 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     stored: dict[str, Array | None] = {}  # None: found, but not usable; its problem is listed
     identities: dict[Path, tuple[int, int, int]] = {}
     for path, listed in _files(folder, problems).items():
-        identities[path] = identity(path)
-        tensors = _map_file(path, problems)
+        try:
+            identities[path] = identity(path)
+            tensors = _map_file(path, problems)
+        except OSError as error:
+            problems.append(f"{path.name}: cannot be read: {error.strerror}")
+            continue
         for name in listed or ():
             if name not in tensors:
                 problems.append(f"{name}: not in {path.name}, where {_INDEX} puts it")
@@ -246,16 +249,18 @@ def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
         raise CheckpointError(f"{folder / _INDEX}: {error}") from None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
-    files: dict[Path, list[str] | None] = {}
+    shards: dict[str, list[str]] = {}
     for name, shard in cast("dict[str, Any]", weight_map).items():
-        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
-            problems.append(f"{name}: {_INDEX} puts it into {shard!r}, which is not the name of a file in the folder")
-        elif not (folder / shard).is_file():
-            problems.append(f"{shard}: missing, though {_INDEX} names it")
+        if isinstance(shard, str) and shard == Path(shard).name and shard not in ("", ".."):
+            shards.setdefault(shard, []).append(name)
         else:
-            listed = files.setdefault(folder / shard, [])
-            assert listed is not None
-            listed.append(name)
+            problems.append(f"{name}: {_INDEX} puts it into {shard!r}, which is not the name of a file in the folder")
+    files: dict[Path, list[str] | None] = {}
+    for shard, listed in shards.items():
+        if os.path.isfile(folder / shard):  # False for names that no file can have, too
+            files[folder / shard] = listed
+        else:
+            problems.append(f"{shard}: missing, though {_INDEX} names it")
     return files
 
 
@@ -267,11 +272,11 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         if length > size - 8:
             problems.append(f"{path.name}: truncated: {size} bytes, too few for its header")
             return {}
-        if length > _HEADER:
-            problems.append(f"{path.name}: its header has {length} bytes; at most {_HEADER} are read")
+        if length > MOST_BYTES:
+            problems.append(f"{path.name}: its header has {length} bytes; at most {MOST_BYTES} are read")
             return {}
         try:
-            header = parse_json(file.read(length))
+            header = parse_json(file.read(length).decode())
         except (ValueError, RecursionError) as error:
             problems.append(f"{path.name}: the header is not JSON: {error}")
             return {}
@@ -290,7 +295,7 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         tensors[name] = None
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+            whole = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape))
         except (KeyError, TypeError, ValueError):
             whole, dtype, shape, begin, end = False, "", (), 0, 0
         if not whole:
@@ -302,9 +307,11 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         elif 8 + length + end > size:
             problems.append(f"{name}: {path.name} is truncated: {size} bytes of at least {8 + length + end}")
         else:
-            flat = np.frombuffer(mapped, _DTYPES[dtype], math.prod(shape), 8 + length + begin)
-            tensors[name] = flat.reshape(shape)
             spans.append((begin, end, name))
+            try:
+                tensors[name] = np.ndarray(shape, _DTYPES[dtype], mapped, 8 + length + begin)
+            except ValueError as error:  # more dimensions, or more in one of them beside a zero, than NumPy has
+                problems.append(f"{name}: no array of {path.name} has this shape: {error}")
     # the format leaves neither holes nor overlaps: where there are some, an offset is wrong
     for (_, end, before), (begin, _, name) in pairwise(sorted(spans)):
         if begin < end:

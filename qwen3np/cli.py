@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from qwen3np import __version__
+from qwen3np.config import one_line
 from qwen3np.threads import check_threads
 
 # modules of qwen3np.commands
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(0)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {one_line(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -7,8 +7,11 @@ that would need other mathematics never runs silently wrong.
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,9 +19,24 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+MOST_BYTES = 1 << 24  # of a JSON file, a header or a template; the largest index of a released model has 3.5 million
+_MOST_NAMES = 200_000  # of a JSON object; that index has 37,000
+
+
+def one_line(text: object) -> str:
+    """Return what may hold a stranger's words as an error shows it: one line, no terminal codes, cut in the middle."""
+    shown = str(text)
+    if len(shown) > 4000:
+        shown = f"{shown[:2000]} ... {shown[-2000:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
 
 class ConfigError(ValueError):
     """A config.json that cannot be read, or that asks for something this package does not do."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message in one line."""
+        super().__init__(one_line(message))
 
 
 Count: TypeAlias = int  # from 0; what is an int here is from 1
@@ -87,8 +105,12 @@ class Config:
             )
         if self.head_dim % 2:
             raise _unsupported("head_dim", self.head_dim, "even numbers: the rotation works on halves of a head")
-        if self.num_hidden_layers * max(self.num_experts, 1) > _MOST_MLPS:
-            raise _unsupported("num_hidden_layers", self.num_hidden_layers, f"{_MOST_MLPS:,} with all their experts")
+        if self.num_hidden_layers > _MOST_LAYERS or self.num_hidden_layers * self.num_experts > _MOST_EXPERTS:
+            most = f"{_MOST_LAYERS:,}, with {_MOST_EXPERTS:,} experts in all"
+            raise _unsupported("num_hidden_layers", self.num_hidden_layers, most)
+        if len(self.mlp_only_layers) > self.num_hidden_layers:
+            most = f"some of the {self.num_hidden_layers} layers"
+            raise _unsupported("mlp_only_layers", self.mlp_only_layers, most)
         if self.rope_scaling and self.rope_theta <= 1:
             raise _unsupported("rope_theta", self.rope_theta, "numbers above 1, with YaRN")
         if _SLIDING in self.layer_types and self.sliding_window is None:
@@ -196,7 +218,7 @@ class Config:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(readable(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file; a checkpoint folder needs one") from None
     except OSError as error:
@@ -208,14 +230,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def parse_json(text: str | bytes) -> Any:
+def readable(path: Path, most: int = MOST_BYTES) -> Path:
+    """Return the path of a file that is read whole. Raises OSError for more bytes, and for what is no regular file."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read")
+    return path
+
+
+def parse_json(text: str) -> Any:
     """Return the value of a JSON text. Raises ValueError for bad ones, and for an object that has a name twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > _MOST_NAMES:
+            raise ValueError(f"an object has {len(pairs)} names; at most {_MOST_NAMES} are read")
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"{twice!r} is given twice")
         return found
 
@@ -240,13 +273,13 @@ def _check_fields(settings: Config | Yarn, prefix: str = "") -> None:
 
 
 def _check_int(key: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _unsupported(key, value, "whole numbers from 1")
+    if type(value) is not int or not 1 <= value < 2**63:
+        raise _unsupported(key, value, "whole numbers from 1 to 2^63 - 1")
 
 
 def _check_count(key: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _unsupported(key, value, "whole numbers from 0")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise _unsupported(key, value, "whole numbers from 0 to 2^63 - 1")
 
 
 def _check_float(key: str, value: object) -> None:
@@ -291,7 +324,7 @@ _CHECKS = {
     "Yarn": _check_yarn,
 }
 _SLIDING = "sliding_attention"
-_MOST_MLPS = 100_000  # layers times experts; the largest released model has 12,032. A name is made for each tensor
+_MOST_LAYERS, _MOST_EXPERTS = 1000, 100_000  # the largest released models have 94 and 12,032; each tensor gets a name
 
 _SIZES = (
     "vocab_size",

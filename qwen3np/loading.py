@@ -119,12 +119,14 @@ def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
     for key, value in generation_config.items():
         if value is None:
             continue
-        if key in numbers and type(value) not in (int, float):
-            raise ConfigError(f"{key} = {value!r} is not a number")
+        if key in numbers and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
+            raise ConfigError(f"{key} = {value!r} is not a finite number")
         if key == "max_new_tokens" and type(value) is not int:
             raise ConfigError(f"{key} = {value!r} is not a whole number")
+        if key == "do_sample" and type(value) is not bool:
+            raise ConfigError(f"{key} = {value!r} is neither true nor false")
         if key == "eos_token_id":
-            ids: list[Any] = [value] if isinstance(value, (int, float)) else list(value)
+            ids: list[Any] = cast("list[Any]", value) if type(value) is list else [value]
             if not all(type(token) is int for token in ids):
                 raise ConfigError(f"{key} = {value!r} is neither a token id nor a list of them")
     return generation_config

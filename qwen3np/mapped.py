@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from qwen3np.config import one_line
 from qwen3np.numerics import Array
 
 # Linux reads ahead only the first part of a longer stretch: as much as the disk takes in one request.
@@ -20,6 +21,10 @@ AHEAD = 1 << 19
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message in one line."""
+        super().__init__(one_line(message))
 
 
 class MappedWeights(dict[str, Array]):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from qwen3np.chat import render_chat
 from qwen3np.checkpoint import CheckpointError, check_links
-from qwen3np.config import parse_json
+from qwen3np.config import MOST_BYTES, parse_json, readable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,6 +29,8 @@ _SPLIT = (
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
+
+_NORMALIZERS = (b'{"type":"NFC"}', b'{"type":"Sequence","normalizers":[]}')
 
 # The names under which templates see special tokens (transformers' special_tokens_map).
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -57,13 +59,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens written in it become their ids, none are added.
 
-        ValueError for lone surrogates, which no UTF-8 and so no token can write.
+        ValueError for lone surrogates, which no UTF-8 and so no token can write; CheckpointError where the tokenizer
+        gives up on a text, as over a pattern that would take for ever.
         """
-        backend = self._backend
         try:
-            return backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
             raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
+        backend = self._backend
+        with _refused(f"{self.folder}: its tokenizer fails"):
+            return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; ids that the tokenizer does not know (the model's padding) have none.
@@ -150,18 +155,23 @@ class Tokenizer:
 
     def _from_files(self) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders
+        from tokenizers import decoders, models
 
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             return self._from_vocab_and_merges()
         with _refused(f"{file}: not a tokenizer"):
-            backend = Backend.from_buffer(file.read_bytes())
+            backend = Backend.from_buffer(readable(file, 2 * MOST_BYTES).read_bytes())
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise CheckpointError(f"{file}: the decoder is {backend.decoder}, where Qwen3 has ByteLevel")
-        # What a training run may have saved: encode would silently cut or pad.
+        # others may make texts longer, by any factor
+        if backend.normalizer is not None and backend.normalizer.__getstate__() not in _NORMALIZERS:
+            raise CheckpointError(f"{file}: the normalizer is {backend.normalizer}, where Qwen3 has NFC")
+        # What a training run may have saved: encode would silently cut, pad or choose at random.
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         return backend
 
     def _from_vocab_and_merges(self) -> tokenizers.Tokenizer:
@@ -169,7 +179,8 @@ class Tokenizer:
 
         vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
         with _refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
-            backend = byte_level_bpe(models.BPE.from_file(str(vocab), str(merges)))
+            files = [str(readable(file)) for file in (vocab, merges)]
+            backend = byte_level_bpe(models.BPE.from_file(*files))
         config = self.folder / "tokenizer_config.json"
         try:
             added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
@@ -206,9 +217,12 @@ class Tokenizer:
         if isinstance(found, str):
             return {"default": found}
         try:
-            return {entry["name"]: entry["template"] for entry in found}
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template") from error
+            templates = {entry["name"]: entry["template"] for entry in found}
+            if all(isinstance(text, str) for text in (*templates, *templates.values())):
+                return templates
+        except (TypeError, KeyError):
+            pass
+        raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template")
 
 
 def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
@@ -255,6 +269,6 @@ def _content(token: Any) -> Any:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return readable(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: {error}") from error

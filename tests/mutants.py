@@ -403,7 +403,7 @@ GROUPS = [
             "overlaps not seen": ("if begin < end:", "if begin < end and False:"),
             "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
             "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
-            "header not counted": ("math.prod(shape), 8 + length + begin)", "math.prod(shape), length + begin)"),
+            "header not counted": ("mapped, 8 + length + begin)", "mapped, length + begin)"),
             "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
             "any metadata": ("if not all(isinstance(text, str) for text in texts):", "if False:"),
             "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != math.prod(shape):"),

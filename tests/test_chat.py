@@ -207,6 +207,12 @@ def test_another_process_that_fails_says_why(monkeypatch):
         render_chat("", USER)
 
 
+def test_another_process_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "no_such_python")
+    with pytest.raises(ValueError, match=r"its process does not start: .*no_such_python"):
+        render_chat("", USER)
+
+
 @pytest.mark.slow
 def test_the_other_process_ends_by_itself():
     job = json.dumps({"template": "{{ 10**(10**10) }}", "variables": {}, "path": sys.path})

@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -335,7 +336,9 @@ def test_an_index_is_held_against_its_shards(tmp_path, config, weights):
     assert f"{second}: missing, though {index.name} names it" in problems(folder)
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "", "..", 7, None])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "", "..", 7, None, []]
+)
 def test_an_index_does_not_lead_out_of_the_folder(tmp_path, config, weights, shard):
     weight_map = save_shards(tmp_path / "shards", config, weights, 1)
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
@@ -345,6 +348,30 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path, config, weights, sha
     index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": shard}}))
     told = f"model.norm.weight: {index.name} puts it into {shard!r}, which is not the name of a file in the folder"
     assert told in problems(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("shard", ["no.safetensors", "x" * 300, "\0", "sub"])
+def test_an_index_may_name_what_is_no_file(tmp_path, config, weights, shard):
+    weight_map = save_shards(tmp_path / "shards", config, weights, 1)
+    (tmp_path / "shards" / "sub").mkdir()
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": shard}}))
+    shown = shard.replace("\0", r"\x00")
+    assert f"{shown}: missing, though {index.name} names it" in problems(tmp_path / "shards")
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="everything can be read here")
+def test_a_file_that_must_not_be_read(folder):
+    (folder / "model.safetensors").chmod(0)
+    assert "model.safetensors: cannot be read: Permission denied" in problems(folder)
+
+
+def test_names_and_types_do_not_break_a_line_or_fill_the_screen(folder):
+    write(folder / "model.safetensors", {"\x1b[2J\n\u2028": GOOD | {"dtype": "\ud800"}, "x" * 10**6: 7}, b"")
+    told = problems(folder)
+    assert told.isprintable()
+    assert len(told) < 5000
+    assert r"\x1b[2J\n\u2028: dtype \ud800; supported: BF16" in told
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "{"])
@@ -372,7 +399,11 @@ def test_a_file_too_short_for_its_header(folder, content):
     assert f"model.safetensors: truncated: {len(content)} bytes, too few for its header" in problems(folder)
 
 
-@pytest.mark.parametrize("header", [b"", b"\xff\x00", b"{", b"[" * 100_000, b"[]", b"null"])
+ENCODED = [json.dumps({"__metadata__": {}}).encode(name) for name in ("utf-8-sig", "utf-16", "utf-32-le")]
+CROWDED = json.dumps({str(n): 0 for n in range(200_001)}).encode()
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff\x00", b"{", b"[" * 100_000, b"[]", b"null", *ENCODED, CROWDED])
 def test_a_header_that_is_none(folder, header):
     write(folder / "model.safetensors", header)
     assert "model.safetensors: the header is not" in problems(folder)
@@ -395,6 +426,10 @@ ENTRIES = [
     (GOOD | {"data_offsets": [160, 0]}, "bytes in model.safetensors do not make F32 (40,)"),
     (GOOD | {"data_offsets": [80, 240]}, "is truncated"),
     (GOOD | {"shape": [2**62, 2**62]}, "do not make"),
+    (GOOD | {"shape": [40] + [1] * 64}, "no array of model.safetensors has this shape"),
+    (GOOD | {"shape": [0, 2**62, 2**62], "data_offsets": [160, 160]}, "no array of model.safetensors has this shape"),
+    (GOOD | {"shape": [0, 10**4000], "data_offsets": [160, 160]}, "malformed"),
+    (GOOD | {"data_offsets": [10**4299, 10**4299 + 160]}, "malformed"),
     (GOOD | {"shape": [0], "data_offsets": [160, 160]}, "shape (0,), but the config asks for (40,)"),
 ]
 

@@ -275,6 +275,7 @@ def test_errors_of_threads(run, command, count, monkeypatch):
             ("embed", "x", "7" * 300),
             "texts[1]: 301 tokens with what the template adds; the context of this model is 256",
         ),
+        (("trace", "x", "-o", "no\x1b[2J/x.safetensors"), r"there is no folder no\x1b[2J"),
         (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that is made for it"),
     ],
 )

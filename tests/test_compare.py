@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -434,6 +435,7 @@ def test_map(golden, dump, tmp_path):
         ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
         ('{"q{N}": "model.layers.{N}.qproj"}', "no such point"),
         ("{", "not a map of names"),
+        ("[" * 100_000, "not a map of names"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -484,15 +486,31 @@ def test_half_written(dump, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("dtype", "metadata", "message"),
-    [("F8_E4M3", {}, "a type that NumPy does not have"), ("U8", {"qwen3np": "{"}, "is not JSON")],
+    [
+        (("F8_E4M3", [1, 2, 4]), {}, "a type or a shape that NumPy does not have"),
+        (("U8", [8] + [1] * 99), {}, "a type or a shape that NumPy does not have"),
+        *((("U8", [8]), {"qwen3np": text}, "is not a JSON object") for text in ("{", "5", "[1]", "[" * 100_000)),
+    ],
 )
 def test_odd_safetensors(tmp_path, dtype, metadata, message):
-    header = json.dumps(
-        {"lm_head": {"dtype": dtype, "shape": [1, 2, 4], "data_offsets": [0, 8]}, "__metadata__": metadata}
-    )
+    dtype, shape = dtype
+    header = json.dumps({"lm_head": {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}, "__metadata__": metadata})
     (tmp_path / "mine.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(ValueError, match=f"mine.safetensors: .*{message}"):
         read_dump(tmp_path / "mine.safetensors")
+
+
+def test_odd_numpy_files(golden, dump, tmp_path):
+    np.savez(tmp_path / "mine.npz", **{"a\nb": dump["lm_head"]})
+    with zipfile.ZipFile(tmp_path / "mine.npz", "a") as file:
+        file.writestr("notes.txt", "what is no array is passed over")
+    arrays, _ = read_dump(tmp_path / "mine.npz")
+    assert list(arrays) == ["a\nb"]
+    assert namer(golden.config)("a\nb") == "a\nb"
+    whole = (np.lib.format.magic(1, 0) + (9000).to_bytes(2, "little"), b"(" * 9000)
+    (tmp_path / "mine.npy").write_bytes(b"".join(whole))
+    with pytest.raises(ValueError, match=r"mine\.npy: cannot be read"):
+        read_dump(tmp_path / "mine.npy")
 
 
 def test_unusable(config, weights, golden, dump, tmp_path):

@@ -197,6 +197,12 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({**EXPERTS, "num_experts": -1}, "num_experts = -1", "whole numbers from 0"),
     ({**EXPERTS, "decoder_sparse_step": 0}, "decoder_sparse_step = 0", "whole numbers from 1"),
     ({**EXPERTS, "mlp_only_layers": 3}, "mlp_only_layers = 3", "a list"),
+    ({**EXPERTS, "mlp_only_layers": [0] * 29}, "mlp_only_layers = [0, 0", "some of the 28 layers"),
+    ({**EXPERTS, "num_experts": 4000}, "num_hidden_layers = 28", "1,000, with 100,000 experts"),
+    ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001", "1,000"),
+    ({"max_position_embeddings": 2**63}, "max_position_embeddings = 9223372036854775808", "to 2^63 - 1"),
+    ({"rope_scaling": {**YARN, "original_max_position_embeddings": 10**400}}, "original_max_position", "to 2^63 - 1"),
+    ({"model_type": "x" * 10**6}, "model_type", "qwen3"),
     ({**EXPERTS, "norm_topk_prob": 1}, "norm_topk_prob = 1", "true and false"),
 ]
 
@@ -205,6 +211,7 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
 def test_an_unsupported_value_is_refused_with_key_value_and_what_is_supported(change, what, supported):
     with pytest.raises(ConfigError) as error:
         Config.from_dict(without(**change))
+    assert len(str(error.value)) < 5000
     said, offered = str(error.value).split("; supported: ")
     assert what in said
     assert supported in offered

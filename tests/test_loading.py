@@ -50,12 +50,15 @@ def test_generate_and_stream_take_them_and_arguments_override(folder):
 @pytest.mark.parametrize(
     ("generation_config", "message"),
     [
-        ({"max_new_tokens": "5"}, "max_new_tokens = '5' is not a number"),
+        ({"max_new_tokens": "5"}, "max_new_tokens = '5' is not a finite number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 is not a whole number"),
-        ({"temperature": [1]}, r"temperature = \[1\] is not a number"),
+        ({"temperature": [1]}, r"temperature = \[1\] is not a finite number"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty = 10{400} is not a finite number"),
+        ({"do_sample": "no"}, "do_sample = 'no' is neither true nor false"),
         ({"eos_token_id": 3.5}, "eos_token_id = 3.5 is neither a token id nor a list of them"),
         ({"eos_token_id": "257"}, "eos_token_id = '257'"),
         ({"eos_token_id": [1, "a"]}, "eos_token_id"),
+        ({"eos_token_id": {}}, "eos_token_id = {} is neither"),
     ],
 )
 def test_a_generation_config_that_cannot_be(folder, generation_config, message):

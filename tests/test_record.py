@@ -207,14 +207,21 @@ def test_no_place(golden, tmp_path, capsys):
 def test_not_a_recording(golden, tmp_path):
     path = tmp_path / "golden.safetensors"
     golden.save(path)
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["qwen3np"])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         Recording.load(path)
     with pytest.raises(ValueError, match="no such file"):
         Recording.load(tmp_path / "other.safetensors")
-    for text, message in (("{", "of another version"), ('{"config": {}}', "of another version")):
+    changes = [
+        *({"config": []}, {"steps": 10**8}, {"steps": float("inf")}, {"numerics": "x"}, {"floors": []}),
+        *({"floors": {"float32": {"lm_head": "ab"}}}, {"tokens": [99]}, {"heads": [-1]}, {"heads": "ab"}, {"ids": []}),
+    ]
+    texts = ["{", "[" * 100_000, '{"config": {}}', *(json.dumps(about | change) for change in changes)]
+    for text in texts:
         save_file({"lm_head": np.zeros(1)}, path, {"qwen3np": text})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="of another version"):
             Recording.load(path)
     save_file({"lm_head": np.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a recording"):

@@ -222,6 +222,7 @@ def test_what_a_saved_tokenizer_cuts_or_adds_is_ignored(small, tmp_path):
     )
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
+    backend.model.dropout = 1.0
     backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_folder(tmp_path).encode("to be or not to be") == want
 
@@ -243,12 +244,21 @@ def test_broken_tokenizer_json(small, tmp_path, damage):
         tokenizer.encode("a")
 
 
-def test_other_kinds_of_tokenizer_are_refused(tmp_path):
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.decoder = decoders.Metaspace()
+@pytest.mark.parametrize("part", [decoders.Metaspace(), normalizers.Replace("a", "a" * 10**6), normalizers.NFKC()])
+def test_other_kinds_of_tokenizer_are_refused(small, tmp_path, part):
+    backend = tokenizers.Tokenizer.from_file(str(small / "tokenizer.json"))
+    setattr(backend, "decoder" if isinstance(part, decoders.Decoder) else "normalizer", part)
     backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="Metaspace"):
+    with pytest.raises(CheckpointError, match=f"is {type(part).__name__}"):
         _ = Tokenizer.from_folder(tmp_path).vocab_size
+
+
+def test_a_pattern_that_would_take_for_ever_is_an_error_of_the_checkpoint(small, tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(small / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"its tokenizer fails: .*retry-limit"):
+        Tokenizer.from_folder(tmp_path).encode("a" * 60 + "b")
 
 
 PARTS = {
@@ -338,7 +348,12 @@ def test_no_chat_template(tmp_path, config):
         tokenizer.apply_chat_template(USER)
 
 
-@pytest.mark.parametrize("config", ["[]", '{"chat_template": 3}', '{"chat_template": [1]}', '{"chat_template": [{}]}'])
+@pytest.mark.parametrize(
+    "config",
+    ["[]"]
+    + [f'{{"chat_template": {value}}}' for value in ("3", "[1]", "[{}]", '[{"name": 1, "template": ""}]')]
+    + ['{"chat_template": [{"name": "default", "template": 1}]}'],
+)
 def test_broken_chat_template_entry(tmp_path, config):
     tokenizer = write(tmp_path, PARTS | {"tokenizer_config.json": config})
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: no"):

@@ -23,6 +23,7 @@ from qwen3np.commands import (
     text,
     utf8,
 )
+from qwen3np.config import one_line
 from qwen3np.conversation import Conversation
 from qwen3np.files import written_aside
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            _say(f"error: {' '.join(str(error).split())}")
+            _say(f"error: {one_line(' '.join(str(error).split()))}")
 
 
 class Chat:

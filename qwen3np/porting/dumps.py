@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -104,16 +102,16 @@ def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix not in (".npy", ".npz"):
         arrays, metadata = read_safetensors(path)
         try:
-            return arrays, json.loads(metadata.get(METADATA, "{}"))
-        except ValueError as error:
-            raise ValueError(f"{path}: its metadata {METADATA!r} is not JSON: {error}") from None
+            return arrays, dict(json.loads(metadata.get(METADATA, "{}")))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its metadata {METADATA!r} is not a JSON object: {error}") from None
     try:
         found = cast("Any", np.load)(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
             return {"": _named_type(cast("Array", found))}, {}
-        with found:
-            return {name: _named_type(x) for name, x in found.items()}, {}
-    except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        with found:  # members of other kinds are bytes
+            return {name: _named_type(cast("Array", x)) for name, x in found.items() if not isinstance(x, bytes)}, {}
+    except Exception as error:  # what NumPy, zip and zlib have for the many ways a file can be torn
         raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
 
 
@@ -126,7 +124,7 @@ def read_map(path: str | Path) -> dict[str, str]:
     """Return a --map file: a JSON object {"name in the dump": "point"}, {N} in both for the number of a layer."""
     try:
         names = parse_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a map of names: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", names).values()):
         raise ValueError(f'{path}: a map of names is a JSON object like {{"blk{{N}}.q": "{LAYER}.self_attn.q_proj"}}')
@@ -158,7 +156,7 @@ def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[s
         return None
 
     def point_of(name: str) -> str:
-        found = re.fullmatch(r"(decode\.\d+\.)?(.*)", name)
+        found = re.fullmatch(r"(?s)(decode\.\d+\.)?(.*)", name)
         assert found
         prefix, own = found[1] or "", found[2]
         if plain := translate(own):

@@ -93,10 +93,15 @@ class Recording:
         try:
             about: dict[str, Any] = json.loads(metadata[METADATA])
             config = Config.from_dict(about["config"])
+            floors = {p: {name: (a + 0.0, b + 0.0) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
+            ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], precision(about["numerics"]).name
+            if steps not in range(ids.shape[1]):
+                raise ValueError(f"steps={steps}")
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
-            floors = {p: {name: (a, b) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
-            ids, steps, numerics = np.array(about["ids"]), int(about["steps"]), str(about["numerics"])
-        except (KeyError, TypeError, ValueError) as error:
+            limits = {"tokens": ids.shape[1] - steps, "heads": config.num_attention_heads}
+            if any(i not in range(limits[key]) for key, kept in cut.items() for i in kept or ()):
+                raise ValueError(f"{cut}")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
@@ -263,8 +268,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    except (AttributeError, TypeError) as error:  # an 8-bit type, say
-        raise ValueError(f"{path}: holds numbers of a type that NumPy does not have: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:  # an 8-bit type, say, or 100 dimensions
+        raise ValueError(f"{path}: holds numbers of a type or a shape that NumPy does not have: {error}") from None
 
 
 def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None) -> Array:

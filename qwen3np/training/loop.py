@@ -112,7 +112,7 @@ class State:
             weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("moments.")}
             moments = {name: (tensors[f"moments.0.{name}"], tensors[f"moments.1.{name}"]) for name in weights}
             return cls(weights=weights, moments=moments, **rest)
-        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / STATE}: cannot be read: {error}") from None
 
 
