@@ -14,7 +14,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
-from qwen3np.threads import blas_limit, blas_threads, num_threads, share, threads_for
+from qwen3np.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
 
 # Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
 # which costs more than these rows do.
@@ -41,7 +41,8 @@ def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Nu
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
     ws = [w for w, _ in layers]
     threads = threads_for(sum([w.size for w in ws]))
-    if len(rows) == 1 and (threads == 1 or blas_limit() != 1) and all(is_ready(w, numerics) for w in ws):
+    whole = len(rows) == 1 and (threads == 1 or blas_limit() != 1) and cuts_keep_bits()
+    if whole and all(is_ready(w, numerics) for w in ws):
         ys = _dot_products(rows[0], ws, threads)
     else:
         ys = _share_products(rows, ws, numerics)

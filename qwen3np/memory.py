@@ -17,8 +17,8 @@ def available_memory() -> int:
     if meminfo.exists():
         own = ""
         with suppress(OSError):
-            own = groups.read_text()
-        for line in meminfo.read_text().splitlines():
+            own = os.fsdecode(groups.read_bytes())  # a path
+        for line in meminfo.read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return max(min([int(line.split()[1]) * 1024, *left_in_groups(own)]), 1)
     try:  # macOS and other Unix systems: no estimate of what is free, so a part of what there is
@@ -46,8 +46,8 @@ def left_in_groups(own: str, root: Path = Path("/sys/fs/cgroup")) -> Iterator[in
             with suppress(
                 OSError, ValueError, KeyError
             ):  # not there, as seen from inside of a container; "max", no limit
-                left = int((above / limit).read_text()) - int((above / usage).read_text())
-                counts = dict(line.split() for line in (above / "memory.stat").read_text().splitlines())
+                left = int((above / limit).read_text("ascii")) - int((above / usage).read_text("ascii"))
+                counts = dict(line.split() for line in (above / "memory.stat").read_text("ascii").splitlines())
                 yield left + int(counts[f"{total}inactive_file"]) + int(counts[f"{total}active_file"])
 
 

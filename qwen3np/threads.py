@@ -76,6 +76,9 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
         nonlocal left
         _here.sharing = True
         try:
+            if not _here.limit:  # a thread of the pool: in MKL and with OpenMP each has a number of its own
+                for library in _blas():
+                    _set_threads(library, 1)
             while True:
                 with lock:
                     part = next(left, None)
@@ -160,8 +163,8 @@ _before: list[int] = []
 class blas_threads:  # a generator would take longer than a small product
     """Hold BLAS to `limit` threads, and give it back what it had when the last caller, in any thread, is done.
 
-    More than one is for products whose bits do not depend on it; while several threads are inside, BLAS has one. (An
-    OpenBLAS that was built with OpenMP counts its threads for each thread by itself, and is not held by this.)
+    More than one is for products whose bits do not depend on it; while several threads are inside, BLAS has one. (In
+    MKL, and with OpenMP, each thread has a number of its own: one that leaves while others are inside keeps one.)
     """
 
     def __init__(self, limit: int = 1) -> None:
@@ -189,6 +192,15 @@ def blas_limit() -> int:
     return _here.limit
 
 
+@cache
+def cuts_keep_bits() -> bool:
+    """Whether a matrix times one row has the same bits wherever BLAS cuts the matrix, by fours of its rows.
+
+    OpenBLAS is so; BLIS and ATLAS are not, and of others it is not known.
+    """
+    return bool(_blas()) and all(library.internal_api == "openblas" for library in _blas())
+
+
 def _hold(limit: int) -> None:
     """Let this thread hold BLAS to `limit` threads, or no longer (0)."""
     global _before
@@ -202,11 +214,15 @@ def _hold(limit: int) -> None:
             _held.pop(threading.get_ident(), None)
         alone = next(iter(_held.values())) if len(_held) == 1 else 1
         for library, before in zip(_blas(), _before, strict=True):
-            wanted = alone if _held else before
-            if library.get_num_threads() != wanted:
-                _clear(library)
-                library.set_num_threads(wanted)
-                _clear(library)
+            _set_threads(library, alone if _held else before)
+
+
+def _set_threads(library: Any, threads: int) -> None:
+    """Let a BLAS have so many threads, if it has others."""
+    if library.get_num_threads() != threads:
+        _clear(library)
+        library.set_num_threads(threads)
+        _clear(library)
 
 
 def _clear(library: Any) -> None:

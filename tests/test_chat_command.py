@@ -122,6 +122,12 @@ def test_a_saved_conversation_with_an_unknown_role(chat, tmp_path):
     assert made.conversation.messages == []
 
 
+@pytest.mark.parametrize("line", ["/save ~no.such.user/c.json", "/load ~no.such.user/c.json"])
+def test_a_home_that_there_is_not(chat, line):
+    with pytest.raises((ValueError, OSError), match=r"~no\.such\.user/c\.json"):
+        chat().take(line)
+
+
 @pytest.mark.parametrize("line", ["/think", "/think perhaps", "/save", "/nothing", "/load"])
 def test_commands_that_are_none(chat, line):
     with pytest.raises(ValueError, match=r"needs|is not a command"):

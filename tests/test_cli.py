@@ -67,6 +67,8 @@ def new_ids(model, text, count, stops=("<|im_end|>", "<|endoftext|>"), **samplin
 def process(*arguments, **options):
     # the C locale, and without the UTF-8 mode that Python would turn on by itself
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    # and whoever opens a text without saying its encoding is told
+    environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning"}
     return subprocess.run(
         [sys.executable, "-m", "qwen3np", *arguments], capture_output=True, env=environment, check=False, **options
     )

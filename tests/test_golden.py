@@ -57,7 +57,7 @@ def compared(golden, numerics):
 def test_float32(golden):
     for name, ours, theirs in compared(golden, "float32"):
         assert ours.shape == theirs.shape, name
-        assert relative(ours, theirs) <= 2e-6, name  # measured up to 1.3e-6 over six BLAS kernels
+        assert relative(ours, theirs) <= 2e-6, name  # measured up to 1.4e-6, see below
 
 
 def test_bfloat16(golden):
@@ -67,4 +67,6 @@ def test_bfloat16(golden):
         rounding = relative(theirs, golden[3][name.replace("bfloat16", "float32", 1)])  # what bfloat16 costs here
         assert relative(ours, theirs) <= 0.7 * rounding, name  # measured 0.51
         if ".layers.0." in name:
-            assert np.mean(ours == theirs) >= 0.99, name  # measured 1 on all of them
+            # measured 1 with 8 of OpenBLAS's kernels, MKL, BLIS, the reference BLAS and none; with ATLAS a number of
+            # up_proj falls the other way, which leaves 0.94 of the next product
+            assert np.mean(ours == theirs) >= 0.99, name

@@ -230,6 +230,30 @@ except ValueError as error:
     assert re.match(r"cache: .* in float32 would take 0\.2 GB, but 0\.[01] GB of memory are free; ", done.stdout)
 
 
+@linux
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (":", "os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2"),
+        (r"mkdir self; echo MemAvailable: 7 kB >meminfo; printf '0::/b\374ro\n' >self/cgroup", "7168"),  # not UTF-8
+    ],
+    ids=["nothing in it", "the name of a group"],
+)
+def test_another_proc(files, expected):
+    code = "import os; from qwen3np.memory import available_memory; from qwen3np.commands.bench import processor; "
+    code += f"assert available_memory() == {expected}; assert processor()"
+    mount = f'mount -t tmpfs none /proc && cd /proc && {files} && cd / && exec "$0" -c "$1"'
+    root = str(Path(module.__file__).parents[1])
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, sys.executable, code],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+    )
+    if b"unshare" in done.stderr or b"mount" in done.stderr:
+        pytest.skip("mounts, which only root may")
+    assert not done.returncode, done.stderr.decode()
+
+
 def test_the_limits_of_control_groups_count(tmp_path):
     def group(name, **files):
         folder = tmp_path / name

@@ -121,7 +121,7 @@ def memory() -> dict[str, int]:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent had before exec
         names = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file_bytes"}
-        found = re.findall(rf"^({'|'.join(names)}):\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        found = re.findall(rf"^({'|'.join(names)}):\s+(\d+) kB", status.read_text("utf-8", "replace"), re.MULTILINE)
         return {names[name]: 1024 * int(size) for name, size in found}
     try:
         import resource
@@ -144,8 +144,9 @@ def machine() -> str:
 def processor() -> str:
     """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    unnamed = platform.processor() or platform.machine()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), unnamed)
 
 
 def blas() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -166,13 +167,13 @@ class Chat:
             self.thinking = argument == "on"
             _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
         elif name == "save":
-            file = Path(argument).expanduser()
+            file = Path(os.path.expanduser(argument))
             content = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1)
             with written_aside(file) as part:
                 part.write_text(content + "\n", encoding="utf-8")
             _say(f"Saved {len(conversation.messages)} messages.")
         elif name == "load":
-            messages = _messages(Path(argument).expanduser())
+            messages = _messages(Path(os.path.expanduser(argument)))
             if messages:  # the template refuses what is no conversation
                 conversation.tokenizer.apply_chat_template(messages)
             conversation.messages = messages
