@@ -36,6 +36,7 @@ class _Origin:
         self.arrays: list[ref[Array]] = []
         self.sample: Array | None = None
         self.settings: object = None
+        self.users: dict[int, object] = {}  # a sequence -> the generation that began on it last
 
     def keep(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> None:
         """Remember these."""
@@ -171,10 +172,16 @@ class KVCache:
         self.lengths[row] = differs[0] if len(differs) else len(held)
         return int(self.lengths[row])
 
-    def holds(self, b: int, ids: Sequence[int]) -> bool:
-        """Whether sequence b holds these ids, and no more."""
-        row = self.rows[b]
-        return bool(self.lengths[row] == len(ids) and np.array_equal(self.ids[row, : len(ids)], ids))
+    def claim(self) -> object:
+        """Return what stands for a generation that begins on these sequences; earlier ones must not go on."""
+        user = object()
+        self.origin.users |= dict.fromkeys(self.rows.tolist(), user)
+        return user
+
+    def is_left(self, user: object, lengths: Sequence[int]) -> bool:
+        """Whether these sequences are as the generation of claim left them: no other has begun, none moved on."""
+        same = self.lengths[self.rows].tolist() == lengths
+        return same and all(self.origin.users[row] is user for row in self.rows.tolist())
 
     def check(
         self, weights: Mapping[str, Array], config: Config, numerics: Numerics, batch_size: int, new: int

@@ -202,6 +202,7 @@ def steps(
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}") from None
 
     def run() -> Iterator[Step]:
+        user = cache.claim()
         logits = [
             _prefill(weights, config, prompt, cache.select([row]), numerics, progress)
             for row, prompt in enumerate(prompts)
@@ -220,11 +221,10 @@ def steps(
                 yield Step(row, new[row][-1], row_logits, done)
             active = going_on
             if active:
-                for row in active:
-                    if not cache.holds(row, prompts[row] + new[row][:-1]):
-                        raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 newest = [[new[row][-1]] for row in active]
                 selected = cache.select(active)
+                if not selected.is_left(user, [len(prompts[row]) + len(new[row]) - 1 for row in active]):
+                    raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 logits = list(forward(weights, config, newest, selected, numerics=numerics, last_only=True)[:, 0])
 
     return run()

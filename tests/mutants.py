@@ -348,7 +348,7 @@ GROUPS = [
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
             ),
-            "a cache that another call used": ("if not cache.holds(row, prompts[row] + new[row][:-1]):", "if False:"),
+            "a cache that another call used": ("if not selected.is_left(", "if False and selected.is_left("),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("last = start == len(ids)", "last = start >= len(ids) - 1"),
             "one generator for all": (

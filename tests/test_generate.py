@@ -284,6 +284,17 @@ def test_a_stream_whose_cache_was_used_meanwhile_ends_with_an_error(weights, con
         next(begun)
 
 
+def test_streams_on_different_sequences_of_one_cache_take_turns(weights, config):
+    cache = KVCache.allocate(config, 2, 20)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    streams = [
+        stream(weights, config, prompt, max_new_tokens=5, cache=cache.select([row]))
+        for row, prompt in enumerate(prompts)
+    ]
+    found = list(zip(*streams, strict=True))
+    assert [list(ids) for ids in zip(*found, strict=True)] == generate(weights, config, prompts, max_new_tokens=5)[0]
+
+
 def test_each_filter_is_passed_on(weights, config):
     """One step at a time, chosen by the filters from logits that a plain forward gives."""
     ids = [1, 2, 3, 3, 7, 7, 9]
