@@ -152,6 +152,8 @@ class Config:
 
         Raises ConfigError for a missing size, a value of the wrong type, and every setting that is not supported.
         """
+        if not isinstance(d, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a stranger's file may say so
+            raise ConfigError(f"config: a {type(d).__name__} where an object with its settings is needed")
         _refuse_other_mathematics(d)
         sparse = _is_sparse(d)
         values = {field.name: d[field.name] for field in fields(cls) if d.get(field.name) is not None}

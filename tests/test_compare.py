@@ -579,6 +579,8 @@ def test_command(config, weights, golden, dump, tmp_path, capsys):
     status, out = run(dump)
     assert status == 0
     assert out.splitlines()[-1] == "equal in every bit"
+    _, out = run(dump | {"a\x1b[2J\nname": np.zeros(3)})
+    assert out.splitlines()[-2] == r"1 not known: a\x1b[2J\nname"
     dump["lm_head"] = dump["lm_head"] + 1
     status, out = run(dump, "--json", "--model", str(tmp_path / "model"))
     found = json.loads(out)

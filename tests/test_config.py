@@ -358,6 +358,12 @@ def test_whatever_the_values_are_it_is_a_config_or_a_config_error(changes):
         assert Config.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize("value", [[], "{}", 3, None])
+def test_what_is_no_object_is_no_config(value):
+    with pytest.raises(ConfigError, match=rf"^config: a {type(value).__name__} where an object"):
+        Config.from_dict(value)
+
+
 def test_from_file_reads_a_file_or_its_folder(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(OFFICIAL))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from qwen3np.commands import add_model, scaled
+from qwen3np.config import one_line
 from qwen3np.loading import load
 from qwen3np.numerics import Array
 from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump
@@ -93,7 +94,7 @@ def table(found: Comparison, colour: bool) -> str:
     lines = [head, *(_line(report, width, colour) for report in found.points)]
     for what, names in (("not in the dump", found.missing), ("not known", found.unknown)):
         if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            shown = ", ".join(map(one_line, names[:5])) + (", ..." if len(names) > 5 else "")
             lines.append(f"{len(names)} {what}: {shown}")
     return "\n".join([*lines, found.meaning])
 
