@@ -1,17 +1,11 @@
 """Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import (
-    CheckpointError,
-    Weights,
-    count_parameters,
-    init_weights,
-    read_checkpoint,
-    save_checkpoint,
-)
-from qwen3np.config import Config, ConfigError
+from qwen3np.checkpoint import Weights, count_parameters, init_weights, read_checkpoint, save_checkpoint
+from qwen3np.config import Config
 from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
+from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.finite import NonFiniteError
 from qwen3np.generate import generate, steps, stop_at, stream
 from qwen3np.loading import Model, load

@@ -7,6 +7,7 @@ of them (Pope et al., 2022, https://arxiv.org/abs/2211.05102). Keys are kept nor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
@@ -25,7 +26,7 @@ class ContextOverflowError(ValueError):
 
 
 # Of a config, keys and values depend on all but these.
-_OTHERS = ("max_position_embeddings", "tie_word_embeddings", "initializer_range", "eos_token_id")
+_OTHERS = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "initializer_range", "eos_token_id")
 _settings = attrgetter(*(field.name for field in fields(Config) if field.name not in _OTHERS))
 
 
@@ -36,7 +37,6 @@ class _Origin:
         self.arrays: list[ref[Array]] = []
         self.sample: Array | None = None
         self.settings: object = None
-        self.users: dict[int, object] = {}  # a sequence -> the generation that began on it last
 
     def keep(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> None:
         """Remember these."""
@@ -44,17 +44,24 @@ class _Origin:
         self.arrays = [ref(weights[name]) for name in names]
         self.sample, self.settings = self._sample(weights), (numerics, *_settings(config))
 
-    def is_of(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> bool:
-        """Whether these are what was kept last, or a copy of it."""
+    def differs(self, weights: Mapping[str, Array], config: Config, numerics: Numerics) -> str | None:
+        """Say what of these is not what was kept last, nor a copy of it.
+
+        What is changed in place, experts alone, and weights with the same first numbers are not told apart.
+        """
         if self.sample is None:
-            return True
+            return None
         if self.settings != (numerics, *_settings(config)):
-            return False
+            return "another config or precision"
         names = self._names(weights)
         same = len(names) == len(self.arrays) and all(
             array() is weights[name] for array, name in zip(self.arrays, names, strict=True)
         )
-        return same or np.array_equal(self.sample, self._sample(weights))
+        if not same:
+            if not np.array_equal(self.sample, self._sample(weights)):
+                return "other weights"
+            self.arrays = [ref(weights[name]) for name in names]  # the next look is quick
+        return None
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out which arrays they were: in another process they are others."""
@@ -137,8 +144,8 @@ class KVCache:
     def reserve(self, max_length: int) -> None:
         """Make room for max_length positions in each sequence, by moving to larger arrays if need be.
 
-        Raises ValueError for a selection, which would no longer share its memory, and where there is less memory than a
-        second copy of what it holds takes.
+        Selections that were made before share nothing with it from then on. Raises ValueError for a selection, and
+        where there is less memory than a second copy of what it holds takes.
         """
         if max_length <= self.max_length:
             return
@@ -156,7 +163,8 @@ class KVCache:
             kept = (slice(None),) * axis + (slice(used),)
             new[kept] = old[kept]
         self.k, self.v, self.ids = news
-        self.filled[:] = used
+        # selections that were made before keep the old arrays, and lengths of their own
+        self.lengths, self.filled, self.origin = self.lengths.copy(), np.full_like(self.filled, used), copy(self.origin)
 
     def require_memory(self, length: int) -> None:
         """Raise ValueError unless there is memory for `length` positions of each sequence, less what it has already."""
@@ -172,16 +180,10 @@ class KVCache:
         self.lengths[row] = differs[0] if len(differs) else len(held)
         return int(self.lengths[row])
 
-    def claim(self) -> object:
-        """Return what stands for a generation that begins on these sequences; earlier ones must not go on."""
-        user = object()
-        self.origin.users |= dict.fromkeys(self.rows.tolist(), user)
-        return user
-
-    def is_left(self, user: object, lengths: Sequence[int]) -> bool:
-        """Whether these sequences are as the generation of claim left them: no other has begun, none moved on."""
-        same = self.lengths[self.rows].tolist() == lengths
-        return same and all(self.origin.users[row] is user for row in self.rows.tolist())
+    def holds(self, b: int, ids: Array) -> bool:
+        """Whether sequence b holds these ids (N,), and no more."""
+        row = self.rows[b]
+        return bool(self.lengths[row] == len(ids) and np.array_equal(self.ids[row, : len(ids)], ids))
 
     def check(
         self, weights: Mapping[str, Array], config: Config, numerics: Numerics, batch_size: int, new: int
@@ -201,11 +203,8 @@ class KVCache:
             raise ValueError(f"cache: dtype {self.k.dtype} cannot hold the precision asked for, {numerics.name}")
         if batch_size != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, but input_ids has {batch_size}")
-        if self.lengths.any() and not self.origin.is_of(weights, config, numerics):
-            raise ValueError(
-                "cache: what it holds was made with other weights, another config or precision; use a new one, or set "
-                "its lengths to 0"
-            )
+        if self.lengths.any() and (difference := self.origin.differs(weights, config, numerics)):
+            raise ValueError(f"cache: what it holds was made with {difference}; use a new one, or set its lengths to 0")
         for row, length in zip(self.rows.tolist(), self.lengths[self.rows].tolist(), strict=True):
             if not 0 <= length <= room - new:
                 raise ContextOverflowError(

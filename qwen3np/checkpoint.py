@@ -20,9 +20,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from qwen3np.config import MOST_BYTES, Config, ConfigError, parse_json, read_json
-from qwen3np.files import written_aside
-from qwen3np.mapped import CheckpointError, MappedWeights, identity
+from qwen3np.config import Config
+from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files import MOST_BYTES, parse_json, read_json, written_aside
+from qwen3np.mapped import MappedWeights, identity
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
 
@@ -126,7 +127,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, MappedWeights]:
     identities: dict[Path, tuple[int, int, int]] = {}
     for path, listed in _files(folder, problems).items():
         try:
-            identities[path] = identity(path)
+            identities[path.absolute()] = identity(path)
             tensors = _map_file(path, problems)
         except OSError as error:
             problems.append(f"{path.name}: cannot be read: {error.strerror}")

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from qwen3np import __version__
-from qwen3np.config import one_line
+from qwen3np.errors import one_line
 from qwen3np.threads import check_threads
 
 # modules of qwen3np.commands

@@ -7,11 +7,8 @@ that would need other mathematics never runs silently wrong.
 
 from __future__ import annotations
 
-import errno
 import json
-import stat
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,25 +16,8 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-MOST_BYTES = 1 << 24  # of a JSON file, a header or a template; the largest index of a released model has 3.5 million
-_MOST_NAMES = 200_000  # of a JSON object; that index has 37,000
-
-
-def one_line(text: object) -> str:
-    """Return what may hold a stranger's words as an error shows it: one line, no terminal codes, cut in the middle."""
-    shown = str(text)
-    if len(shown) > 4000:
-        shown = f"{shown[:2000]} ... {shown[-2000:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-class ConfigError(ValueError):
-    """A config.json that cannot be read, or that asks for something this package does not do."""
-
-    def __init__(self, message: str) -> None:
-        """Keep the message in one line."""
-        super().__init__(one_line(message))
-
+from qwen3np.errors import ConfigError
+from qwen3np.files import read_json
 
 Count: TypeAlias = int  # from 0; what is an int here is from 1
 
@@ -105,9 +85,10 @@ class Config:
             )
         if self.head_dim % 2:
             raise _unsupported("head_dim", self.head_dim, "even numbers: the rotation works on halves of a head")
-        if self.num_hidden_layers > _MOST_LAYERS or self.num_hidden_layers * self.num_experts > _MOST_EXPERTS:
-            most = f"{_MOST_LAYERS:,}, with {_MOST_EXPERTS:,} experts in all"
-            raise _unsupported("num_hidden_layers", self.num_hidden_layers, most)
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise _unsupported("num_hidden_layers", self.num_hidden_layers, f"up to {_MOST_LAYERS:,}")
+        if self.num_hidden_layers * self.num_experts > _MOST_EXPERTS:
+            raise _unsupported("num_experts", self.num_experts, f"up to {_MOST_EXPERTS:,} in all layers together")
         if len(self.mlp_only_layers) > self.num_hidden_layers:
             most = f"some of the {self.num_hidden_layers} layers"
             raise _unsupported("mlp_only_layers", self.mlp_only_layers, most)
@@ -215,46 +196,6 @@ class Config:
         ids = list(self.eos_token_id)
         d["eos_token_id"] = ids if len(ids) > 1 else ids[0] if ids else None
         return d
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
-    try:
-        value = parse_json(readable(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("no such file; a checkpoint folder needs one") from None
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"holds a JSON {type(value).__name__}, not an object")
-    return cast("dict[str, Any]", value)
-
-
-def readable(path: Path, most: int = MOST_BYTES) -> Path:
-    """Return the path of a file that is read whole. Raises OSError for more bytes, and for what is no regular file."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
-        raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read")
-    return path
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError for bad ones, and for an object that has a name twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) > _MOST_NAMES:
-            raise ValueError(f"an object has {len(pairs)} names; at most {_MOST_NAMES} are read")
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{twice!r} is given twice")
-        return found
-
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def _unsupported(key: str, value: object, supported: str) -> ConfigError:

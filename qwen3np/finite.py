@@ -23,7 +23,7 @@ class _Found(Exception):
 
 
 def require_finite(
-    logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str
+    logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str
 ) -> None:
     """Raise NonFiniteError where logits hold NaN or infinity; it says at which point and token of ids they begin."""
     if not np.isfinite(logits).all():
@@ -43,7 +43,7 @@ def _not_finite(name: str, x: Array) -> Array:
     return np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
 
 
-def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int], numerics: str) -> str:
+def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str) -> str:
     """Compute ids once more, and say what is the first point that is not finite."""
     cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights

@@ -202,19 +202,22 @@ def steps(
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}") from None
 
     def run() -> Iterator[Step]:
-        user = cache.claim()
         logits = [
             _prefill(weights, config, prompt, cache.select([row]), numerics, progress)
             for row, prompt in enumerate(prompts)
         ]
         new: list[list[int]] = [[] for _ in prompts]
+        ids = np.zeros((len(prompts), room + 1), np.int64)  # of prompts and answers, to be compared with the cache's
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
         active = list(range(len(prompts)))
         while active:
             going_on: list[int] = []
             for row, row_logits in zip(active, logits, strict=True):
-                so_far = prompts[row] + new[row]
-                require_finite(row_logits, weights, config, so_far, numerics)
-                new[row].append(sample(row_logits, sampling, generators[row], so_far))
+                end = len(prompts[row]) + len(new[row])
+                require_finite(row_logits, weights, config, ids[row, :end], numerics)
+                ids[row, end] = chosen = sample(row_logits, sampling, generators[row], ids[row, :end])
+                new[row].append(chosen)
                 done = len(new[row]) == most[row] or stop(new[row])
                 if not done:
                     going_on.append(row)
@@ -223,7 +226,8 @@ def steps(
             if active:
                 newest = [[new[row][-1]] for row in active]
                 selected = cache.select(active)
-                if not selected.is_left(user, [len(prompts[row]) + len(new[row]) - 1 for row in active]):
+                held = [ids[row, : len(prompts[row]) + len(new[row]) - 1] for row in active]
+                if not all(cache.holds(row, before) for row, before in zip(active, held, strict=True)):
                     raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 logits = list(forward(weights, config, newest, selected, numerics=numerics, last_only=True)[:, 0])
 

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from qwen3np.checkpoint import CheckpointError
+from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files import read_json
 
 # All that is read of a checkpoint. Repositories may hold the same weights in other formats beside them
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
@@ -91,7 +93,7 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
     except Exception:
         with suppress(LocalEntryNotFoundError):
             cached = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
-            if not _missing(os.listdir(cached), weights):
+            if not _missing(os.listdir(cached), weights) and (not weights or has_weights(Path(cached))):
                 return Path(cached)
         raise
     files = [sibling.rfilename for sibling in info.siblings or ()]
@@ -103,6 +105,17 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
     patterns = wanted if "tokenizer.json" in files else wanted + VOCABULARY_FILES
     bar = NoBar if quiet else None
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all files of weights are in a folder. What its index does not say readably is left to the loader."""
+    if (folder / "model.safetensors").exists():
+        return True
+    try:
+        shards: Any = read_json(folder / "model.safetensors.index.json").get("weight_map")
+        return all((folder / shard).exists() for shard in shards.values())
+    except (ConfigError, AttributeError, TypeError, ValueError):
+        return any(folder.glob("*.safetensors"))
 
 
 def _missing(files: Collection[str], weights: bool) -> str | None:

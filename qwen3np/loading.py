@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import CheckpointError, Weights, read_checkpoint
-from qwen3np.config import Config, ConfigError, read_json
+from qwen3np.checkpoint import Weights, read_checkpoint
+from qwen3np.config import Config
+from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files import read_json
 from qwen3np.generate import Batch, Ids, generate, stream
 from qwen3np.hub import resolve
 from qwen3np.mapped import release, require_unchanged

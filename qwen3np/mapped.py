@@ -8,29 +8,22 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 
-from qwen3np.config import one_line
+from qwen3np.errors import CheckpointError
 from qwen3np.numerics import Array
 
 # Linux reads ahead only the first part of a longer stretch: as much as the disk takes in one request.
 AHEAD = 1 << 19
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
-
-    def __init__(self, message: str) -> None:
-        """Keep the message in one line."""
-        super().__init__(one_line(message))
-
-
 class MappedWeights(dict[str, Array]):
-    """Weights by name that are views of mapped files."""
+    """Weights by name that are views of mapped files. A plain dict of them is not asked whether these have changed."""
 
-    files: Mapping[Path, tuple[int, int, int]]  # what identity said when they were mapped
+    files: Mapping[Path, tuple[int, int, int]] = MappingProxyType({})  # what identity said when they were mapped
 
 
 def identity(path: Path) -> tuple[int, int, int]:

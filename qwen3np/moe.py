@@ -42,7 +42,7 @@ def route(x: Array, gate: Array, config: Config, numerics: Numerics) -> tuple[Ar
     """
     logits = linear(x, gate, None, numerics)
     p = softmax(logits)
-    p += 0 * logits.sum(axis=-1, keepdims=True)  # NaN if one is infinite: -inf would pass for an expert nobody needs
+    p[~np.isfinite(logits).all(axis=-1)] = np.nan  # -inf would pass for an expert that nobody needs
     indices = choose(p, config)
     return logits, indices, weigh(p, indices, config, numerics)
 

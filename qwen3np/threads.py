@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -74,16 +75,17 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
 
     def run() -> None:
         nonlocal left
-        _here.sharing = True
+        _here.sharing, held = True, _here.limit > 0
         try:
-            if not _here.limit:  # a thread of the pool: in MKL and with OpenMP each has a number of its own
-                for library in _blas():
-                    _set_threads(library, 1)
             while True:
                 with lock:
                     part = next(left, None)
                 if part is None:
                     return
+                if not held:  # a thread of the pool: in MKL and with OpenMP each has a number of its own
+                    for library in _blas():
+                        _set_threads(library, 1)
+                    held = True
                 task(part)
         except BaseException:
             left = iter(())
@@ -94,12 +96,9 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
     with blas_threads():
         others: list[Future[None]] = []
         try:
-            try:
+            with suppress(RuntimeError):  # no more threads, or the main one has ended: this one does all
                 for _ in range(threads - 1):
                     others.append(_pool(os.getpid()).submit(run))
-            except RuntimeError as error:  # once the main thread has ended, but others go on
-                if "cannot schedule" not in str(error):
-                    raise
             run()
         except BaseException:
             left = iter(())

@@ -173,8 +173,16 @@ GROUPS = [
                 "if not np.can_cast(numerics.storage, self.k.dtype",
                 "if not np.can_cast(self.k.dtype, self.k.dtype",
             ),
-            "check: any weights": ("return same or np.array_equal(self.sample, self._sample(weights))", "return True"),
+            "check: any weights": ("if not np.array_equal(self.sample, self._sample(weights)):", "if False:"),
             "check: any config": ("if self.settings != (numerics, *_settings(config)):", "if False:"),
+            "a moved cache shares lengths": (
+                "self.lengths, self.filled, self.origin = self.lengths.copy(),",
+                "_, self.filled, self.origin = 0,",
+            ),
+            "memory of positions set back not counted": (
+                "np.minimum(self.filled[self.rows], length)",
+                "self.lengths[self.rows]",
+            ),
             "holds as many of other ids": (" and np.array_equal(self.ids[row, : len(ids)], ids)", ""),
         },
     ),
@@ -251,6 +259,7 @@ GROUPS = [
         "moe model",
         {
             "never renormalised": ("if config.norm_topk_prob:", "if False:"),
+            "a damaged router hides an expert": ("p[~np.isfinite(logits).all(axis=-1)] = np.nan", "pass"),
             "raw logits for weights": ("np.take_along_axis(p, indices", "np.take_along_axis(logits, indices"),
             "of equal ones the higher numbers": (
                 'np.argsort(-p, axis=-1, kind="stable")[',
@@ -348,14 +357,14 @@ GROUPS = [
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
             ),
-            "a cache that another call used": ("if not selected.is_left(", "if False and selected.is_left("),
+            "a cache that another call used": ("if not all(cache.holds(", "if False and all(cache.holds("),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("last = start == len(ids)", "last = start >= len(ids) - 1"),
             "one generator for all": (
                 "[np.random.default_rng(seed) for _ in prompts]",
                 "[np.random.default_rng(seed)] * len(prompts)",
             ),
-            "the penalty does not count the prompt": ("generators[row], so_far)", "generators[row], new[row])"),
+            "the penalty does not count the prompt": ("generators[row], ids[row, :end])", "generators[row], new[row])"),
             "finished sequences mix up the others": (
                 "selected = cache.select(active)",
                 "selected = cache.select(range(len(active)))",
@@ -426,6 +435,7 @@ GROUPS = [
         "loading.py",
         "loading",
         {
+            "a file that changes while it is copied": ("        require_unchanged(weights)", "        pass"),
             "auto: any size": ("fits = size <= free / 2", "fits = size <= 2 * free"),
             "auto: the size of the file": ("4 * tensor.size for", "tensor.nbytes for"),
             "copy: each piece the first": (
@@ -482,6 +492,8 @@ GROUPS = [
         "threads.py",
         "threads",
         {
+            "threads of the pool keep their BLAS threads": ("_set_threads(library, 1)", "pass"),
+            "cuts of any BLAS": ("all(library.internal_api ==", "any(library.internal_api =="),
             "errors of other threads lost": ("            other.result()\n", "            pass\n"),
             "parts begin after an error": (
                 "        except BaseException:\n            left = iter(())\n            raise\n"

@@ -198,7 +198,7 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({**EXPERTS, "decoder_sparse_step": 0}, "decoder_sparse_step = 0", "whole numbers from 1"),
     ({**EXPERTS, "mlp_only_layers": 3}, "mlp_only_layers = 3", "a list"),
     ({**EXPERTS, "mlp_only_layers": [0] * 29}, "mlp_only_layers = [0, 0", "some of the 28 layers"),
-    ({**EXPERTS, "num_experts": 4000}, "num_hidden_layers = 28", "1,000, with 100,000 experts"),
+    ({**EXPERTS, "num_experts": 4000}, "num_experts = 4000", "up to 100,000 in all layers"),
     ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001", "1,000"),
     ({"max_position_embeddings": 2**63}, "max_position_embeddings = 9223372036854775808", "to 2^63 - 1"),
     ({"rope_scaling": {**YARN, "original_max_position_embeddings": 10**400}}, "original_max_position", "to 2^63 - 1"),

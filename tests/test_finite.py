@@ -118,6 +118,15 @@ def test_a_file_that_changes_under_a_mapped_model_is_an_error(folder):
         model.generate(IDS, max_new_tokens=3)
 
 
+def test_a_file_that_changes_is_found_from_another_folder_too(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    model = qwen3np.load(folder.name, weights_dtype="bfloat16", progress=False)
+    monkeypatch.chdir("/")
+    os.utime(folder / "model.safetensors", (0, 0))
+    with pytest.raises(CheckpointError, match="was changed after"):
+        model.generate(IDS, max_new_tokens=3)
+
+
 def test_a_file_that_changes_while_it_is_copied_is_an_error(folder, monkeypatch):
     def change_at_the_end(*arguments):
         share(*arguments)
@@ -142,7 +151,8 @@ def test_a_cache_of_other_weights_is_refused():
     weights, other = init_weights(CONFIG, 0), init_weights(CONFIG, 1)
     expected, cache = generate(weights, CONFIG, IDS, max_new_tokens=3)
     longer = [*IDS, *expected]
-    message = "^cache: what it holds was made with other weights, another config or precision; use a new one, or set"
+    message = "^cache: what it holds was made with other weights; use a new one, or set its lengths to 0$"
+    settings = "^cache: what it holds was made with another config or precision; use a new one"
     with pytest.raises(ValueError, match=message):
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)
     with pytest.raises(ValueError, match=message):
@@ -155,10 +165,12 @@ def test_a_cache_of_other_weights_is_refused():
     one = {**weights, "model.layers.1.mlp.up_proj.weight": weights["model.layers.1.mlp.up_proj.weight"] * 2}
     others = ({"rope_theta": 1e4}, {"rms_norm_eps": 1e-5}, {"sliding_window": 9}, {"num_experts_per_tok": 2})
     configs = [replace(CONFIG, **change) for change in others]
-    for changed, config in ((one, CONFIG), (weights, CONFIG.extended(4)), *((weights, config) for config in configs)):
-        with pytest.raises(ValueError, match=message):
-            generate(changed, config, longer, max_new_tokens=3, cache=cache)
-    with pytest.raises(ValueError, match=message):  # it could hold this precision, but what it holds is of another
+    with pytest.raises(ValueError, match=message):
+        generate(one, CONFIG, longer, max_new_tokens=3, cache=cache)
+    for config in (CONFIG.extended(4), *configs):
+        with pytest.raises(ValueError, match=settings):
+            generate(weights, config, longer, max_new_tokens=3, cache=cache)
+    with pytest.raises(ValueError, match=settings):  # it could hold this precision, but what it holds is of another
         forward(weights, CONFIG, [1], cache, numerics="bfloat16")
     forward(weights, replace(CONFIG, eos_token_id=(3,), max_position_embeddings=64), [1], cache)
     cache.lengths[:] = 0

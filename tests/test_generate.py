@@ -284,6 +284,27 @@ def test_a_stream_whose_cache_was_used_meanwhile_ends_with_an_error(weights, con
         next(begun)
 
 
+def test_a_stream_whose_cache_went_another_way_ends_with_an_error(weights, config):
+    cache = KVCache.allocate(config, 1, 20)
+    begun = stream(weights, config, [1, 2, 3], max_new_tokens=9, cache=cache)
+    next(begun)
+    cache.lengths[:] = 0
+    forward(weights, config, [7, 8, 9], cache)
+    with pytest.raises(ValueError, match=r"^cache: another call used it meanwhile"):
+        next(begun)
+
+
+def test_a_selection_of_a_cache_that_moved_goes_on_alone(weights, config):
+    cache = KVCache.allocate(config, 2, 20)
+    begun = stream(weights, config, [1, 2, 3], max_new_tokens=9, cache=cache.select([0]))
+    first = next(begun)
+    cache.reserve(60)
+    assert [first, *begun] == generate(weights, config, [1, 2, 3], max_new_tokens=9)[0]
+    assert cache.lengths.tolist() == [3, 0]
+    expected = generate(weights, config, [1, 2, 3, 4], max_new_tokens=3)[0]
+    assert generate(weights, config, [1, 2, 3, 4], max_new_tokens=3, cache=cache.select([0]))[0] == expected
+
+
 def test_streams_on_different_sequences_of_one_cache_take_turns(weights, config):
     cache = KVCache.allocate(config, 2, 20)
     prompts = [[1, 2, 3], [4, 5, 6]]

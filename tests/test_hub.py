@@ -189,7 +189,7 @@ def test_shards_and_the_older_tokenizer_files(hub, tmp_path):
 def test_all_but_the_weights(hub, tmp_path):
     shards = {f"model-0000{i}-of-00002.safetensors": WEIGHTS for i in (1, 2)}
     small = {name: content for name, content in CHECKPOINT.items() if content is not WEIGHTS}
-    index = {"model.safetensors.index.json": b'{"weight_map": {}}'}
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": dict(enumerate(shards))}).encode()}
     hub.repos = {"Qwen/Tiny": {"main": CHECKPOINT}, "Qwen/Shards": {"main": small | shards | index}}
     with client(hub, tmp_path) as fetch:
         folders = {name: fetch(name, weights=False) for name in hub.repos}
@@ -198,6 +198,8 @@ def test_all_but_the_weights(hub, tmp_path):
         assert contents(fetch("Qwen/Tiny")) == CHECKPOINT  # what is there already is not in the way
         hub.close()
         assert {name: fetch(name, weights=False) for name in folders} == folders
+        (folders["Qwen/Shards"] / next(iter(shards))).write_bytes(WEIGHTS)  # as after a download that broke off
+        shutil.rmtree(tmp_path / "hub/models--Qwen--Shards/trees", ignore_errors=True)
         assert "Qwen/Shards is not complete in the cache" in fetch("Qwen/Shards")
 
 

@@ -121,6 +121,17 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stor
         np.testing.assert_array_equal(y, results[0])
 
 
+@pytest.mark.parametrize("outputs", [9, 513, 3073])
+def test_bits_of_a_row_where_the_cuts_of_blas_would_show(outputs, monkeypatch):
+    monkeypatch.setattr("qwen3np.linear.cuts_keep_bits", lambda: False)
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((1, 1024), np.float32), rng.standard_normal((outputs, 1024)).astype(ml_dtypes.bfloat16)
+    expected = linear(x, w)
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("QWEN3NP_NUM_THREADS", threads)
+        np.testing.assert_array_equal(linear(x, w.astype(np.float32)), expected)
+
+
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("outputs", [1, 5, 64, 65, 129, 257, 1030])
 def test_few_rows_have_the_bits_of_each_alone(outputs, stored):

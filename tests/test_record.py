@@ -215,7 +215,7 @@ def test_not_a_recording(golden, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         Recording.load(tmp_path / "other.safetensors")
     changes = [
-        *({"config": []}, {"steps": 10**8}, {"steps": float("inf")}, {"numerics": "x"}, {"floors": []}),
+        *({"config": []}, {"steps": 10**8}, {"steps": 1.0}, {"steps": float("inf")}, {"numerics": "x"}, {"floors": []}),
         *({"floors": {"float32": {"lm_head": "ab"}}}, {"tokens": [99]}, {"heads": [-1]}, {"heads": "ab"}, {"ids": []}),
     ]
     texts = ["{", "[" * 100_000, '{"config": {}}', *(json.dumps(about | change) for change in changes)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from qwen3np import threads
 from qwen3np.threads import blas_threads, in_blocks, num_threads, share, threads_for
 
 
@@ -251,6 +252,39 @@ def test_a_part_stays_at_one_blas_thread_after_a_share_of_its_own(monkeypatch):
 
     share([0, 1], 1 << 30, task)
     assert found == [True, True]
+
+
+class CountsByThread:
+    """A BLAS in which each thread has a number of threads of its own, four at first, as in MKL."""
+
+    def __init__(self, internal_api="mkl"):
+        self.internal_api, self.own = internal_api, threading.local()
+
+    def get_num_threads(self):
+        return getattr(self.own, "number", 4)
+
+    def set_num_threads(self, number):
+        self.own.number = number
+
+
+def test_a_blas_that_counts_by_thread_has_one_in_each_part(monkeypatch):
+    monkeypatch.setenv("QWEN3NP_NUM_THREADS", "3")
+    library, all_three, found = CountsByThread(), threading.Barrier(3), []
+    monkeypatch.setattr(threads, "_blas", lambda: [library])
+
+    def task(part):
+        all_three.wait(5)
+        found.append(library.get_num_threads())
+
+    share(range(3), 1 << 30, task)
+    assert found == [1, 1, 1]
+    assert library.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(("names", "expected"), [(["openblas"], True), (["openblas", "mkl"], False), ([], False)])
+def test_only_openblas_is_known_to_keep_bits_where_it_cuts(names, expected, monkeypatch):
+    monkeypatch.setattr(threads, "_blas", lambda: [CountsByThread(name) for name in names])
+    assert threads.cuts_keep_bits.__wrapped__() is expected
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 3), (2, 40, 3), (2, 3, 40, 5)])

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3np.config import Config, ConfigError
+from qwen3np.config import Config
+from qwen3np.errors import ConfigError
 from qwen3np.generate import stop_at
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import PRECISIONS

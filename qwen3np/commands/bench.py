@@ -144,7 +144,7 @@ def machine() -> str:
 def processor() -> str:
     """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8", "replace").splitlines() if cpuinfo.exists() else []
     unnamed = platform.processor() or platform.machine()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), unnamed)
 

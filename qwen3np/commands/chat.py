@@ -24,8 +24,8 @@ from qwen3np.commands import (
     text,
     utf8,
 )
-from qwen3np.config import one_line
 from qwen3np.conversation import Conversation
+from qwen3np.errors import one_line
 from qwen3np.files import written_aside
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from qwen3np.commands import add_model, scaled
-from qwen3np.config import one_line
+from qwen3np.errors import one_line
 from qwen3np.loading import load
 from qwen3np.numerics import Array
 from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump

@@ -7,7 +7,7 @@ import argparse
 from qwen3np.checkpoint import count_parameters, read_checkpoint
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
-from qwen3np.hub import resolve
+from qwen3np.hub import has_weights, resolve
 from qwen3np.memory import available_memory
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
@@ -26,9 +26,9 @@ def run(arguments: argparse.Namespace) -> None:
     positions: int = arguments.positions
     if positions < 1:
         raise ValueError(f"--positions={positions} is not a whole number from 1")
-    folder = resolve(named(arguments), revision=arguments.revision, weights=False)  # whether it fits is asked before
-    files = sorted(folder.glob("*.safetensors"))
-    if files or not (folder / "config.json").exists():
+    # whether it would fit is asked before the weights are downloaded
+    folder = resolve(named(arguments), revision=arguments.revision, weights=False)
+    if has_weights(folder) or not (folder / "config.json").exists():
         config, weights = read_checkpoint(folder)
         files = sorted(weights.files)
         stored = sum(file.stat().st_size for file in files)
@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         config = Config.from_file(folder)
         stored = 2 * count_parameters(config)["unique"]
-        disk = f"{stored:,} bytes in bfloat16 (no weights in this folder)"
+        there = "only some" if any(folder.glob("*.safetensors")) else "no"
+        disk = f"{stored:,} bytes in bfloat16 ({there} weights in this folder)"
     config = scaled(config, arguments)
     count = count_parameters(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions

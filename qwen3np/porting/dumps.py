@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from qwen3np.config import Config, parse_json
+from qwen3np.config import Config
+from qwen3np.files import parse_json
 from qwen3np.numerics import BFLOAT16, Array, position_axis
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 from qwen3np.porting.steps import CHOICE, STEPS, split_layer
@@ -111,6 +112,8 @@ def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
             return {"": _named_type(cast("Array", found))}, {}
         with found:  # members of other kinds are bytes
             return {name: _named_type(cast("Array", x)) for name, x in found.items() if not isinstance(x, bytes)}, {}
+    except MemoryError:
+        raise
     except Exception as error:  # what NumPy, zip and zlib have for the many ways a file can be torn
         raise ValueError(f"{path}: cannot be read, perhaps half written: {error}") from None
 

@@ -93,14 +93,16 @@ class Recording:
         try:
             about: dict[str, Any] = json.loads(metadata[METADATA])
             config = Config.from_dict(about["config"])
-            floors = {p: {name: (a + 0.0, b + 0.0) for name, (a, b) in of.items()} for p, of in about["floors"].items()}
+            floors = {
+                p: {name: (float(a), float(b)) for name, (a, b) in of.items()} for p, of in about["floors"].items()
+            }
             ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], precision(about["numerics"]).name
-            if steps not in range(ids.shape[1]):
+            if type(steps) is not int or steps not in range(ids.shape[1]):
                 raise ValueError(f"steps={steps}")
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
             limits = {"tokens": ids.shape[1] - steps, "heads": config.num_attention_heads}
             if any(i not in range(limits[key]) for key, kept in cut.items() for i in kept or ()):
-                raise ValueError(f"{cut}")
+                raise ValueError(f"no such tokens or heads: {cut}")
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]

@@ -1,0 +1,28 @@
+"""The errors of checkpoints, each of one line."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def one_line(text: object) -> str:
+    """Return what may hold a stranger's words as an error shows it: one line, no terminal codes, cut in the middle."""
+    shown = str(text)
+    if len(shown) > 4000:
+        shown = f"{shown[:2000]} ... {shown[-2000:]}"
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in shown
+    )
+
+
+class _OneLine(ValueError):
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class ConfigError(_OneLine):
+    """A config.json that cannot be read, or that asks for something this package does not do."""
+
+
+class CheckpointError(_OneLine):
+    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
