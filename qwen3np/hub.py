@@ -4,8 +4,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Generator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,6 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
         snapshot_download,  # pyright: ignore[reportUnknownVariableType]  # a bare `dict` in its signature
     )
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import tqdm
-
-    class NoBar(tqdm):  # left alone, some of its bars are drawn into files too
-        def __init__(self, *args: object, **options: object) -> None:
-            super().__init__(*args, **(options | {"disable": True}))
 
     wanted = [pattern for pattern in FILES if weights or not pattern.endswith(".safetensors")]
     try:
@@ -103,8 +98,23 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
             "weights as transformers saves them in safetensors; .bin and .gguf cannot be read"
         )
     patterns = wanted if "tokenizer.json" in files else wanted + VOCABULARY_FILES
-    bar = NoBar if quiet else None
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+    with _no_bars() if quiet else nullcontext():
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _no_bars() -> Generator[None]:
+    """Keep the client from drawing bars, some of which it would draw into files too."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def has_weights(folder: Path) -> bool:

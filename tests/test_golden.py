@@ -67,6 +67,6 @@ def test_bfloat16(golden):
         rounding = relative(theirs, golden[3][name.replace("bfloat16", "float32", 1)])  # what bfloat16 costs here
         assert relative(ours, theirs) <= 0.7 * rounding, name  # measured 0.51
         if ".layers.0." in name:
-            # measured 1 with 8 of OpenBLAS's kernels, MKL, BLIS, the reference BLAS and none; with ATLAS a number of
+            # measured 1 with 5 of OpenBLAS's kernels, MKL, BLIS, the reference BLAS and none; with ATLAS a number of
             # up_proj falls the other way, which leaves 0.94 of the next product
             assert np.mean(ours == theirs) >= 0.99, name

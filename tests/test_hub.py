@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,7 @@ def test_a_gated_repository(hub, tmp_path):
         assert contents(fetch(name, HF_TOKEN="hf_right")) == CHECKPOINT
 
 
+@pytest.mark.skipif(int(version("huggingface_hub").split(".")[0]) < 1, reason="older clients leave it to the next run")
 def test_an_interrupted_download_goes_on_where_it_broke_off(hub, tmp_path):
     weights = random.Random(1).randbytes(24 * MB)
     hub.repos["Qwen/Tiny"] = {"main": CHECKPOINT | {"model.safetensors": weights}}
@@ -268,7 +271,8 @@ def test_a_server_that_always_dies_half_way(hub, tmp_path):
     small = sizes(CHECKPOINT) | {"model.safetensors": 0}
     with client(hub, tmp_path) as fetch:
         text = fetch(name)
-    assert f"downloading it from {hub.url} failed (peer closed connection" in text
+    broken = "peer closed connection|Connection broken"  # by the client's version
+    assert re.search(rf"downloading it from {hub.url} failed \(.*({broken})", text)
     assert "run it again (files that arrived whole are kept), or give a folder" in text
     assert hub.sent | {"model.safetensors": 0} == small
 
@@ -290,7 +294,7 @@ def test_no_hub_and_nothing_cached(hub, tmp_path):
     with client(hub, tmp_path) as fetch:
         hub.status = 503
         text = fetch("Qwen/Tiny")
-        assert "503 Service Unavailable" in text
+        assert re.search(r"failed \(.*\b503\b", text)
         assert "check the connection and run it again" in text
         hub.close()
         text = fetch("Qwen/Tiny")
