@@ -224,11 +224,11 @@ def steps(
                 yield Step(row, new[row][-1], row_logits, done)
             active = going_on
             if active:
+                for row in active:
+                    if not cache.holds(row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
+                        raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 newest = [[new[row][-1]] for row in active]
                 selected = cache.select(active)
-                held = [ids[row, : len(prompts[row]) + len(new[row]) - 1] for row in active]
-                if not all(cache.holds(row, before) for row, before in zip(active, held, strict=True)):
-                    raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 logits = list(forward(weights, config, newest, selected, numerics=numerics, last_only=True)[:, 0])
 
     return run()

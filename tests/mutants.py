@@ -357,7 +357,7 @@ GROUPS = [
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
             ),
-            "a cache that another call used": ("if not all(cache.holds(", "if False and all(cache.holds("),
+            "a cache that another call used": ("if not cache.holds(", "if False and cache.holds("),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("last = start == len(ids)", "last = start >= len(ids) - 1"),
             "one generator for all": (
