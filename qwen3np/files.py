@@ -71,9 +71,9 @@ def readable(path: Path, most: int = MOST_BYTES) -> Path:
     """Return the path of a file that is read whole. Raises OSError for more bytes, and for what is no regular file."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
-        raise OSError(errno.EINVAL, "not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     if found.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read")
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read", str(path))
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import pytest
 
@@ -120,6 +121,13 @@ def test_a_saved_conversation_with_an_unknown_role(chat, tmp_path):
     with pytest.raises(ValueError, match="wizard"):
         made.take(f"/load {tmp_path}/bad.json")
     assert made.conversation.messages == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_saved_conversation(chat, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"not a regular file: .*pipe"):
+        chat().take(f"/load {tmp_path}/pipe")
 
 
 @pytest.mark.parametrize("line", ["/save ~no.such.user/c.json", "/load ~no.such.user/c.json"])

@@ -26,7 +26,7 @@ from qwen3np.commands import (
 )
 from qwen3np.conversation import Conversation
 from qwen3np.errors import one_line
-from qwen3np.files import written_aside
+from qwen3np.files import readable, written_aside
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"
 HELP = "hold a conversation"
@@ -187,7 +187,7 @@ class Chat:
 def _messages(path: Path) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]]
     try:
-        messages = json.loads(read_text(str(path)))["messages"]
+        messages = json.loads(read_text(str(readable(path))))["messages"]
         good = type(messages) is list and all(type(message) is dict for message in messages)
     except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         good, messages = False, []

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.files import parse_json
+from qwen3np.files import parse_json, readable
 from qwen3np.numerics import BFLOAT16, Array, position_axis
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 from qwen3np.porting.steps import CHOICE, STEPS, split_layer
@@ -126,7 +126,7 @@ def _named_type(x: Array) -> Array:
 def read_map(path: str | Path) -> dict[str, str]:
     """Return a --map file: a JSON object {"name in the dump": "point"}, {N} in both for the number of a layer."""
     try:
-        names = parse_json(Path(path).read_text(encoding="utf-8"))
+        names = parse_json(readable(Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a map of names: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", names).values()):
