@@ -287,6 +287,7 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         return {}
     tensors: dict[str, Array | None] = {}
     spans: list[tuple[int, int, str]] = []
+    cut: list[tuple[int, str]] = []  # where those end that the file is too short for
     for name, entry in cast("dict[str, Any]", header).items():
         if name == "__metadata__":
             texts = list(cast("dict[str, Any]", entry).values()) if isinstance(entry, dict) else [None]
@@ -306,13 +307,17 @@ def _map_file(path: Path, problems: list[str]) -> dict[str, Array | None]:
         elif end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
             problems.append(f"{name}: {end - begin} bytes in {path.name} do not make {dtype} {shape}")
         elif 8 + length + end > size:
-            problems.append(f"{name}: {path.name} is truncated: {size} bytes of at least {8 + length + end}")
+            cut.append((8 + length + end, name))
         else:
             spans.append((begin, end, name))
             try:
                 tensors[name] = np.ndarray(shape, _DTYPES[dtype], mapped, 8 + length + begin)
             except ValueError as error:  # more dimensions, or more in one of them beside a zero, than NumPy has
                 problems.append(f"{name}: no array of {path.name} has this shape: {error}")
+    if cut:
+        end, name = max(cut)
+        more = f", which cuts off {len(cut) - 1} more tensors" if len(cut) > 1 else ""
+        problems.append(f"{name}: {path.name} is truncated: {size} bytes of at least {end}{more}; download it again")
     # the format leaves neither holes nor overlaps: where there are some, an offset is wrong
     for (_, end, before), (begin, _, name) in pairwise(sorted(spans)):
         if begin < end:

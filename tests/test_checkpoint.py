@@ -306,6 +306,17 @@ def test_a_long_list_of_problems_is_cut_and_counted(folder, config):
     assert told.endswith(f"... and {3 * 11 - 20} more")
 
 
+def test_a_file_that_is_cut_off_is_told_once(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    (folder / "model.safetensors").write_bytes(content[: start + 1])
+    tensors = len(json.loads(content[8:start])) - 1  # and the metadata
+    size = f"{start + 1} bytes of at least {len(content)}, which cuts off {tensors - 1} more tensors; download it again"
+    told = problems(folder)
+    assert told.count("truncated") == 1
+    assert told.endswith(f": model.safetensors is truncated: {size}")
+
+
 def test_a_long_list_begins_with_the_cause(folder, config):
     (folder / "config.json").write_text(json.dumps(replace(config, num_hidden_layers=28).to_dict()))
     (folder / "model.safetensors").write_bytes(b"")
