@@ -78,7 +78,7 @@ def readable(path: Path, most: int = MOST_BYTES) -> Path:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError for bad ones, and for an object that has a name twice."""
+    """Return the value of a JSON text. Raises ValueError for bad ones: a name given twice, half a surrogate pair."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > _MOST_NAMES:
@@ -89,4 +89,7 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"{twice!r} is given twice")
         return found
 
-    return json.loads(text, object_pairs_hook=unique)
+    value = json.loads(text, object_pairs_hook=unique)
+    if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which is no character
+        json.dumps(value, ensure_ascii=False).encode()
+    return value

@@ -378,11 +378,11 @@ def test_a_file_that_must_not_be_read(folder):
 
 
 def test_names_and_types_do_not_break_a_line_or_fill_the_screen(folder):
-    write(folder / "model.safetensors", {"\x1b[2J\n\u2028": GOOD | {"dtype": "\ud800"}, "x" * 10**6: 7}, b"")
+    write(folder / "model.safetensors", {"\x1b[2J\n\u2028": GOOD | {"dtype": "\u202e"}, "x" * 10**6: 7}, b"")
     told = problems(folder)
     assert told.isprintable()
     assert len(told) < 5000
-    assert r"\x1b[2J\n\u2028: dtype \ud800; supported: BF16" in told
+    assert r"\x1b[2J\n\u2028: dtype \u202e; supported: BF16" in told
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "{"])
@@ -452,6 +452,13 @@ def test_an_entry_that_cannot_be(folder, entry, message):
     assert message in told
     assert "model.norm.weight: " in told
     assert "model.norm.weight: missing" not in told
+
+
+def test_half_a_surrogate_pair_is_no_text(folder):
+    write(folder / "model.safetensors", {"__metadata__": {"both": "\U0001f600"}})
+    assert "not JSON" not in problems(folder)
+    write(folder / "model.safetensors", {"__metadata__": {"half": "\ud83d"}})
+    assert r"the header is not JSON: 'utf-8' codec can't encode character '\ud83d'" in problems(folder)
 
 
 @pytest.mark.parametrize("metadata", [{"format": 1}, ["pt"], None])
