@@ -22,9 +22,9 @@ import numpy as np
 from machine import heading
 
 from qwen3np import Config, KVCache, load, save_checkpoint
-from qwen3np.checkpoint import weight_shapes
 from qwen3np.commands.bench import memory
-from qwen3np.threads import num_threads
+from qwen3np.ops.fast.threads import num_threads
+from qwen3np.weights import weight_shapes
 
 
 class Drawn(Mapping[str, np.ndarray]):

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 
 from qwen3np import Config, init_weights, save_checkpoint
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 
 # what the config.json of Qwen3-0.6B and of Qwen3-4B say
 COMMON = {

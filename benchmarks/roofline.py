@@ -27,11 +27,11 @@ from tables import markdown, value
 from qwen3np import Config, KVCache, Model, load
 from qwen3np.attention import attend
 from qwen3np.commands.bench import decode_seconds, filled_cache, prefill_seconds, seconds
-from qwen3np.linear import linear, linears
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import silu
+from qwen3np.ops.fast.linear import linear, linears
+from qwen3np.ops.fast.threads import blas_threads, in_blocks, num_threads, share, threads_for
 from qwen3np.rope import rotary_tables, rotate
-from qwen3np.threads import blas_threads, in_blocks, num_threads, share, threads_for
 
 MIDDLE, LONG, DEEP = 512, 4096, 16384  # positions
 QUERIES, KEYS, BLOCKS = 256, 1024, 256  # rows of a block of attention and of what it sees; blocks that are timed

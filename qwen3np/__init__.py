@@ -1,18 +1,19 @@
 """Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import Weights, count_parameters, init_weights, read_checkpoint, save_checkpoint
 from qwen3np.config import Config
 from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
 from qwen3np.errors import CheckpointError, ConfigError
-from qwen3np.finite import NonFiniteError
+from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.generate import generate, steps, stop_at, stream
+from qwen3np.guard import NonFiniteError
 from qwen3np.loading import Model, load
 from qwen3np.model import forward
 from qwen3np.sampling import SamplingParameters, log_probabilities
 from qwen3np.scoring import score
 from qwen3np.tokenizer import Tokenizer
+from qwen3np.weights import Weights, count_parameters, init_weights
 
 __all__ = [
     "CheckpointError",

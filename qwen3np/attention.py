@@ -13,11 +13,11 @@ import numpy as np
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.linear import FEW_ROWS, linears
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore, softmax
+from qwen3np.ops.fast.linear import FEW_ROWS, linears
+from qwen3np.ops.fast.threads import share, threads_for
 from qwen3np.rope import rotate
-from qwen3np.threads import share, threads_for
 
 # A block of scores stays in the cache beside its keys and values. Its rows: the G queries of each of some positions.
 BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from qwen3np import __version__
 from qwen3np.errors import one_line
-from qwen3np.threads import check_threads
+from qwen3np.ops.fast.threads import check_threads
 
 # modules of qwen3np.commands
 COMMANDS = (

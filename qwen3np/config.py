@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from qwen3np.errors import ConfigError
-from qwen3np.files import read_json
+from qwen3np.files.limits import read_json
 
 Count: TypeAlias = int  # from 0; what is an int here is from 1
 

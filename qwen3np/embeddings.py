@@ -11,14 +11,14 @@ from numbers import Integral
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.linear import linear
+from qwen3np.guard import require_finite
 from qwen3np.loading import Model
 from qwen3np.model import forward
 from qwen3np.numerics import Array, precision
+from qwen3np.ops.fast.linear import linear
+from qwen3np.ops.fast.threads import blas_threads
 from qwen3np.sampling import log_probabilities
-from qwen3np.threads import blas_threads
 from qwen3np.tokenizer import Tokenizer
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"

@@ -9,14 +9,12 @@ from typing import NamedTuple, TypeAlias, cast
 import numpy as np
 
 from qwen3np.cache import ContextOverflowError, KVCache
-from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
-from qwen3np.finite import require_finite
-from qwen3np.ids import checked_sequence
-from qwen3np.mapped import require_unchanged
+from qwen3np.guard import checked_sequence, require_finite, require_unchanged
 from qwen3np.model import forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import SamplingParameters, sample
+from qwen3np.weights import Weights
 
 Ids: TypeAlias = Sequence[int]
 Batch: TypeAlias = Sequence[Sequence[int]]

@@ -13,18 +13,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import Weights, read_checkpoint
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
-from qwen3np.files import read_json
+from qwen3np.files.checkpoint import read_checkpoint
+from qwen3np.files.hub import resolve
+from qwen3np.files.limits import read_json
 from qwen3np.generate import Batch, Ids, generate, stream
-from qwen3np.hub import resolve
-from qwen3np.mapped import release, require_unchanged
+from qwen3np.guard import require_unchanged
 from qwen3np.memory import available_memory, require_memory
 from qwen3np.model import forward
 from qwen3np.numerics import Array
-from qwen3np.threads import share
+from qwen3np.ops.fast.pages import release
+from qwen3np.ops.fast.threads import share
 from qwen3np.tokenizer import Tokenizer
+from qwen3np.weights import Weights
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
 SMALL = 10**9  # bytes of a float32 copy that goes without saying

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen3np.linear import linear, linears
 from qwen3np.numerics import Array, Numerics, Record, silu
-from qwen3np.threads import in_blocks
+from qwen3np.ops.fast.linear import linear, linears
+from qwen3np.ops.fast.threads import in_blocks
 
 
 def swiglu(x: Array, weights: Mapping[str, Array], prefix: str, numerics: Numerics, record: Record) -> Array:

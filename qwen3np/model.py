@@ -13,16 +13,15 @@ from numpy.typing import ArrayLike
 from qwen3np.attention import self_attention
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.ids import checked_ids
-from qwen3np.linear import is_ready, linear
-from qwen3np.mapped import require_unchanged
+from qwen3np.guard import checked_ids, require_unchanged
 from qwen3np.memory import require_memory
 from qwen3np.mlp import swiglu
 from qwen3np.moe import mixture
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, Record, ignore, precision
+from qwen3np.ops.fast.linear import is_ready, linear
+from qwen3np.ops.fast.threads import blas_threads, in_blocks, threads_for
 from qwen3np.rope import rotary_tables
-from qwen3np.threads import blas_threads, in_blocks, threads_for
 
 LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.linear import linear
-from qwen3np.mapped import will_need
 from qwen3np.mlp import swiglu
 from qwen3np.numerics import Array, Numerics, Record, ignore, softmax
-from qwen3np.threads import share
+from qwen3np.ops.fast.linear import linear
+from qwen3np.ops.fast.pages import will_need
+from qwen3np.ops.fast.threads import share
 
 
 def mixture(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qwen3np.numerics import FLOAT32, Array, Numerics
-from qwen3np.threads import in_blocks
+from qwen3np.ops.fast.threads import in_blocks
 
 
 def rms_norm(x: Array, weight: Array, eps: float, numerics: Numerics = FLOAT32) -> Array:

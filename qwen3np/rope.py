@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.numerics import FLOAT32, Array, Numerics
-from qwen3np.threads import in_blocks
+from qwen3np.ops.fast.threads import in_blocks
 
 
 @cache  # asked for with every token

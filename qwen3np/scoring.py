@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qwen3np.cache import KVCache
-from qwen3np.checkpoint import Weights
 from qwen3np.config import Config
-from qwen3np.finite import require_finite
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.ids import checked_sequence
+from qwen3np.guard import checked_sequence, require_finite
 from qwen3np.model import forward
 from qwen3np.numerics import Array, precision
 from qwen3np.sampling import log_probabilities
+from qwen3np.weights import Weights
 
 CHUNK = 128  # positions whose logits (V each) are in memory at once
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from qwen3np.chat import render_chat
-from qwen3np.checkpoint import check_links
 from qwen3np.errors import CheckpointError
-from qwen3np.files import MOST_BYTES, parse_json, readable
+from qwen3np.files.checkpoint import check_links
+from qwen3np.files.limits import MOST_BYTES, parse_json, readable
 
 if TYPE_CHECKING:
     import tokenizers

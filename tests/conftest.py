@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from qwen3np import Model, forward, load
 from qwen3np.config import Config
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and so all processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qwen3np.attention import attend
-from qwen3np.checkpoint import init_weights
 from qwen3np.config import Config, Yarn
 from qwen3np.numerics import FLOAT32, Numerics
+from qwen3np.weights import init_weights
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -31,7 +31,7 @@ import numpy as np
 import qwen3np
 from qwen3np import CheckpointError, Config, ConfigError, ContextOverflowError, NonFiniteError
 from qwen3np.config import Yarn
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 
 SECONDS = 5
 BYTES = 4 << 30  # of addresses; a process takes 1.5 before its first case

@@ -28,7 +28,7 @@ import qwen3np
 SAVE = """
 from dataclasses import replace
 from qwen3np import Config, init_weights, save_checkpoint
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 config = replace(Config.from_file(BUILTIN), vocab_size=40_000)
 weights = init_weights(config, 0)
 print(flush=True)
@@ -37,7 +37,7 @@ if not (folder / "model.safetensors").exists():  # else it was killed when all w
 """
 DOWNLOAD = """
 import huggingface_hub
-from qwen3np.hub import resolve
+from qwen3np.files.hub import resolve
 print(flush=True)
 resolve("Qwen/Tiny", progress=False)
 """

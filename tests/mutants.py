@@ -74,7 +74,7 @@ GROUPS = [
         },
     ),
     (
-        "linear.py",
+        "ops/fast/linear.py",
         "linear golden",
         {
             "bias left out of one row": ("if bias is not None:", "if bias is not None and len(rows) > 1:"),
@@ -402,7 +402,7 @@ GROUPS = [
         },
     ),
     (
-        "checkpoint.py",
+        "files/checkpoint.py",
         "checkpoint",
         {
             "biases assumed": (
@@ -489,7 +489,7 @@ GROUPS = [
         },
     ),
     (
-        "threads.py",
+        "ops/fast/threads.py",
         "threads",
         {
             "threads of the pool keep their BLAS threads": ("_set_threads(library, 1)", "pass"),

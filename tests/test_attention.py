@@ -24,7 +24,7 @@ NAMES = st.sampled_from(list(PRECISIONS))
 def blocks(request):
     """Every property holds however the scores are cut: (rows, keys, elements) of a block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+        patch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
         for name, size in zip(("ROWS", "KEYS", "SCORES"), request.param or (), strict=False):
             patch.setattr(f"qwen3np.attention.BLOCK_{name}", size)
         yield

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3np import Config, Conversation, read_checkpoint
 from qwen3np.cli import main
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 from qwen3np.training.corpus import make_corpus
 from qwen3np.training.evaluate import evaluate, report
 

@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3np import CheckpointError, ConfigError, forward, init_weights, read_checkpoint, save_checkpoint
-from qwen3np.checkpoint import _map_file, weight_shapes
-from qwen3np.mapped import release, will_need
+from qwen3np.files.checkpoint import _map_file
 from qwen3np.numerics import BFLOAT16
+from qwen3np.ops.fast.pages import release, will_need
+from qwen3np.weights import weight_shapes
 
 DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
@@ -137,7 +138,7 @@ def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path, config, weights):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("piece", [999, 1 << 22])
 def test_the_safetensors_library_reads_what_is_saved(tmp_path, config, weights, dtype, piece, monkeypatch):
-    monkeypatch.setattr("qwen3np.checkpoint._PIECE", piece)
+    monkeypatch.setattr("qwen3np.files.checkpoint._PIECE", piece)
     save_checkpoint(tmp_path / "saved", config, weights, dtype=DTYPES[dtype])
     file = tmp_path / "saved" / "model.safetensors"
     assert_same_bits(safetensors.numpy.load_file(file), {name: w.astype(DTYPES[dtype]) for name, w in weights.items()})

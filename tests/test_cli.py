@@ -20,8 +20,8 @@ import pytest
 
 from qwen3np import Config, forward, generate, init_weights, save_checkpoint
 from qwen3np.cli import main
-from qwen3np.hub import BUILTIN
-from qwen3np.threads import num_threads
+from qwen3np.files.hub import BUILTIN
+from qwen3np.ops.fast.threads import num_threads
 
 PROMPT = "The capital of France is"
 NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ends by itself

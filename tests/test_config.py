@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3np import Config, ConfigError, count_parameters, init_weights
-from qwen3np.checkpoint import weight_shapes
 from qwen3np.config import Yarn
+from qwen3np.weights import weight_shapes
 
 OFFICIAL = {  # Qwen/Qwen3-0.6B
     "architectures": ["Qwen3ForCausalLM"],

@@ -16,7 +16,7 @@ from qwen3np.cli import main
 from qwen3np.numerics import BFLOAT16, precision
 from qwen3np.porting import diagnose, record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
-from qwen3np.porting.steps import STEPS, Rerun
+from qwen3np.porting.points import STEPS, Rerun
 
 PROMPT, STEPS_FED = 20, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3np import read_checkpoint, save_checkpoint
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 from qwen3np.training.corpus import Question
 from qwen3np.training.evaluate import Outcome, evaluate, report
 from qwen3np.training.recipe import differences

@@ -10,7 +10,7 @@ import pytest
 
 import qwen3np
 from qwen3np import CheckpointError, Config, KVCache, NonFiniteError, forward, generate, init_weights, score
-from qwen3np.threads import share
+from qwen3np.ops.fast.threads import share
 
 CONFIG = Config(
     vocab_size=50,

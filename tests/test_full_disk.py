@@ -16,7 +16,7 @@ from test_training import DOCUMENTS, SETTINGS, SIZES, trained
 from qwen3np import Conversation, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.commands.chat import Chat
-from qwen3np.files import written_aside
+from qwen3np.files.writing import written_aside
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training import loop
 from qwen3np.training.loop import train

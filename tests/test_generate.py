@@ -20,8 +20,8 @@ from qwen3np import (
     steps,
     stop_at,
     stream,
-    threads,
 )
+from qwen3np.ops.fast import threads
 
 module = sys.modules["qwen3np.generate"]  # the package's attribute of this name is the function
 

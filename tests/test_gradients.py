@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from qwen3np import forward
-from qwen3np.checkpoint import weight_shapes
 from qwen3np.config import Yarn
-from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, precision, silu
+from qwen3np.ops.fast.linear import linear
 from qwen3np.rope import rotary_tables, rotate
 from qwen3np.training import gradients as backward
 from qwen3np.training.gradients import loss_and_gradients
+from qwen3np.weights import weight_shapes
 
 FLOAT64 = precision("float64")
 STEP = 1e-3
@@ -173,7 +173,7 @@ def test_the_config_alone_says_which_weights_there_are(config):
 
 @pytest.mark.parametrize("numerics", ["float32", "float64"])
 def test_bits_depend_neither_on_threads_nor_on_how_weights_are_stored(config, weights, numerics, monkeypatch):
-    monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)  # small as the model is, share everything
+    monkeypatch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)  # small as the model is, share everything
     rng = np.random.default_rng(1)
     ids, targets = draw_ids(rng, config, 10, 17), draw_ids(rng, config, 10, 17)
     mask = rng.random(ids.shape) < 0.7

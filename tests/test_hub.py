@@ -19,8 +19,8 @@ import pytest
 from loopback_hub import LoopbackHub, commit_of
 
 import qwen3np
-from qwen3np.checkpoint import CheckpointError
-from qwen3np.hub import resolve
+from qwen3np.files.checkpoint import CheckpointError
+from qwen3np.files.hub import resolve
 
 MB = 1_000_000
 WEIGHTS = random.Random(0).randbytes(2 * MB)
@@ -46,7 +46,7 @@ VOCABULARY = {"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\n"}
 # Only the pauses between the library's retries are taken out. Anything but a CheckpointError ends the process.
 CLIENT = """
 import faulthandler, json, os, sys, time
-from qwen3np.hub import CheckpointError, resolve
+from qwen3np.files.hub import CheckpointError, resolve
 faulthandler.dump_traceback_later(60, exit=True)
 time.sleep = lambda seconds: None
 for line in sys.stdin:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from qwen3np.linear import linear
 from qwen3np.numerics import precision
+from qwen3np.ops.fast.linear import linear
 
 STORED = [np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -59,10 +59,10 @@ def test_cutting_the_weights_changes_nothing_but_rounding(seed, rows, threads):
     x, w = rng.standard_normal((rows, 24)), rng.standard_normal((61, 24)).astype(ml_dtypes.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN3NP_NUM_THREADS", str(threads))
-        patch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+        patch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
         for name in ("TILE_ROWS", "TILE_OUTPUTS", "NEAR"):
-            patch.setattr(f"qwen3np.linear.{name}", int(rng.integers(1, 70)))
-        patch.setattr("qwen3np.linear.BLOCK_ELEMENTS", 24 * int(rng.integers(1, 70)))
+            patch.setattr(f"qwen3np.ops.fast.linear.{name}", int(rng.integers(1, 70)))
+        patch.setattr("qwen3np.ops.fast.linear.BLOCK_ELEMENTS", 24 * int(rng.integers(1, 70)))
         y = linear(x, w, None, precision("float64"))
     np.testing.assert_allclose(y, x @ w.astype(np.float64).T, rtol=0, atol=1e-13)
 
@@ -123,8 +123,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stor
 
 @pytest.mark.parametrize("outputs", [9, 513, 3073])
 def test_bits_of_a_row_where_the_cuts_of_blas_would_show(outputs, monkeypatch):
-    monkeypatch.setattr("qwen3np.linear.cuts_keep_bits", lambda: False)
-    monkeypatch.setattr("qwen3np.linear._dot_products", None)  # BLAS would cut there by its own threads
+    monkeypatch.setattr("qwen3np.ops.fast.linear.cuts_keep_bits", lambda: False)
+    monkeypatch.setattr("qwen3np.ops.fast.linear._dot_products", None)  # BLAS would cut there by its own threads
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((1, 1024), np.float32), rng.standard_normal((outputs, 1024)).astype(ml_dtypes.bfloat16)
     expected = linear(x, w)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from qwen3np import CheckpointError, Config, count_parameters, forward, generate, load
 from qwen3np import loading as module
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from qwen3np import (
     stream,
 )
 from qwen3np import memory as module
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 from qwen3np.numerics import BFLOAT16
 from qwen3np.training.loop import SIZES, Settings, train
 
@@ -164,7 +164,7 @@ def test_addresses_that_the_system_refuses_are_told():
     code = """
 import resource
 from qwen3np import KVCache, Config
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
 config = Config.from_file(BUILTIN)
 cache = KVCache.allocate(config, 1, 100)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))

@@ -266,8 +266,8 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(either, numerics):
 @pytest.mark.parametrize("numerics", PRECISIONS)
 def test_bits_do_not_depend_on_the_number_of_threads(either, numerics, monkeypatch):
     weights, config = either
-    monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)  # small as the model is, share every product
-    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
+    monkeypatch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)  # small as the model is, share every product
+    monkeypatch.setattr("qwen3np.ops.fast.threads.IN_CACHE", 64)
     ids = draw_ids(np.random.default_rng(8), config, 2, 17)
     runs = []
     for threads in (1, 2, 3):
@@ -285,13 +285,13 @@ def test_blocks_of_rows_move_no_bit(either, numerics, monkeypatch):
     weights, config = either
     ids = draw_ids(np.random.default_rng(9), config, 2, 17)
     whole = traced(weights, config, ids, numerics=numerics)[1]
-    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 64)
+    monkeypatch.setattr("qwen3np.ops.fast.threads.IN_CACHE", 64)
     for name, array in traced(weights, config, ids, numerics=numerics)[1].items():
         np.testing.assert_array_equal(array, whole[name], name)
 
 
 def test_bits_do_not_depend_on_what_other_threads_compute(weights, config, monkeypatch):
-    monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+    monkeypatch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", "2")
     rng = np.random.default_rng(10)
     prompts, newest = draw_ids(rng, config, 40, 33), draw_ids(rng, config, 40)

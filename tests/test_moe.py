@@ -133,7 +133,7 @@ def test_where_bfloat16_rounds_the_sum(sparse, name):
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "bfloat16-grouped"])
 def test_bits_do_not_depend_on_storage_and_threads(sparse, name, monkeypatch):
-    monkeypatch.setattr("qwen3np.threads.WORTH_SHARING", 1)
+    monkeypatch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
     for tokens in (1, 3, 40):
         x, weights, indices, shares = draw(sparse, 1, tokens, name)
         stored = {key: w.astype(BFLOAT16) for key, w in weights.items()}

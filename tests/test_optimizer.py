@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from qwen3np.threads import WORTH_SHARING
+from qwen3np.ops.fast.threads import WORTH_SHARING
 from qwen3np.training.optimizer import adamw, clip, cosine_schedule, zero_moments
 
 SHAPES = {"embedding": (50, 8), "norm": (8,), "bias": (12,), "matrix": (12, 8)}

@@ -10,11 +10,11 @@ from drawing import attended, draw_any_config, draw_ids, relative, round_bfloat1
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Config, KVCache, forward, read_checkpoint, save_checkpoint
-from qwen3np.linear import linear
 from qwen3np.mlp import swiglu
 from qwen3np.moe import experts, route
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, ignore, precision, silu, softmax
+from qwen3np.ops.fast.linear import linear
 from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 pytestmark = pytest.mark.oracle

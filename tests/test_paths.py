@@ -17,8 +17,8 @@ from test_training import SETTINGS, command, trained
 
 from qwen3np import load, read_checkpoint, save_checkpoint
 from qwen3np.cli import main
-from qwen3np.files import written_aside
-from qwen3np.hub import BUILTIN
+from qwen3np.files.hub import BUILTIN
+from qwen3np.files.writing import written_aside
 from qwen3np.porting import Recording
 
 NAME = "Ärger mit %20 & 'Leerzeichen' – 雪 🎉"

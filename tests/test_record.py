@@ -16,8 +16,8 @@ from qwen3np.cli import main
 from qwen3np.numerics import precision
 from qwen3np.porting import Recording, record
 from qwen3np.porting.fixture import TIED
+from qwen3np.porting.points import Rerun, point_names, point_shape, split_pass
 from qwen3np.porting.record import distance
-from qwen3np.porting.steps import Rerun, point_names, point_shape, split_pass
 
 PROMPT, STEPS = 12, 2
 PASSES = ("", "decode.0.", "decode.1.")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from qwen3np import threads
-from qwen3np.threads import blas_threads, in_blocks, num_threads, share, threads_for
+from qwen3np.ops.fast import threads
+from qwen3np.ops.fast.threads import blas_threads, in_blocks, num_threads, share, threads_for
 
 
 def now():
@@ -226,7 +226,7 @@ def test_a_child_made_by_fork_begins_anew():
 def test_a_thread_that_outlives_the_main_thread_goes_on():
     code = """
 import threading
-from qwen3np.threads import share
+from qwen3np.ops.fast.threads import share
 
 def work():
     threading.main_thread().join()
@@ -289,7 +289,7 @@ def test_only_openblas_is_known_to_keep_bits_where_it_cuts(names, expected, monk
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 3), (2, 40, 3), (2, 3, 40, 5)])
 def test_blocks_of_rows_are_put_together_again(shape, monkeypatch):
-    monkeypatch.setattr("qwen3np.threads.IN_CACHE", 16)
+    monkeypatch.setattr("qwen3np.ops.fast.threads.IN_CACHE", 16)
     x = np.random.default_rng(0).standard_normal(shape)
     y = np.moveaxis(x[None] ** 2, 0, -1)[..., 0]
     np.testing.assert_array_equal(

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qwen3np.checkpoint import CheckpointError
+from qwen3np.files.checkpoint import CheckpointError
 from qwen3np.tokenizer import Tokenizer
 
 DATA = os.environ.get("QWEN3NP_DATA")

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from qwen3np import Config, count_parameters, load, score
 from qwen3np.cli import main
-from qwen3np.threads import WORTH_SHARING
+from qwen3np.ops.fast.threads import WORTH_SHARING
 from qwen3np.training import loop
 from qwen3np.training.loop import STATE, Settings, State, batches, mean_loss, train
 

@@ -22,7 +22,7 @@ from qwen3np.config import Config
 from qwen3np.generate import new_cache, stream
 from qwen3np.loading import Model
 from qwen3np.model import forward
-from qwen3np.threads import num_threads
+from qwen3np.ops.fast.threads import num_threads
 
 EXAMPLE = "qwen3np bench --model Qwen/Qwen3-0.6B --weights-dtype bfloat16"
 HELP = "measure prefill, decoding, loading and memory on this machine"

@@ -26,7 +26,8 @@ from qwen3np.commands import (
 )
 from qwen3np.conversation import Conversation
 from qwen3np.errors import one_line
-from qwen3np.files import readable, written_aside
+from qwen3np.files.limits import readable
+from qwen3np.files.writing import written_aside
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"
 HELP = "hold a conversation"

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, text
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
-from qwen3np.files import written_aside
+from qwen3np.files.writing import written_aside
 
 EXAMPLE = "qwen3np embed --model Qwen/Qwen3-Embedding-0.6B --file documents.txt --out documents.npy"
 HELP = "turn texts into vectors whose dot products compare them"

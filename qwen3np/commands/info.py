@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from qwen3np.checkpoint import count_parameters, read_checkpoint
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
-from qwen3np.hub import has_weights, resolve
+from qwen3np.files.checkpoint import read_checkpoint
+from qwen3np.files.hub import has_weights, resolve
 from qwen3np.memory import available_memory
+from qwen3np.weights import count_parameters
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
 HELP = "describe a checkpoint: architecture, parameters, memory"

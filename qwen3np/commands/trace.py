@@ -12,8 +12,8 @@ import numpy as np
 from qwen3np.commands import add_computation, add_model, load_named, text
 from qwen3np.numerics import Array
 from qwen3np.porting import record
+from qwen3np.porting.points import point_names
 from qwen3np.porting.record import output_path, trace
-from qwen3np.porting.steps import point_names
 
 EXAMPLE = 'qwen3np trace --model Qwen/Qwen3-0.6B "The capital of France is" --steps 2 -o golden.safetensors'
 SHOWN = 32  # ids that are printed

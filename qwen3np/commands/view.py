@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qwen3np.commands import add_computation, add_model, load_model, progress_bar, text
-from qwen3np.files import written_aside
+from qwen3np.files.writing import written_aside
 from qwen3np.study.view import observe, page
 
 EXAMPLE = 'qwen3np view "The capital of France is" -o view.html'

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from qwen3np.config import Config, Yarn
-from qwen3np.linear import linear
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, Array, silu
-from qwen3np.porting.steps import STEPS, Place, Step
+from qwen3np.ops.fast.linear import linear
+from qwen3np.porting.points import STEPS, Place, Step
 from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 Change = Callable[..., Array]  # (run, place, *inputs) -> the point

@@ -12,8 +12,8 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.numerics import BFLOAT16, FLOAT64, Array, position_axis, precision
 from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
+from qwen3np.porting.points import CHOICE, STEPS, Rerun, input_name, point_names, point_shape, split_layer, split_pass
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import CHOICE, STEPS, Rerun, input_name, point_names, point_shape, split_layer, split_pass
 from qwen3np.rope import rotary_tables, rotate
 
 # How many times the noise floor is still rounding: another order of summation, or another place to round.

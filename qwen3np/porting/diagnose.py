@@ -29,8 +29,8 @@ from qwen3np.porting.compare import (
     tolerance,
 )
 from qwen3np.porting.dumps import UNMASKED
+from qwen3np.porting.points import CHOICE, STEPS, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.steps import CHOICE, STEPS, Rerun, point_names, split_layer, split_pass
 
 SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report

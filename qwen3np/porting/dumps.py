@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.files import parse_json, readable
+from qwen3np.files.limits import parse_json, readable
 from qwen3np.numerics import BFLOAT16, Array, position_axis
+from qwen3np.porting.points import CHOICE, STEPS, split_layer
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
-from qwen3np.porting.steps import CHOICE, STEPS, split_layer
 
 LAYER = "model.layers.{N}"
 # What may have to be assumed of an array.

@@ -13,12 +13,13 @@ from typing import Any, cast
 import numpy as np
 
 import qwen3np
-from qwen3np.checkpoint import init_weights, save_checkpoint
 from qwen3np.config import Config
+from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.numerics import BFLOAT16
 from qwen3np.porting.compare import LEAST, MARGIN
+from qwen3np.porting.points import split_pass
 from qwen3np.porting.record import Recording, record
-from qwen3np.porting.steps import split_pass
+from qwen3np.weights import init_weights
 
 PROMPT, STEPS = 256, 3
 # Nothing is equal by chance: Dh is not D / H, G is 3, no size is another's.

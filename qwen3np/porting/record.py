@@ -16,12 +16,11 @@ from numpy.typing import ArrayLike
 import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.files import written_aside
-from qwen3np.finite import require_finite, require_finite_point
-from qwen3np.ids import checked_ids
+from qwen3np.files.writing import written_aside
+from qwen3np.guard import checked_ids, require_finite, require_finite_point
 from qwen3np.model import forward
 from qwen3np.numerics import FLOAT64, Array, position_axis, precision
-from qwen3np.porting.steps import point_names, split_layer, split_pass
+from qwen3np.porting.points import point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
 HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads

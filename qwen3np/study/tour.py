@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from qwen3np.files import written_aside
+from qwen3np.files.writing import written_aside
 
 NOTEBOOK = Path(__file__).with_name("tour.ipynb")
 Cell: TypeAlias = Mapping[str, Any]  # of the notebook format, https://nbformat.readthedocs.io

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.finite import require_finite
-from qwen3np.ids import checked_sequence
-from qwen3np.linear import linear
+from qwen3np.guard import checked_sequence, require_finite
 from qwen3np.model import forward
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, precision
+from qwen3np.ops.fast.linear import linear
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.ids import checked_ids
+from qwen3np.guard import checked_ids
 from qwen3np.model import forward
 from qwen3np.numerics import FLOAT32, Array, Numerics, precision
+from qwen3np.ops.fast.threads import share
 from qwen3np.rope import rotary_tables, rotate
-from qwen3np.threads import share
 
 # Sequences that one thread takes at a time. Parts are added in their order, so the number of threads changes no bit.
 ROWS = 4

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from qwen3np.checkpoint import Weights, count_parameters, init_weights, save_checkpoint
 from qwen3np.config import Config
-from qwen3np.files import written_aside
+from qwen3np.files.checkpoint import save_checkpoint
+from qwen3np.files.writing import written_aside
 from qwen3np.memory import require_memory
 from qwen3np.model import forward
 from qwen3np.numerics import BFLOAT16, Array
@@ -28,6 +28,7 @@ from qwen3np.training.bpe import generation_config, train_tokenizer, write_token
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
 from qwen3np.training.gradients import cross_entropy, loss_and_gradients
 from qwen3np.training.optimizer import Moments, adamw, clip, cosine_schedule, zero_moments
+from qwen3np.weights import Weights, count_parameters, init_weights
 
 STATE = "training_state.safetensors"
 SIZES = {  # of the built-in checkpoint, where G >= 2 and Dh is not D / H, as in the large ones

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from qwen3np.numerics import Array
-from qwen3np.threads import blas_threads, share
+from qwen3np.ops.fast.threads import blas_threads, share
 
 Moments: TypeAlias = dict[
     str, tuple[Array, Array]

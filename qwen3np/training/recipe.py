@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.checkpoint import read_checkpoint
-from qwen3np.hub import BUILTIN
+from qwen3np.files.checkpoint import read_checkpoint
+from qwen3np.files.hub import BUILTIN
 from qwen3np.numerics import FLOAT32
 from qwen3np.training.corpus import make_corpus
 from qwen3np.training.loop import SIZES, Settings, train

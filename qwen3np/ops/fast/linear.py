@@ -14,7 +14,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
-from qwen3np.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
+from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
 
 # Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
 # which costs more than these rows do.

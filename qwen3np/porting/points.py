@@ -14,10 +14,10 @@ import numpy as np
 
 from qwen3np.attention import attend
 from qwen3np.config import Config
-from qwen3np.linear import linear
 from qwen3np.moe import choose, experts, weigh
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import Array, Numerics, position_axis, silu, softmax
+from qwen3np.ops.fast.linear import linear
 from qwen3np.rope import rotary_tables, rotate
 
 

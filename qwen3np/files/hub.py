@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3np.errors import CheckpointError, ConfigError
-from qwen3np.files import read_json
+from qwen3np.files.limits import read_json
 
 # All that is read of a checkpoint. Repositories may hold the same weights in other formats beside them
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
@@ -31,7 +31,7 @@ VOCABULARY_FILES = ["vocab.json", "merges.txt"]
 _PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
-BUILTIN = Path(__file__).parent / "builtin"  # the small checkpoint that comes with the package
+BUILTIN = Path(__file__).parents[1] / "builtin"  # the small checkpoint that comes with the package
 
 
 def resolve(

@@ -1,15 +1,66 @@
-"""Numbers that are not finite are named, with their place in the model, instead of becoming text."""
+"""The checks at the door: ids, changed files, finite numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.model import forward
+from qwen3np.errors import CheckpointError
 from qwen3np.numerics import Array, position_axis, precision
+from qwen3np.weights import MappedWeights, identity
+
+
+def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
+    """Return the ids of one sequence as a list. Raises ValueError as checked_ids, and for more than one sequence."""
+    checked = checked_ids(ids, config)
+    if np.ndim(ids) != 1:
+        raise ValueError(f"input_ids: a sequence must be a flat list of ids, not an array of shape {checked.shape}")
+    return checked[0].tolist()
+
+
+def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
+    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name`, and where."""
+    try:
+        ids: np.ndarray[Any, Any] = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError(f"{name}: rows of different lengths; pad them on the right to one length") from None
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"{name}: shape {ids.shape}; expected (B, S) or (S,) ids (text is encoded first)")
+    if ids.size == 0:
+        raise ValueError(f"{name}: empty; a prompt needs at least one token")
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{name}: dtype {ids.dtype}; token ids are integers from 0 to {config.vocab_size - 1}")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        outside = np.argwhere((ids < 0) | (ids >= config.vocab_size))
+        row, column = outside[0]
+        raise ValueError(
+            f"{name}: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary: "
+            f"0 to {config.vocab_size - 1}" + (f" ({len(outside)} such ids)" if len(outside) > 1 else "")
+        )
+    return ids
+
+
+def require_unchanged(weights: Mapping[str, Array]) -> None:
+    """Raise CheckpointError if a mapped file was written to or cut since: its weights are not those that were checked.
+
+    A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
+    """
+    if isinstance(weights, MappedWeights):
+        for path, (number, *before) in weights.files.items():
+            try:
+                now, *found = identity(path)
+            except OSError:
+                continue
+            if now == number and found != before:
+                raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
+
 
 CHUNK = 16  # positions that are looked at together: all their scores are in memory at once
 
@@ -45,6 +96,8 @@ def _not_finite(name: str, x: Array) -> Array:
 
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str) -> str:
     """Compute ids once more, and say what is the first point that is not finite."""
+    from qwen3np.model import forward
+
     cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights
 

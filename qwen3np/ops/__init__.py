@@ -1,0 +1,1 @@
+"""The seam below the model: the same few operations, several times."""

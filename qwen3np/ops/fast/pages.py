@@ -1,0 +1,39 @@
+"""What the system is told about the pages of mapped weights.
+
+For arrays that are not part of a mapped file, and on platforms without madvise, these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any, cast
+
+import numpy as np
+
+from qwen3np.numerics import Array
+
+# Linux reads ahead only the first part of a longer stretch: as much as the disk takes in one request.
+AHEAD = 1 << 19
+
+
+def will_need(tensor: Array) -> None:
+    """Let the system begin to read a tensor from its file, and nothing around it."""
+    _advise(tensor, "MADV_WILLNEED", AHEAD)
+
+
+def release(tensor: Array) -> None:
+    """Let go of the memory of a tensor, which is read from its file again when it is next used."""
+    _advise(tensor, "MADV_DONTNEED", tensor.nbytes + mmap.PAGESIZE)
+
+
+def _advise(tensor: Array, advice: str, size: int) -> None:
+    """Give this advice for the pages of a tensor, so many bytes at a time."""
+    owner: Any = tensor
+    while isinstance(owner, np.ndarray):
+        owner = cast("Any", owner).base
+    owner = owner.obj if isinstance(owner, memoryview) else owner
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, advice):
+        start = tensor.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+        end = start + tensor.nbytes
+        for page in range(start - start % mmap.PAGESIZE, end, size - size % mmap.PAGESIZE):
+            owner.madvise(getattr(mmap, advice), page, min(size, end - page))
