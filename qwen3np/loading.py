@@ -24,6 +24,7 @@ from qwen3np.memory import available_memory, require_memory
 from qwen3np.numerics import Array
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
+from qwen3np.stored import put
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.weights import Weights
 
@@ -151,12 +152,10 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     from tqdm import tqdm
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
-    pairs = [(copies[name].reshape(-1), tensor.reshape(-1)) for name, tensor in weights.items()]
-    pieces = [
-        (copy[start : start + PIECE], tensor[start : start + PIECE])
-        for copy, tensor in pairs
-        for start in range(0, copy.size, PIECE)
-    ]
+    pieces: list[tuple[Array, Array]] = []
+    for name, tensor in weights.items():
+        step = max(PIECE * len(tensor) // tensor.size, 1)  # rows
+        pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
     with tqdm(
         total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
@@ -164,7 +163,7 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
 
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece
-            np.copyto(copy, tensor)
+            put(tensor, copy)
             release(tensor)  # else the file and its copy would be in memory side by side
             with lock:
                 cast("Any", bar).update(copy.nbytes)

@@ -30,13 +30,17 @@ class Stored(ABC):
 
     @abstractmethod
     def _fill(self, out: Array) -> None:
-        """Do what read does, all rows at once."""
+        """Put all numbers into out, a contiguous float32 array of the same shape."""
 
     def read(self, out: Array) -> None:
-        """Put all numbers into out, a contiguous float32 array of the same shape."""
+        """Put all numbers into out, a contiguous array of floats and of the same shape."""
         step = max(IN_CACHE // max(self.shape[1], 1), 1)
         for start in range(0, len(self), step):
-            self._rows(slice(start, start + step))._fill(out[start : start + step])
+            here, some = out[start : start + step], self._rows(slice(start, start + step))
+            if out.dtype == FLOAT:
+                some._fill(here)
+            else:
+                np.copyto(here, np.asarray(some))
 
     @property
     def parts(self) -> tuple[Array, ...]:
@@ -99,6 +103,14 @@ class Stored(ABC):
     def T(self) -> Array:
         """All numbers, transposed."""
         return np.asarray(self).T
+
+
+def put(tensor: Array | Stored, out: Array) -> None:
+    """Put the numbers of a weight into a contiguous array of floats and of the same shape."""
+    if isinstance(tensor, Stored):
+        tensor.read(out)
+    else:
+        np.copyto(out, tensor)
 
 
 def parts(tensor: Array | Stored) -> tuple[Array, ...]:

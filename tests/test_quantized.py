@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3np.files.quantized import AWQ, FP8, GPTQ, MLX
+from qwen3np.numerics import named
 from qwen3np.stored import Stored
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -113,3 +114,28 @@ def test_it_stays_as_small_as_it_is_stored():
     w, _ = fp8(np.random.default_rng(0), 256, 256)
     assert w.nbytes <= 256 * 256 + 4 * 4 * 2
     assert w[10:20].nbytes < 256 * 11 + 16
+
+
+@given(
+    SEEDS,
+    st.sampled_from([awq, fp8, gptq, mlx]),
+    st.sampled_from(["float32", "float64", "bfloat16"]),
+    st.integers(1, 4),
+)
+def test_products_are_those_of_the_numbers(seed, make, numerics, threads):
+    """Every engine, in every numerics: the bits are those of a float32 copy, whatever the rows and threads."""
+    rng = np.random.default_rng(seed)
+    w, truth = make(rng)
+    if make is fp8:
+        w, truth = w[: len(truth) // 2 or 1], truth[: len(truth) // 2 or 1]
+    truth = np.nan_to_num(truth, nan=1.0)
+    if not np.array_equal(truth, np.asarray(w)):  # NaN is another test
+        return
+    for engine in ("fast", "plain"):
+        num = named(numerics, engine)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QWEN3NP_NUM_THREADS", str(threads))
+            for rows in (1, 3, 20):
+                x = num.widen(rng.standard_normal((rows, truth.shape[1])).astype(np.float32))
+                found = num.ops.head(x, w, num)
+                np.testing.assert_array_equal(found, num.ops.head(x, np.ascontiguousarray(truth), num))
