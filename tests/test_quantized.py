@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -23,9 +25,11 @@ def packed(q, bits, axis):
     return np.ascontiguousarray(np.moveaxis(words.astype(np.uint32).view(np.int32), -1, axis))
 
 
-def fp8(rng, out=None, columns=None, block=(128, 128)):
+def fp8(rng, out=None, columns=None, block=(128, 128), nan=True):
     out, columns = out or int(rng.integers(1, 300)), columns or int(rng.integers(1, 300))
     codes = rng.integers(0, 256, (out, columns), dtype=np.uint8)
+    if not nan:
+        codes[codes & 127 == 127] = 0
     scales = rng.random((-(-out // block[0]), -(-columns // block[1]))).astype(rng.choice([np.float32, np.float16]))
     truth = np.empty((out, columns), np.float32)
     for i, j in np.ndindex(out, columns):  # one at a time, by ml_dtypes' own cast
@@ -116,21 +120,11 @@ def test_it_stays_as_small_as_it_is_stored():
     assert w[10:20].nbytes < 256 * 11 + 16
 
 
-@given(
-    SEEDS,
-    st.sampled_from([awq, fp8, gptq, mlx]),
-    st.sampled_from(["float32", "float64", "bfloat16"]),
-    st.integers(1, 4),
-)
-def test_products_are_those_of_the_numbers(seed, make, numerics, threads):
-    """Every engine, in every numerics: the bits are those of a float32 copy, whatever the rows and threads."""
+@pytest.mark.parametrize("make", [partial(fp8, nan=False), mlx, gptq, awq])
+@given(seed=SEEDS, numerics=st.sampled_from(["float32", "float64", "bfloat16"]), threads=st.integers(1, 4))
+def test_products_have_the_bits_of_a_float32_copy(make, seed, numerics, threads):
     rng = np.random.default_rng(seed)
     w, truth = make(rng)
-    if make is fp8:
-        w, truth = w[: len(truth) // 2 or 1], truth[: len(truth) // 2 or 1]
-    truth = np.nan_to_num(truth, nan=1.0)
-    if not np.array_equal(truth, np.asarray(w)):  # NaN is another test
-        return
     for engine in ("fast", "plain"):
         num = named(numerics, engine)
         with pytest.MonkeyPatch.context() as patch:
