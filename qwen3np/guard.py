@@ -12,7 +12,7 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError
 from qwen3np.numerics import Array, position_axis, precision
-from qwen3np.weights import MappedWeights, identity
+from qwen3np.weights import LoadedWeights, identity
 
 
 def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
@@ -52,7 +52,7 @@ def require_unchanged(weights: Mapping[str, Array]) -> None:
 
     A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
     """
-    if isinstance(weights, MappedWeights):
+    if isinstance(weights, LoadedWeights):
         for path, (number, *before) in weights.files.items():
             try:
                 now, *found = identity(path)

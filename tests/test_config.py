@@ -240,7 +240,9 @@ def test_spellings_of_yarn(d, yarn):
 
 
 def test_yarn_needs_a_factor():
-    with pytest.raises(ConfigError, match=r"rope_scaling.factor is missing: YaRN needs the ratio of the new context to the original"):
+    with pytest.raises(
+        ConfigError, match=r"rope_scaling.factor is missing: YaRN needs the ratio of the new context to the original"
+    ):
         Config.from_dict(without(rope_scaling={"rope_type": "yarn"}))
 
 
