@@ -28,7 +28,7 @@ from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
 from qwen3np.scoring import score
 from qwen3np.settings import GenerationSettings, lists_settings
-from qwen3np.stored import put
+from qwen3np.stored import kind, put
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -76,7 +76,7 @@ class Model:
     def __repr__(self) -> str:
         """Show sizes, not arrays."""
         c, counts = self.config, count_parameters(self.config)
-        kinds = ", ".join(sorted({str(w.dtype) for w in self.weights.values()}))
+        kinds = ", ".join(sorted({kind(w) for w in self.weights.values()}))
         experts = f", {c.num_experts_per_tok} of {c.num_experts} experts" if c.num_experts else ""
         tokenizer = repr(self.tokenizer) if self.tokenizer else "no tokenizer"
         return (

@@ -24,6 +24,11 @@ class Stored(ABC):
 
     shape: tuple[int, int]
 
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return type(self).__name__
+
     @abstractmethod
     def _rows(self, which: slice | Array) -> Stored:
         """Return the matrix of these rows, a slice of step 1 or an array of row numbers from 0; no number is made."""
@@ -103,6 +108,11 @@ class Stored(ABC):
     def T(self) -> Array:
         """All numbers, transposed."""
         return np.asarray(self).T
+
+
+def kind(tensor: Array | Stored) -> str:
+    """Return how a weight is stored, in a word or two: its dtype, or its format."""
+    return tensor.format if isinstance(tensor, Stored) else str(tensor.dtype)
 
 
 def put(tensor: Array | Stored, out: Array) -> None:

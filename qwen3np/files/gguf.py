@@ -20,9 +20,10 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files.limits import lfs_pointer
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.stored import FLOAT, Stored
-from qwen3np.weights import MappedWeights, identity, weight_shapes
+from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
 MAGIC = b"GGUF"
 MOST_BYTES = 1 << 26  # of the metadata; a vocabulary of 151,936 tokens takes 6 million
@@ -78,6 +79,15 @@ class Blocks(Stored):
     data: Array
     kind: int
 
+    @property
+    def format(self) -> str:
+        """The name of the type."""
+        if self.kind == Q8_0:
+            return "Q8_0"
+        import gguf
+
+        return gguf.GGMLQuantizationType(self.kind).name
+
     def _rows(self, which: slice | Array) -> Blocks:
         data = self.data[which]
         return replace(self, shape=(len(data), self.shape[1]), data=data)
@@ -96,13 +106,13 @@ class Blocks(Stored):
         groups *= np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(FLOAT)
 
 
-def read_gguf(path: str | Path) -> tuple[Config, MappedWeights, dict[str, Any]]:
+def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
     """Return config, mapped weights and metadata of a .gguf file, or of all files of a split one.
 
     Raises CheckpointError for a file that cannot be used: one line that says what is wrong with it, and ConfigError for
     sizes that are missing or that the package does not support.
     """
-    first, metadata, weights = Path(path), dict[str, Any](), MappedWeights()
+    first, metadata, weights = Path(path), dict[str, Any](), dict[str, Array]()
     stored: dict[str, Tensor] = {}
     identities: dict[Path, tuple[int, int, int]] = {}
     for file in _shards(first):
@@ -125,8 +135,7 @@ def read_gguf(path: str | Path) -> tuple[Config, MappedWeights, dict[str, Any]]:
         used.add(place)
     if left := sorted(stored.keys() - used):
         raise CheckpointError(f"{first}: {left[0]}: extra: this model has no such tensor ({len(left)} of them)")
-    weights.files = identities
-    return config, weights, metadata
+    return config, LoadedWeights(weights, identities), metadata
 
 
 def gguf_name(name: str) -> tuple[str, int | None]:
@@ -162,8 +171,12 @@ def _map_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            if pointer := lfs_pointer(path):
+                raise CheckpointError(f"{path}: {pointer}")
             if file.read(4) != MAGIC:
-                raise CheckpointError(f"{path}: not a GGUF file{_lfs(path, size)}")
+                raise CheckpointError(
+                    f"{path}: not a GGUF file{'; it is empty: download it again' if not size else ''}"
+                )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
@@ -192,12 +205,6 @@ def _map_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except (ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: {name}: {error}") from None
     return metadata, found
-
-
-def _lfs(path: Path, size: int) -> str:
-    if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-        return ", but the pointer to one that git-lfs keeps: run `git lfs pull` in its folder"
-    return "; it is empty: download it again" if not size else ""
 
 
 def _mapped(file: mmap.mmap, shape: tuple[int, ...], kind: int, offset: int) -> Array | Stored:

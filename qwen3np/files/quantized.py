@@ -77,6 +77,11 @@ class MLX(Stored):
     biases: Array
     bits: int
 
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return f"MLX {self.bits}-bit"
+
     def _rows(self, which: slice | Array) -> MLX:
         words = self.words[which]
         shape = len(words), self.shape[1]
@@ -104,6 +109,11 @@ class GPTQ(Stored):
     bits: int
     less: int
     columns: Array  # (out,): where each row stands in zeros
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return f"GPTQ {self.bits}-bit"
 
     def _rows(self, which: slice | Array) -> GPTQ:
         columns = self.columns[which]

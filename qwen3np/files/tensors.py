@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES
+from qwen3np.files.limits import MOST_BYTES, lfs_pointer
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.weights import Weights
 
@@ -50,6 +50,8 @@ def map_tensors(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
+        if pointer := lfs_pointer(path):
+            raise CheckpointError(f"{path.name}: {pointer}")
         if length > size - 8:
             raise CheckpointError(f"{path.name}: truncated: {size} bytes, too few for its header; download it again")
         if length > MOST_BYTES:
