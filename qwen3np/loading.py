@@ -29,7 +29,7 @@ from qwen3np.ops.fast.threads import share
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, lists_settings
 from qwen3np.tokenizer import Tokenizer
-from qwen3np.weights import Weights, count_parameters
+from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -257,7 +257,7 @@ def load(
     if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
         copies = _copied(weights, progress)
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
-        weights = copies
+        weights = LoadedWeights(copies)
     return Model(config, weights, tokenizer, generation_config)
 
 
