@@ -449,6 +449,13 @@ GROUPS = [
         },
     ),
     (
+        "tokenizer.py",
+        "checkpoint",
+        {
+            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
+        },
+    ),
+    (
         "files/checkpoint.py",
         "checkpoint",
         {
@@ -524,7 +531,6 @@ GROUPS = [
             ),
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
             "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
-            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
             "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
         },
     ),
