@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import operator
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -295,3 +295,27 @@ def _read(file: Path) -> str:
         return readable(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def stop_at(pieces: Iterable[str], stop_strings: Collection[str]) -> Iterator[str]:
+    """Yield text as it comes, up to the first stop string, none of which is yielded, however it is cut into pieces.
+
+    Text that could still become a stop string is held back until that is known.
+    """
+    if "" in stop_strings:
+        raise ValueError("stop strings must not be empty")
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stop_strings if (at := held.find(stop)) >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        # the longest end of the text with which some stop string starts
+        keep = max((n for stop in stop_strings for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
