@@ -1,0 +1,73 @@
+"""Products, sums and means, correctly rounded to float32.
+
+A product of two float32 numbers has at most 48 bits and is exact in float64, so a dot product in float64 rounds only
+where it adds (with fused multiply-add, too). K terms added in any order are off by at most (K - 1) u sum |term| (Jeannerod
+and Rump, 2013, https://doi.org/10.1137/120894488), for a product at most (K - 1) u |x| |w| (Cauchy and Schwarz). That holds
+for a BLAS that multiplies in the conventional way, not in Strassen's. Open elements are summed again without error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen3np.numerics import Array
+from qwen3np.ops.exact.rounding import SLACK, TOGETHER, U, nearest, nearest_sums
+
+
+def product(x: Array, w: Array, out: Array | None = None) -> Array:
+    """Return x wᵀ. x (..., N, K), w (..., M, K): float64 arrays of float32 numbers -> (..., N, M) float32."""
+    k = x.shape[-1]
+    s = np.matmul(x, np.swapaxes(w, -1, -2))
+    # K u |x| |w| is the error and u |s|; two more for u times the bound
+    bound = (k + 2) * U * SLACK * norms(x)[..., :, None] * norms(w)[..., None, :]
+
+    def finish(at: tuple[Array, ...]) -> Array:
+        *batch, i, j = at
+        step = max(TOGETHER // k, 1)
+        pieces = [slice(a, a + step) for a in range(0, len(i), step)]
+        rows, columns = (*batch, i), (*batch, j)
+        with np.errstate(invalid="ignore"):
+            return np.concatenate(
+                [nearest_sums(x[tuple(n[p] for n in rows)] * w[tuple(n[p] for n in columns)]) for p in pieces]
+            )
+
+    return nearest(s, bound, finish, out)
+
+
+def norms(x: Array) -> Array:
+    """Return the Euclidean norm of each row, in float64. (..., K) -> (...)."""
+    return np.sqrt(np.matmul(x[..., None, :], x[..., :, None])[..., 0, 0])
+
+
+def total(x: Array) -> Array:
+    """Return the sum over the last axis. float32 (..., N) -> (..., 1) float32."""
+    terms = x.astype(np.float64)
+    return _row_sums(terms, np.abs(terms).sum(axis=-1, keepdims=True), 1)
+
+
+def mean_square(x: Array) -> Array:
+    """Return the mean of the squares over the last axis, rounded once. float32 (..., N) -> (..., 1) float32."""
+    squares = x.astype(np.float64)
+    squares *= squares
+    return _row_sums(squares, None, x.shape[-1])
+
+
+def sum_of_positive(x: Array) -> Array:
+    """Return total(x) for an x without negative numbers, sooner."""
+    return _row_sums(x, None, 1)
+
+
+def _row_sums(terms: Array, absolute: Array | None, count: int) -> Array:
+    """Return the sum of each row divided by count. terms (..., N) -> (..., 1); absolute: the sum of |terms|, if known."""
+    n = terms.shape[-1]
+    with np.errstate(invalid="ignore"):
+        s = terms.sum(axis=-1, keepdims=True, dtype=np.float64)
+    if count > 1:
+        s /= count
+    # N u of the sum of |terms| is the error and u |s|; one more for the division, two for u times the bound
+    bound = (n + 3) * U * SLACK / count * (s * count if absolute is None else absolute)
+
+    def finish(at: tuple[Array, ...]) -> Array:
+        return nearest_sums(terms[at[:-1]].astype(np.float64), count)
+
+    return nearest(s, bound, finish)
