@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,19 +37,21 @@ def silu(x: Array) -> Array:
 
 def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool = False) -> list[Array]:
     """Return R(x Wᵀ + b) for each name, as the points of these names. x (..., in), W (out, in) -> (..., out)."""
-    ys = _products(x, [m[f"{name}.weight"] for name in names], num)
+    ys = _products(x, [m[f"{name}.weight"] for name in names], num, None if bias else num.round)
     if bias:
-        ys = [y + num.widen(m[f"{name}.bias"]) for name, y in zip(names, ys, strict=True)]
-    return [m.out(name, num.round(y)) for name, y in zip(names, ys, strict=True)]
+        ys = [num.round(y + num.widen(m[f"{name}.bias"])) for name, y in zip(names, ys, strict=True)]
+    return [m.out(name, y) for name, y in zip(names, ys, strict=True)]
 
 
 def head(x: Array, w: Array, num: Numerics) -> Array:
     """Return R(x wᵀ). x (..., D), w (V, D) -> (..., V)."""
-    return num.round(_products(x, [w], num)[0])
+    return _products(x, [w], num, num.round)[0]
 
 
-def _products(x: Array, ws: Sequence[Array], num: Numerics) -> list[Array]:
-    """Return x wᵀ for each w (out, in), in blocks that are widened to float64, over the threads."""
+def _products(
+    x: Array, ws: Sequence[Array], num: Numerics, then: Callable[[Array], Array] | None
+) -> list[Array]:
+    """Return x wᵀ for each w (out, in), rounded by `then`, in blocks that are widened to float64, over the threads."""
     rows = x.reshape(-1, x.shape[-1])
     ys = [np.empty((len(rows), len(w)), np.float32) for w in ws]
     tiles = [(a, rows[a : a + TILE_ROWS]) for a in range(0, len(rows), TILE_ROWS)]
@@ -60,7 +62,7 @@ def _products(x: Array, ws: Sequence[Array], num: Numerics) -> list[Array]:
         n, b, (a, tile) = part
         w = _widened(ws[n][b : b + step], num)
         y = ys[n][a : a + TILE_ROWS, b : b + step]
-        product(tile.astype(np.float64) if few is None else few, w, y)
+        product(tile.astype(np.float64) if few is None else few, w, then, y)
 
     parts = [(n, b, tile) for n, w in enumerate(ws) for b in range(0, len(w), step) for tile in tiles]
     share(parts, 2 * len(rows) * sum(len(w) * x.shape[-1] for w in ws), apply)
@@ -142,7 +144,7 @@ def _scores(q: Array, k: Array, window: int | None, num: Numerics) -> Array:
     """Return R(R(q kᵀ) / sqrt(Dh)), -inf where hidden, for the last queries. (h, G, S, Dh), (h, T, Dh) -> (h, G, S, T)."""
     heads, _, new, head_dim = q.shape
     length = k.shape[1]
-    scores = num.round(product(q.reshape(heads, -1, head_dim).astype(np.float64), k.astype(np.float64)))
+    scores = product(q.reshape(heads, -1, head_dim).astype(np.float64), k.astype(np.float64), num.round)
     scores *= np.float32(head_dim**-0.5)
     scores = num.round(scores).reshape(*q.shape[:3], length)
     if new > 1 or (window is not None and length > window):
@@ -161,10 +163,10 @@ def _mixed(probs: Array, v: Array, num: Numerics) -> Array:
     heads, _, _, length = probs.shape
     p, finite = probs.reshape(heads, -1, length), np.isfinite(v)
     columns = np.swapaxes(np.where(finite, v, 0).astype(np.float64), 1, 2)
-    mixed = product(p.astype(np.float64), columns)
+    mixed = product(p.astype(np.float64), columns, num.round)
     if not finite.all():
         with np.errstate(invalid="ignore"):
             terms = np.where(p[..., None] == 0, 0, p[..., None] * np.where(finite, 0, v)[:, None])  # (h, G S, T, Dh)
             infinite = terms.sum(axis=2)
         mixed = np.where(infinite == 0, mixed, infinite)
-    return num.round(mixed).reshape(*probs.shape[:3], -1)
+    return mixed.reshape(*probs.shape[:3], -1)

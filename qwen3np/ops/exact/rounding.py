@@ -32,20 +32,30 @@ SLACK = 1.0001
 TOGETHER = 1 << 16
 
 
-def nearest(s: Array, bound: Array, finish: Callable[[tuple[Array, ...]], Array], out: Array | None = None) -> Array:
-    """Return the float32 nearest to the exact values that s (float64) approximates. Shapes: that of s.
+def nearest(
+    s: Array,
+    bound: Array,
+    finish: Callable[[tuple[Array, ...]], Array],
+    then: Callable[[Array], Array] | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Return the float32 nearest to the exact values that s (float64) approximates, rounded further by `then` if given.
 
     bound (broadcasts to s) is at least the error of s plus u (|s| + bound): then the exact value lies between the
-    computed s - bound and s + bound, and if both round to the same float32, so does it, since rounding is monotonic.
-    finish(indices) -> (n,) float32 is asked for the others, and for what is not finite.
+    computed s - bound and s + bound, and if both round to the same number, so does it, since rounding is monotonic.
+    finish(indices) -> (n,) float32 is asked for the others, and for what is not finite. `then` (to bfloat16) is
+    monotonic, too: with it, hardly any element is left open, not even ties in float32.
     """
-    y = np.empty(s.shape, np.float32) if out is None else out
+    y, upper = np.empty(s.shape, np.float32) if out is None else out, np.empty(s.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         np.subtract(s, bound, out=y)
-        upper = np.add(s, bound, out=np.empty(s.shape, np.float32))
+        np.add(s, bound, out=upper)
+    if then:
+        y[...], upper = then(y), then(upper)
     if not np.array_equal(y, upper):
         still_open = np.nonzero(y != upper)
-        y[still_open] = finish(still_open)
+        found = finish(still_open)
+        y[still_open] = then(found) if then else found
     y += 0  # -0 becomes +0
     return y
 

@@ -8,18 +8,26 @@ for a BLAS that multiplies in the conventional way, not in Strassen's. Open elem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qwen3np.numerics import Array
 from qwen3np.ops.exact.rounding import SLACK, TOGETHER, U, nearest, nearest_sums
 
 
-def product(x: Array, w: Array, out: Array | None = None) -> Array:
-    """Return x wᵀ. x (..., N, K), w (..., M, K): float64 arrays of float32 numbers -> (..., N, M) float32."""
+def product(
+    x: Array, w: Array, then: Callable[[Array], Array] | None = None, out: Array | None = None
+) -> Array:
+    """Return x wᵀ, rounded further by `then`. x (..., N, K), w (..., M, K), float64 -> (..., N, M) float32.
+
+    x and w hold float32 numbers.
+    """
     k = x.shape[-1]
-    s = np.matmul(x, np.swapaxes(w, -1, -2))
-    # K u |x| |w| is the error and u |s|; two more for u times the bound
-    bound = (k + 2) * U * SLACK * norms(x)[..., :, None] * norms(w)[..., None, :]
+    with np.errstate(invalid="ignore"):
+        s = np.matmul(x, np.swapaxes(w, -1, -2))
+        # K u |x| |w| is the error and u |s|; two more for u times the bound
+        bound = (k + 2) * U * SLACK * norms(x)[..., :, None] * norms(w)[..., None, :]
 
     def finish(at: tuple[Array, ...]) -> Array:
         *batch, i, j = at
@@ -31,7 +39,7 @@ def product(x: Array, w: Array, out: Array | None = None) -> Array:
                 [nearest_sums(x[tuple(n[p] for n in rows)] * w[tuple(n[p] for n in columns)]) for p in pieces]
             )
 
-    return nearest(s, bound, finish, out)
+    return nearest(s, bound, finish, then, out)
 
 
 def norms(x: Array) -> Array:
@@ -42,7 +50,7 @@ def norms(x: Array) -> Array:
 def total(x: Array) -> Array:
     """Return the sum over the last axis. float32 (..., N) -> (..., 1) float32."""
     terms = x.astype(np.float64)
-    return _row_sums(terms, np.abs(terms).sum(axis=-1, keepdims=True), 1)
+    return _row_sums(terms, np.abs(terms).sum(axis=-1).ravel(), 1)
 
 
 def mean_square(x: Array) -> Array:
@@ -59,15 +67,16 @@ def sum_of_positive(x: Array) -> Array:
 
 def _row_sums(terms: Array, absolute: Array | None, count: int) -> Array:
     """Return the sum of each row divided by count. terms (..., N) -> (..., 1); absolute: the sum of |terms|, if known."""
-    n = terms.shape[-1]
+    shape, n = (*terms.shape[:-1], 1), terms.shape[-1]
+    terms = terms.reshape(-1, n)
     with np.errstate(invalid="ignore"):
-        s = terms.sum(axis=-1, keepdims=True, dtype=np.float64)
+        s = terms.sum(axis=1, dtype=np.float64)
     if count > 1:
         s /= count
     # N u of the sum of |terms| is the error and u |s|; one more for the division, two for u times the bound
     bound = (n + 3) * U * SLACK / count * (s * count if absolute is None else absolute)
 
     def finish(at: tuple[Array, ...]) -> Array:
-        return nearest_sums(terms[at[:-1]].astype(np.float64), count)
+        return nearest_sums(terms[at].astype(np.float64), count)
 
-    return nearest(s, bound, finish)
+    return nearest(s, bound, finish).reshape(shape)
