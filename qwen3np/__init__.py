@@ -1,15 +1,14 @@
 """Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
-from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.errors import CheckpointError, ConfigError, ContextOverflowError, NonFiniteError
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.generate import generate, steps, stop_at, stream
-from qwen3np.guard import NonFiniteError
+from qwen3np.guard import forward
 from qwen3np.loading import Model, load
-from qwen3np.model import forward
 from qwen3np.sampling import SamplingParameters, log_probabilities
 from qwen3np.scoring import score
 from qwen3np.tokenizer import Tokenizer

@@ -10,14 +10,12 @@ from numbers import Integral
 
 import numpy as np
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.cache import KVCache
+from qwen3np.errors import ContextOverflowError
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.guard import require_finite
+from qwen3np.guard import forward, require_finite
 from qwen3np.loading import Model
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
-from qwen3np.ops.fast.linear import linear
-from qwen3np.ops.fast.threads import blas_threads
+from qwen3np.numerics import Array, named
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -94,8 +92,8 @@ def rerank(
     sequences = [before + tokenizer.encode(pair) + after for pair in pairs]
     x = _last_hidden_states(model, sequences, "documents", numerics, progress)
     head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    with blas_threads(1):
-        logits = linear(x, model.weights[head][[no, yes]], None, precision(numerics))
+    num = named(numerics)
+    logits = num.ops.head(x, model.weights[head][[no, yes]], num)
     for row, sequence in zip(logits, sequences, strict=True):
         require_finite(row, model.weights, model.config, sequence, numerics)
     return np.exp(log_probabilities(logits)[:, 1])
@@ -142,7 +140,7 @@ def _last_hidden_states(
     What all of them begin with is computed once. Sequences of about the same length go through the model together,
     padded on the right, where no token sees it; long ones alone, in pieces.
     """
-    config, n = model.config, precision(numerics)
+    config, n = model.config, named(numerics)
     lengths = np.array([len(sequence) for sequence in sequences])
     context = config.max_position_embeddings
     if lengths.max() > context:

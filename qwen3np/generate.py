@@ -8,11 +8,19 @@ from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.guard import checked_sequence, require_finite, require_unchanged
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
+from qwen3np.errors import ContextOverflowError
+from qwen3np.guard import (
+    cache_holds,
+    check_cache,
+    checked_sequence,
+    forward,
+    require_finite,
+    require_room_in_cache,
+    require_unchanged,
+)
+from qwen3np.numerics import Array, named
 from qwen3np.sampling import SamplingParameters, sample
 from qwen3np.weights import Weights
 
@@ -154,7 +162,7 @@ def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str =
     _check_count(max_new_tokens)
     longest = max((len(prompt) for prompt in batch), default=0)
     length = max(min(longest + max_new_tokens, config.max_position_embeddings), 1)
-    return KVCache.allocate(config, max(len(batch), 1), length, precision(numerics).storage)
+    return KVCache.allocate(config, max(len(batch), 1), length, named(numerics).storage)
 
 
 def steps(
@@ -188,9 +196,9 @@ def steps(
     # the last new token is never an input, so it needs no room
     most = [min(max_new_tokens, context + 1 - len(prompt)) for prompt in prompts]
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
-    cache.check(weights, config, precision(numerics), len(batch), 0)
+    check_cache(cache, weights, config, named(numerics), len(batch), 0)
     require_unchanged(weights)
-    cache.require_memory(room)
+    require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
 
@@ -223,7 +231,7 @@ def steps(
             active = going_on
             if active:
                 for row in active:
-                    if not cache.holds(row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
+                    if not cache_holds(cache, row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
                         raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
                 newest = [[new[row][-1]] for row in active]
                 selected = cache.select(active)

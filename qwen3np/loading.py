@@ -19,9 +19,8 @@ from qwen3np.files.checkpoint import read_checkpoint
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
 from qwen3np.generate import Batch, Ids, generate, stream
-from qwen3np.guard import require_unchanged
+from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
-from qwen3np.model import forward
 from qwen3np.numerics import Array
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share

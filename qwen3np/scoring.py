@@ -9,9 +9,8 @@ import numpy as np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.guard import checked_sequence, require_finite
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
+from qwen3np.guard import checked_sequence, forward, require_finite
+from qwen3np.numerics import Array, named
 from qwen3np.sampling import log_probabilities
 from qwen3np.weights import Weights
 
@@ -51,7 +50,7 @@ def score(
             f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
         )
 
-    cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
+    cache = KVCache.allocate(config, 1, min(window, len(ids)), named(numerics).storage)
     result = np.empty(len(ids) - 1)
     scored, start = 1, 0  # tokens before `scored` have their log-probability, or are the first
     while scored < len(ids):

@@ -74,7 +74,7 @@ GROUPS = [
         },
     ),
     (
-        "ops/fast/linear.py",
+        "ops/fast/products.py",
         "linear golden",
         {
             "bias left out of one row": ("if bias is not None:", "if bias is not None and len(rows) > 1:"),

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
-from qwen3np.numerics import BFLOAT16, precision
+from qwen3np.numerics import BFLOAT16, named
 from qwen3np.porting import diagnose, record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
 from qwen3np.porting.points import STEPS, Rerun
@@ -160,7 +160,7 @@ def test_mask_bugs_keep_the_window(config):
     golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT))
     steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(STEPS)
     name = "model.layers.1.self_attn.scores"
-    rerun = Rerun(weights, config, precision("float32"), golden.passes, golden.points, steps)
+    rerun = Rerun(weights, config, named("float32"), golden.passes, golden.points, steps)
     seen = np.isfinite(rerun.step(name)[0, 0])
     i, j = np.indices(seen.shape)
     np.testing.assert_array_equal(seen, j > i - 6)

@@ -14,7 +14,7 @@ from qwen3np.config import Config
 from qwen3np.errors import ConfigError
 from qwen3np.generate import stop_at
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
-from qwen3np.numerics import PRECISIONS
+from qwen3np.numerics import NUMERICS
 from qwen3np.tokenizer import Tokenizer
 
 
@@ -60,7 +60,7 @@ def named(arguments: argparse.Namespace) -> str | None:
 def add_computation(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how to compute."""
     group = parser.add_argument_group("computation")
-    group.add_argument("--numerics", choices=tuple(PRECISIONS), default="float32", help="the precision (float32)")
+    group.add_argument("--numerics", choices=tuple(NUMERICS), default="float32", help="the precision (float32)")
     group.add_argument(
         "--weights-dtype",
         choices=("auto", "bfloat16", "float32"),

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import BFLOAT16, FLOAT64, Array, position_axis, precision
+from qwen3np.guard import position_axis
+from qwen3np.numerics import BFLOAT16, FLOAT64, Array, named
 from qwen3np.porting.dumps import LANES, LAST, UNMASKED, namer, recognise
 from qwen3np.porting.points import CHOICE, STEPS, Rerun, input_name, point_names, point_shape, split_layer, split_pass
 from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.rope import rotary_tables, rotate
+from qwen3np.qwen3 import rotate
+from qwen3np.rope import rotary_tables
 
 # How many times the noise floor is still rounding: another order of summation, or another place to round.
 MARGIN = 4.0
@@ -163,7 +165,7 @@ def reroute(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -
     if not any(name in given for name in _other_choices(golden, aligned.found)):
         return aligned
     chosen: dict[str, Array] = {}
-    run = Rerun(weights, golden.config, precision(golden.numerics), golden.passes, chosen)
+    run = Rerun(weights, golden.config, named(golden.numerics), golden.passes, chosen)
     found = dict(aligned.found)
     for prefix, _, _ in golden.passes:
         for name in (prefix + point for point in point_names(golden.config)):
@@ -347,7 +349,7 @@ def tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
 def _added(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
     """Return per point the distance from the reference step on the port's inputs, and what rounding makes of it."""
     found, port, given = aligned.found, aligned.precision, aligned.given
-    runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, precision(port))]
+    runs = [Rerun(weights, golden.config, n, golden.passes, given) for n in (FLOAT64, named(port))]
     added: dict[str, tuple[float, float]] = {}
     floors: dict[str, float] = {}  # of a point in any pass so far
     for prefix, _, _ in golden.passes:

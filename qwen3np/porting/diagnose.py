@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.numerics import FLOAT64, Array, position_axis
-from qwen3np.numerics import precision as numerics_of
+from qwen3np.guard import position_axis
+from qwen3np.numerics import FLOAT64, Array
+from qwen3np.numerics import named as numerics_of
 from qwen3np.porting.catalogue import BUGS, Bug
 from qwen3np.porting.compare import (
     MARGIN,

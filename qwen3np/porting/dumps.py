@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.files.limits import parse_json, readable
-from qwen3np.numerics import BFLOAT16, Array, position_axis
+from qwen3np.guard import position_axis
+from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.porting.points import CHOICE, STEPS, split_layer
 from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
 

@@ -17,9 +17,8 @@ import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.files.writing import written_aside
-from qwen3np.guard import checked_ids, require_finite, require_finite_point
-from qwen3np.model import forward
-from qwen3np.numerics import FLOAT64, Array, position_axis, precision
+from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
+from qwen3np.numerics import FLOAT64, Array, named
 from qwen3np.porting.points import point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
@@ -95,7 +94,7 @@ class Recording:
             floors = {
                 p: {name: (float(a), float(b)) for name, (a, b) in of.items()} for p, of in about["floors"].items()
             }
-            ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], precision(about["numerics"]).name
+            ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], named(about["numerics"]).name
             if type(steps) is not int or steps not in range(ids.shape[1]):
                 raise ValueError(f"steps={steps}")
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
@@ -186,7 +185,7 @@ def trace(
     Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
     """
     prompt = checked_ids(ids, config)
-    n = precision(numerics)
+    n = named(numerics)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
     later = prompt[:, :0] if fed is None else checked_ids(fed, config, "fed")

@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.guard import checked_sequence, require_finite
-from qwen3np.model import forward
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import Array, precision
-from qwen3np.ops.fast.linear import linear
+from qwen3np.guard import checked_sequence, forward, require_finite
+from qwen3np.numerics import Array, named
+from qwen3np.qwen3 import rms_norm
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -89,7 +87,7 @@ def observe(
 
     Raises ValueError as forward does, and for more than MAX_TOKENS ids; NonFiniteError as generate.
     """
-    ids, n = checked_sequence(input_ids, config), precision(numerics)
+    ids, n = checked_sequence(input_ids, config), named(numerics)
     if len(ids) > MAX_TOKENS:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, and a view shows at most {MAX_TOKENS}: what heads attend to grows with "
@@ -123,7 +121,7 @@ def observe(
         if x is states[-1]:
             early = logits
         else:
-            early = linear(rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n), head, None, n)[0]
+            early = n.ops.head(rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n), head, n)[0]
         best = _largest(early, GUESSES)
         guesses.append(best)
         probabilities.append(np.exp(np.take_along_axis(log_probabilities(early), best, axis=-1)))

@@ -109,7 +109,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             other.result()
 
 
-def in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
+def rowwise(f: Callable[..., Array], *arrays: Array) -> Array:
     """Return f(*arrays), computed block by block along the last axis but one, in the cache and over the threads.
 
     For an f that treats every row by itself. The result has shape and dtype of the first array; the others have as

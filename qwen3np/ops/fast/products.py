@@ -13,8 +13,9 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
+from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
+from qwen3np.qwen3 import Scope
 
 # Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
 # which costs more than these rows do.
@@ -28,29 +29,36 @@ TILE_ROWS, TILE_OUTPUTS = 512, 256
 BLOCK_ELEMENTS = 1 << 20
 
 
-def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = FLOAT32) -> Array:
-    """Return R(x Wᵀ + b), accumulated in float32 (float64). x (..., in), w (out, in), bias (out,) -> (..., out).
+def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool = False) -> list[Array]:
+    """Return R(x Wᵀ + b) for each name, as the points of these names. x (..., in), W (out, in) -> (..., out)."""
+    ys = products(x, [(m[f"{name}.weight"], m[f"{name}.bias"] if bias else None) for name in names], num)
+    return [m.out(name, y) for name, y in zip(names, ys, strict=True)]
 
-    The layout of torch.nn.Linear: a row of W for each output. W is used where it lies, mapped or in memory.
+
+def head(x: Array, w: Array, num: Numerics) -> Array:
+    """Return R(x wᵀ). x (..., D), w (V, D) -> (..., V)."""
+    with blas_threads(threads_for(w.size) if x.size == x.shape[-1] else 1):
+        return products(x, [(w, None)], num)[0]
+
+
+def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numerics) -> list[Array]:
+    """Return R(x Wᵀ + b) for each (W, b), accumulated in num.dtype. They start together, which saves waiting.
+
+    x (..., in), W (out, in) as in torch.nn.Linear, used where it lies, mapped or in memory; b (out,) or None.
     """
-    return linears(x, [(w, bias)], numerics)[0]
-
-
-def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Numerics = FLOAT32) -> list[Array]:
-    """Return linear(x, w, bias) for each (w, bias): they start together, which saves waiting between them."""
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
     ws = [w for w, _ in layers]
     threads = threads_for(sum([w.size for w in ws]))
     whole = len(rows) == 1 and (threads == 1 or blas_limit() != 1) and cuts_keep_bits()
-    if whole and all(is_ready(w, numerics) for w in ws):
+    if whole and all(is_ready(w, num) for w in ws):
         ys = _dot_products(rows[0], ws, threads)
     else:
-        ys = _share_products(rows, ws, numerics)
+        ys = _share_products(rows, ws, num)
     found: list[Array] = []
     for y, (w, bias) in zip(ys, layers, strict=True):
         if bias is not None:
-            y += numerics.widen(bias)
-        found.append(numerics.round(y).reshape(*x.shape[:-1], len(w)))
+            y += num.widen(bias)
+        found.append(num.round(y).reshape(*x.shape[:-1], len(w)))
     return found
 
 
