@@ -96,7 +96,9 @@ def test_products_next_to_the_middle_between_two_numbers(seed, k):
     same(product(x[None], w[None])[0, 0], nearest(exact_sum))
 
 
-@given(st.integers(1, 12).flatmap(lambda k: st.lists(st.lists(NUMBERS, min_size=k, max_size=k), min_size=2, max_size=6)))
+@given(
+    st.integers(1, 12).flatmap(lambda k: st.lists(st.lists(NUMBERS, min_size=k, max_size=k), min_size=2, max_size=6))
+)
 @example([[1.0, 2.0**-24], [1.0, 1.0]])
 @example([[1.0, 2.0**-24, 2.0**-149], [1.0, 1.0, -(2.0**-149)]])
 @example([[2.0**127, 2.0**127], [2.0, -2.0]])
@@ -195,12 +197,17 @@ def test_what_is_not_finite():
         [1, 1, -inf, 0],
     ]
     same(product(x, w), truth)
-    same(exact.total(np.array([[inf, -inf], [inf, 1], [nan, 0], [-inf, big]], np.float32)), [[nan], [inf], [nan], [-inf]])
+    same(
+        exact.total(np.array([[inf, -inf], [inf, 1], [nan, 0], [-inf, big]], np.float32)), [[nan], [inf], [nan], [-inf]]
+    )
     same(exact.mean_square(np.array([[inf, 1], [nan, 1], [big, 0]], np.float32)), [[inf], [nan], [inf]])
     same(elementary.exp(np.array([inf, -inf, nan, -0.0], np.float32)), [inf, 0, nan, 1])
     for f in (exact.cos, exact.sin):
         same(f(np.array([inf, -inf, nan], np.float32)), [nan, nan, nan])
-    same(exact.softmax(np.array([[-inf, 0, -inf], [-inf] * 3, [0, nan, 1]], np.float32)), [[0, 1, 0], [nan] * 3, [nan] * 3])
+    same(
+        exact.softmax(np.array([[-inf, 0, -inf], [-inf] * 3, [0, nan, 1]], np.float32)),
+        [[0, 1, 0], [nan] * 3, [nan] * 3],
+    )
     same(exact.silu(np.array([-big, big, -0.0, nan], np.float32)), [-0.0, big, -0.0, nan])
 
 
@@ -277,13 +284,15 @@ def decimal_sine(x: Decimal, quarters: int = 0) -> Decimal:
 @given(SEEDS)
 def test_cos_and_sin(seed):
     rng = np.random.default_rng(seed)
-    x = np.concatenate([
-        np.float32(rng.integers(0, 262144, 8)) * (1 / np.float32(1e6) ** np.float32(rng.uniform(0, 1, 8))),
-        rng.uniform(-262144, 262144, 8),
-        rng.choice([-1, 1], 8) * 2.0 ** rng.uniform(-149, 30, 8),
-        float(PI) / 2 * rng.integers(0, 1 << 17, 8),  # next to zeros
-        [0.0, -0.0],
-    ]).astype(np.float32)
+    x = np.concatenate(
+        [
+            np.float32(rng.integers(0, 262144, 8)) * (1 / np.float32(1e6) ** np.float32(rng.uniform(0, 1, 8))),
+            rng.uniform(-262144, 262144, 8),
+            rng.choice([-1, 1], 8) * 2.0 ** rng.uniform(-149, 30, 8),
+            float(PI) / 2 * rng.integers(0, 1 << 17, 8),  # next to zeros
+            [0.0, -0.0],
+        ]
+    ).astype(np.float32)
     same(exact.sin(x), in_digits(decimal_sine, x))
     same(exact.cos(x), in_digits(partial(decimal_sine, quarters=1), x))
     with localcontext(Context(prec=40)):

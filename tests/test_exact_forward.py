@@ -73,7 +73,9 @@ def test_how_weights_are_stored_and_keys_kept_changes_no_bit(seed, numerics):
         same(forward(others, config, ids, numerics=numerics, engine="exact"), truth)
     if numerics != "float32":
         cache = KVCache.allocate(config, 2, 40, BFLOAT16)
-        parts = [forward(stored, config, ids[:, a : a + 7], cache, numerics=numerics, engine="exact") for a in (0, 7, 14)]
+        parts = [
+            forward(stored, config, ids[:, a : a + 7], cache, numerics=numerics, engine="exact") for a in (0, 7, 14)
+        ]
         same(np.concatenate(parts, axis=1), truth)
 
 
@@ -145,7 +147,10 @@ def test_a_hidden_value_that_is_not_finite_changes_nothing():
     v2[0, 0, 3, 1] = np.inf
     dirty = exact.attend(q, k, v2, None, Scope({}), num)
     assert np.isposinf(dirty[0, 3:, [1, 9]]).all()
-    same(np.delete(dirty, [1, 9], axis=-1), np.delete(clean := exact.attend(q, k, v, None, Scope({}), num), [1, 9], axis=-1))
+    same(
+        np.delete(dirty, [1, 9], axis=-1),
+        np.delete(clean := exact.attend(q, k, v, None, Scope({}), num), [1, 9], axis=-1),
+    )
     same(dirty[:, :3], clean[:, :3])
 
 
@@ -161,7 +166,9 @@ def test_float16_weights_are_taken_as_they_are():
 def test_products_see_the_few_open_elements_only(monkeypatch):
     """Most elements are settled in float64: the others cost a hundred times as much."""
     asked, rng = [], np.random.default_rng(0)
-    monkeypatch.setattr(sums, "nearest_sums", lambda terms: asked.append(len(terms)) or np.zeros(len(terms), np.float32))
+    monkeypatch.setattr(
+        sums, "nearest_sums", lambda terms: asked.append(len(terms)) or np.zeros(len(terms), np.float32)
+    )
     x, w = rng.standard_normal((200, 512)), rng.standard_normal((300, 512))
     sums.product(x.astype(np.float32).astype(np.float64), w.astype(np.float32).astype(np.float64))
     assert sum(asked) < 0.001 * 200 * 300

@@ -17,7 +17,7 @@ from functools import cache, partial
 import numpy as np
 
 from qwen3np.numerics import Array
-from qwen3np.ops.exact.rounding import float32, nearest, nearest_pairs, two_product, two_sum
+from qwen3np.ops.exact.rounding import float32, nearest, nearest_pairs, quiet, two_product, two_sum
 
 # Beyond these exp is 0 or infinite in float32, and the tables end.
 LOWEST, HIGHEST, STEPS = -104, 89, 256
@@ -36,25 +36,22 @@ def exp(x: Array) -> Array:
     ones, the others being scaled by |r|: in all less than 2^-51.8 + 7 u < 2^-49 of the result, with u (|s| + bound).
     """
     hi, _ = _exp_table()
-    x = np.clip(x, np.float32(LOWEST), np.float32(HIGHEST))
-    k = np.rint(x * np.float32(STEPS))
-    r = np.subtract(x, k * np.float32(1 / STEPS), dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # a NaN's k; its r stays NaN
-        t = hi.take(k.astype(np.intp) - LOWEST * STEPS, mode="clip")
-    s = r * (1 / 24)
-    s += 1 / 6
-    s *= r
-    s += 1 / 2
-    s *= r
-    s += 1
-    s *= r
-    s *= t
-    s += t
-
-    def finish(at: tuple[Array, ...]) -> Array:
-        return _exp_again(x[at])
-
-    return nearest(s, s * 2.0**-49, finish)
+    with quiet():
+        x = np.clip(x, np.float32(LOWEST), np.float32(HIGHEST))
+        k = np.rint(x * np.float32(STEPS))
+        r = (x - k * np.float32(1 / STEPS)).astype(np.float64)
+        k -= np.float32(LOWEST * STEPS)
+        t = hi.take(k.astype(np.intp), mode="clip")  # for a NaN any entry: r is NaN
+        s = r * (1 / 24)
+        s += 1 / 6
+        s *= r
+        s += 1 / 2
+        s *= r
+        s += 1
+        s *= r
+        s *= t
+        s += t
+        return nearest(s, s * 2.0**-49, lambda at: _exp_again(x[at]))
 
 
 def _exp_again(x: Array) -> Array:
@@ -144,7 +141,8 @@ def _sine(x: Array, quarters: int) -> Array:
         return np.array(found, np.float32)
 
     bound = 2.0**-50 * np.abs(s) + (n != 0) * 2.0**-94
-    return nearest(s, np.where(small, bound, np.nan), finish)
+    with quiet():
+        return nearest(s, np.where(small, bound, np.nan), finish)
 
 
 def power(base: float | np.float32, exponents: Array) -> Array:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.exact.elementary import exp
+from qwen3np.ops.exact.rounding import quiet
 from qwen3np.ops.exact.sums import product, sum_of_positive
 from qwen3np.ops.fast.threads import num_threads, share
 from qwen3np.qwen3 import Scope
 
-# Rows of x and elements of W in one product.
-TILE_ROWS, BLOCK_ELEMENTS = 512, 1 << 18
+# Rows of x in one product, and elements of W: for few rows they are applied while they are in the cache.
+TILE_ROWS, BLOCK_ELEMENTS, FEW_ROWS, FEW_ELEMENTS = 512, 1 << 19, 16, 1 << 17
 # Scores in one block: they stay in the cache.
 BLOCK_SCORES = 1 << 17
 
 
 def softmax(x: Array) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis; -inf gives exactly 0, a NaN in a row makes all of it NaN."""
-    with np.errstate(invalid="ignore"):
+    with quiet():
         e = exp(x - np.max(x, axis=-1, keepdims=True))
         e /= sum_of_positive(e)
     return e
@@ -29,7 +30,7 @@ def softmax(x: Array) -> Array:
 
 def silu(x: Array) -> Array:
     """Return x / (1 + exp(-x)), elementwise."""
-    with np.errstate(invalid="ignore"):
+    with quiet():
         e = exp(-x)
         e += 1
         return np.divide(x, e, out=e)
@@ -37,7 +38,7 @@ def silu(x: Array) -> Array:
 
 def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool = False) -> list[Array]:
     """Return R(x Wᵀ + b) for each name, as the points of these names. x (..., in), W (out, in) -> (..., out)."""
-    ys = _products(x, [m[f"{name}.weight"] for name in names], num, None if bias else num.round)
+    ys = _products(x, [m[f"{name}.weight"] for name in names], num, bias)
     if bias:
         ys = [num.round(y + num.widen(m[f"{name}.bias"])) for name, y in zip(names, ys, strict=True)]
     return [m.out(name, y) for name, y in zip(names, ys, strict=True)]
@@ -45,18 +46,17 @@ def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool =
 
 def head(x: Array, w: Array, num: Numerics) -> Array:
     """Return R(x wᵀ). x (..., D), w (V, D) -> (..., V)."""
-    return _products(x, [w], num, num.round)[0]
+    return _products(x, [w], num)[0]
 
 
-def _products(
-    x: Array, ws: Sequence[Array], num: Numerics, then: Callable[[Array], Array] | None
-) -> list[Array]:
-    """Return x wᵀ for each w (out, in), rounded by `then`, in blocks that are widened to float64, over the threads."""
+def _products(x: Array, ws: Sequence[Array], num: Numerics, more: bool = False) -> list[Array]:
+    """Return R(x wᵀ) for each w (out, in), or x wᵀ if there is more to add: in blocks, over the threads."""
+    then = num.round if num.rounds and not more else None
     rows = x.reshape(-1, x.shape[-1])
     ys = [np.empty((len(rows), len(w)), np.float32) for w in ws]
     tiles = [(a, rows[a : a + TILE_ROWS]) for a in range(0, len(rows), TILE_ROWS)]
     few = rows.astype(np.float64) if len(tiles) == 1 else None
-    step = max(BLOCK_ELEMENTS // x.shape[-1], 1)
+    step = max((FEW_ELEMENTS if len(rows) <= FEW_ROWS else BLOCK_ELEMENTS) // x.shape[-1], 1)
 
     def apply(part: tuple[int, int, tuple[int, Array]]) -> None:
         n, b, (a, tile) = part
@@ -165,7 +165,7 @@ def _mixed(probs: Array, v: Array, num: Numerics) -> Array:
     columns = np.swapaxes(np.where(finite, v, 0).astype(np.float64), 1, 2)
     mixed = product(p.astype(np.float64), columns, num.round)
     if not finite.all():
-        with np.errstate(invalid="ignore"):
+        with quiet():
             terms = np.where(p[..., None] == 0, 0, p[..., None] * np.where(finite, 0, v)[:, None])  # (h, G S, T, Dh)
             infinite = terms.sum(axis=2)
         mixed = np.where(infinite == 0, mixed, infinite)

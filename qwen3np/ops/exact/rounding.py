@@ -32,6 +32,11 @@ SLACK = 1.0001
 TOGETHER = 1 << 16
 
 
+def quiet() -> np.errstate:
+    """Return a context in which NumPy does not warn of results that are infinite or NaN: they are results here."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def nearest(
     s: Array,
     bound: Array,
@@ -43,17 +48,17 @@ def nearest(
 
     bound (broadcasts to s) is at least the error of s plus u (|s| + bound): then the exact value lies between the
     computed s - bound and s + bound, and if both round to the same number, so does it, since rounding is monotonic.
-    finish(indices) -> (n,) float32 is asked for the others, and for what is not finite. `then` (to bfloat16) is
-    monotonic, too: with it, hardly any element is left open, not even ties in float32.
+    finish(indices) -> (n,) float32 is asked for the others, and for what is not finite: call it under `quiet`. `then` (to
+    bfloat16) is monotonic, too: with it, hardly any element is left open, not even ties in float32.
     """
     y, upper = np.empty(s.shape, np.float32) if out is None else out, np.empty(s.shape, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.subtract(s, bound, out=y)
-        np.add(s, bound, out=upper)
+    np.subtract(s, bound, out=y)
+    np.add(s, bound, out=upper)
     if then:
         y[...], upper = then(y), then(upper)
-    if not np.array_equal(y, upper):
-        still_open = np.nonzero(y != upper)
+    differs = y != upper
+    if differs.any():
+        still_open = differs.nonzero()
         found = finish(still_open)
         y[still_open] = then(found) if then else found
     y += 0  # -0 becomes +0
@@ -70,20 +75,19 @@ def nearest_sums(terms: Array, count: int = 1) -> Array:
     sum (Jeannerod and Rump, 2013, https://doi.org/10.1137/120894488), about 2^-85 of the largest term.
     """
     k = terms.shape[1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        largest = np.abs(terms).max(axis=1, initial=0)
-        sigma = np.ldexp(1.0, np.frexp(largest)[1] + (k + 1).bit_length())[:, None]
-        high = terms + sigma
-        high -= sigma
-        low = terms - high
-        hi, lo = two_sum(high.sum(axis=1), low.sum(axis=1))
-        bound = (k + 2) * U * SLACK * np.abs(low).sum(axis=1)  # |lo| <= sum |low|: with lo's own rounding
-        if count > 1:
-            hi, lo, bound = _divide(hi, lo, bound, count)
-        y, still_open = nearest_pairs(hi, lo, bound)
-        finite = np.isfinite(largest)
-        if not finite.all():  # infinite or NaN in any order: no sum of float32 products overflows float64
-            y[~finite] = np.where(np.isnan(terms[~finite].sum(axis=1)), np.nan, terms[~finite].sum(axis=1))
+    largest = np.abs(terms).max(axis=1, initial=0)
+    sigma = np.ldexp(1.0, np.frexp(largest)[1] + (k + 1).bit_length())[:, None]
+    high = terms + sigma
+    high -= sigma
+    low = terms - high
+    hi, lo = two_sum(high.sum(axis=1), low.sum(axis=1))
+    bound = (k + 2) * U * SLACK * np.abs(low).sum(axis=1)  # |lo| <= sum |low|: with lo's own rounding
+    if count > 1:
+        hi, lo, bound = _divide(hi, lo, bound, count)
+    y, still_open = nearest_pairs(hi, lo, bound)
+    finite = np.isfinite(largest)
+    if not finite.all():  # infinite or NaN in any order: no sum of float32 products overflows float64
+        y[~finite] = np.where(np.isnan(terms[~finite].sum(axis=1)), np.nan, terms[~finite].sum(axis=1))
     for n in np.flatnonzero(still_open & finite).tolist():
         whole = sum(int(math.ldexp(term, 298)) for term in terms[n].tolist())  # terms are multiples of 2^-298
         y[n] = float32(Fraction(whole, count << 298))
@@ -98,8 +102,7 @@ def nearest_pairs(hi: Array, lo: Array, bound: Array) -> tuple[Array, Array]:
     rounding, to float32, then gives what a single one would (Boldo and Melquiond, 2008,
     https://doi.org/10.1109/TC.2007.70819). That needs hi + lo +- bound to lie next to hi.
     """
-    with np.errstate(over="ignore"):
-        y, upper = (_to_odd(hi, t).astype(np.float32) for t in (lo - bound, lo + bound))
+    y, upper = (_to_odd(hi, t).astype(np.float32) for t in (lo - bound, lo + bound))
     return y, (y != upper) | ~(bound <= U / 4 * np.abs(hi))
 
 
@@ -145,7 +148,7 @@ def float32(value: Fraction) -> np.float32:
     rest = value - Fraction(f)
     if rest and not np.float64(f).view(np.int64) & 1:
         f = math.nextafter(f, math.inf if rest > 0 else -math.inf)
-    with np.errstate(over="ignore"):
+    with quiet():
         return np.float32(f)
 
 

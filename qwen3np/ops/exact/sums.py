@@ -13,33 +13,31 @@ from collections.abc import Callable
 import numpy as np
 
 from qwen3np.numerics import Array
-from qwen3np.ops.exact.rounding import SLACK, TOGETHER, U, nearest, nearest_sums
+from qwen3np.ops.exact.rounding import SLACK, TOGETHER, U, nearest, nearest_sums, quiet
 
 
-def product(
-    x: Array, w: Array, then: Callable[[Array], Array] | None = None, out: Array | None = None
-) -> Array:
+def product(x: Array, w: Array, then: Callable[[Array], Array] | None = None, out: Array | None = None) -> Array:
     """Return x wᵀ, rounded further by `then`. x (..., N, K), w (..., M, K), float64 -> (..., N, M) float32.
 
     x and w hold float32 numbers.
     """
     k = x.shape[-1]
-    with np.errstate(invalid="ignore"):
-        s = np.matmul(x, np.swapaxes(w, -1, -2))
-        # K u |x| |w| is the error and u |s|; two more for u times the bound
-        bound = (k + 2) * U * SLACK * norms(x)[..., :, None] * norms(w)[..., None, :]
 
     def finish(at: tuple[Array, ...]) -> Array:
         *batch, i, j = at
         step = max(TOGETHER // k, 1)
-        pieces = [slice(a, a + step) for a in range(0, len(i), step)]
-        rows, columns = (*batch, i), (*batch, j)
-        with np.errstate(invalid="ignore"):
-            return np.concatenate(
-                [nearest_sums(x[tuple(n[p] for n in rows)] * w[tuple(n[p] for n in columns)]) for p in pieces]
-            )
+        found = np.empty(len(i), np.float32)
+        for a in range(0, len(i), step):
+            now = slice(a, a + step)
+            rows, columns = ((*(n[now] for n in batch), last[now]) for last in (i, j))
+            found[now] = nearest_sums(x[rows] * w[columns])
+        return found
 
-    return nearest(s, bound, finish, then, out)
+    with quiet():
+        s = np.matmul(x, np.swapaxes(w, -1, -2))
+        # K u |x| |w| is the error and u |s|; two more for u times the bound
+        bound = ((k + 2) * U * SLACK * norms(x))[..., :, None] * norms(w)[..., None, :]
+        return nearest(s, bound, finish, then, out)
 
 
 def norms(x: Array) -> Array:
@@ -69,14 +67,14 @@ def _row_sums(terms: Array, absolute: Array | None, count: int) -> Array:
     """Return the sum of each row divided by count. terms (..., N) -> (..., 1); absolute: the sum of |terms|, if known."""
     shape, n = (*terms.shape[:-1], 1), terms.shape[-1]
     terms = terms.reshape(-1, n)
-    with np.errstate(invalid="ignore"):
-        s = terms.sum(axis=1, dtype=np.float64)
-    if count > 1:
-        s /= count
-    # N u of the sum of |terms| is the error and u |s|; one more for the division, two for u times the bound
-    bound = (n + 3) * U * SLACK / count * (s * count if absolute is None else absolute)
 
     def finish(at: tuple[Array, ...]) -> Array:
         return nearest_sums(terms[at].astype(np.float64), count)
 
-    return nearest(s, bound, finish).reshape(shape)
+    with quiet():
+        s = terms.sum(axis=1, dtype=np.float64)
+        if count > 1:
+            s /= count
+        # N u of the sum of |terms| is the error and u |s|; one more for the division, two for u times the bound
+        bound = (n + 3) * U * SLACK / count * (s * count if absolute is None else absolute)
+        return nearest(s, bound, finish).reshape(shape)
