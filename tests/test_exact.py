@@ -259,7 +259,9 @@ def test_exp(seed):
     x = np.concatenate([rng.uniform(-105, 90, 60), rng.choice([-1, 1], 40) * 2.0 ** rng.uniform(-30, 6, 40)])
     x = x.astype(np.float32)
     same(elementary.exp(x), in_digits(Decimal.exp, x))
-    same(elementary._exp_again(np.clip(x, -104, 89)), in_digits(Decimal.exp, np.clip(x, -104, 89)))
+    x = np.clip(x, -104, 89)
+    with rounding.quiet():
+        same(elementary._exp_again(x), in_digits(Decimal.exp, x))
 
 
 def test_exp_next_to_ties():

@@ -1,6 +1,8 @@
-"""The exact engine's forward: the same bits however a prompt is cut, batched, stored, watched or shared among threads."""
+"""The exact engine's forward: the same bits however a prompt is cut, batched, stored, watched or shared by threads."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +45,7 @@ def test_cuts_batches_and_prefixes_have_the_same_bits(seed, numerics):
     for sizes in ([1] * 21, [9, 9, 3], [int(rng.integers(1, 20))]):
         cache = KVCache.allocate(config, 2, 40)
         edges = np.minimum(np.cumsum([0, *sizes, 21]), 21)
-        parts = [run(ids[:, a:b], cache) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
+        parts = [run(ids[:, a:b], cache) for a, b in pairwise(edges) if a < b]
         same(np.concatenate(parts, axis=1), whole)
 
 

@@ -1,4 +1,12 @@
-"""The exact engine: each operation's result is the float32 nearest to the exact one, so every machine has the same bits."""
+"""The exact engine: each operation's result is the float32 nearest to the exact one.
+
+So results have the same bits on every machine, with every BLAS, number of threads, batch, chunk size and cache.
+
+    rounding.py      the nearest float32, from a bound on the error: float64, then two terms, then whole numbers
+    sums.py          products, sums, means of squares
+    elementary.py    exp, cos, sin, powers
+    layers.py        the seam: softmax, silu, linear, head, attend
+"""
 
 from __future__ import annotations
 

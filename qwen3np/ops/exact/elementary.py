@@ -1,9 +1,9 @@
-"""exp, cos, sin and powers, correctly rounded to float32: from +, -, *, / and tables made here, with no libm.
+"""exp, cos, sin and powers, correctly rounded to float32: from +, -, *, / and tables made here, without a libm.
 
-Open elements of exp, which comes in millions, are approximated again in two-term arithmetic. cos and sin leave one of
-thirty million open, and powers are few: those go to `decimal` at once, with ever more digits. None of them is a tie:
-exp, cos and sin of a rational number other than 0 are transcendental (Lindemann), and a power with an exponent in
-[0, 1) that has 25 bits has fewer (see `power`).
+exp is needed millions of times: its open elements are approximated again in two-term arithmetic. cos and sin leave one
+element in ten million open, and powers are few: `decimal` settles those, with as many digits as it takes. It does take
+a finite number, since no result is a tie: exp, cos and sin of a rational number other than 0 are transcendental
+(Lindemann, 1882), and for powers see `power`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from qwen3np.numerics import Array
 from qwen3np.ops.exact.rounding import float32, nearest, nearest_pairs, quiet, two_product, two_sum
 
-# Beyond these exp is 0 or infinite in float32, and the tables end.
+# Below the one and above the other, exp is 0 or infinite in float32; the table has so many steps for each unit between.
 LOWEST, HIGHEST, STEPS = -104, 89, 256
-# The first bits of pi / 2, and the following ones: two parts of 33 bits, whose products with 20 bits are exact, and a rest.
+# pi / 2 in three parts: two of 33 bits, whose products with whole numbers below 2^20 are exact, and the rest, rounded.
 HALF_PI = (float.fromhex("0x1.921fb544p+0"), float.fromhex("0x1.0b4611a6p-34"), float.fromhex("0x1.3198a2e037073p-69"))
-# |angles| up to which that is enough.
+# The largest |angle| for which that is enough.
 LARGEST_ANGLE = 2.0**20
 
 
 def exp(x: Array) -> Array:
-    """Return e^x, elementwise. float32 -> float32; exp(-inf) = 0, exp(inf) = inf.
+    """Return the exponential, elementwise. float32 -> float32; 0 for -inf, inf for inf.
 
-    x = k / 256 + r with a whole k and |r| <= 2^-9: both are exact in float32, r because it is a multiple of x's last
-    bit (or x itself). e^x = t (1 + r + r²/2 + r³/6 + r⁴/24) with t = e^(k/256) from a table. The series leaves out less than
-    1.01 |r|⁵ / 120 <= 2^-51.8; t, rounded, is off by u, and so are at most five of the further roundings, the last
-    ones, the others being scaled by |r|: in all less than 2^-51.8 + 7 u < 2^-49 of the result, with u (|s| + bound).
+    x = k / 256 + r with a whole k and |r| <= 2^-9. Both are exact in float32: r is x itself or a multiple of the last
+    bit of x. With t = e^(k/256) from a table, e^x = t (1 + r + r²/2 + r³/6 + r⁴/24 + ...). What is left out is below
+    1.01 |r|⁵ / 120 < 2^-51.8. The rounding of t and the last addition contribute u each, all other roundings, which
+    are scaled by |r|, 0.1 u. So the relative error is below 2^-51.8 + 2.1 u < 4.5 u, and 2^-50 = 8 u is a bound.
     """
     hi, _ = _exp_table()
     with quiet():
@@ -41,7 +41,7 @@ def exp(x: Array) -> Array:
         k = np.rint(x * np.float32(STEPS))
         r = (x - k * np.float32(1 / STEPS)).astype(np.float64)
         k -= np.float32(LOWEST * STEPS)
-        t = hi.take(k.astype(np.intp), mode="clip")  # for a NaN any entry: r is NaN
+        t = hi.take(k.astype(np.intp), mode="clip")  # for a NaN any entry will do: r is NaN
         s = r * (1 / 24)
         s += 1 / 6
         s *= r
@@ -51,15 +51,16 @@ def exp(x: Array) -> Array:
         s *= r
         s *= t
         s += t
-        return nearest(s, s * 2.0**-49, lambda at: _exp_again(x[at]))
+        return nearest(s, s * 2.0**-50, lambda at: _exp_again(x[at]))
 
 
 def _exp_again(x: Array) -> Array:
-    """Return e^x for x (n,) within the table's range, or NaN, from two-term arithmetic.
+    """Return the exponential of x (n,), numbers within the table's range or NaN, by two-term arithmetic.
 
-    r has at most 24 bits, so r² is exact, and so is 1 + r + r²/2 as an unevaluated sum of two float64 numbers and a
-    small one. The series from r³/6 on, up to r⁸/8!, is off by less than 4 u r³/6 + r⁹/9! < 2^-80. With the table's two
-    terms, off by 2^-103, and products whose smallest parts are rounded, the result is off by less than 2^-79.
+    r has at most 24 bits, so r²/2 is exact, and 1 + r + r²/2 is the sum of three float64 numbers a + b + c, a the
+    largest. The series from r³/6 to r⁸/8! is off by less than 4 u r³ / 6 + r⁹ / 9! < 2^-80. It is below 2^-29, as is all
+    that is added to it, so each of the roundings after that, four at most, contributes less than 2^-81.5. The table's
+    two terms are off by 2^-103. So the relative error is below 2^-78.
     """
     k = np.rint(np.nan_to_num(x).astype(np.float64) * STEPS)
     r = x.astype(np.float64) - k / STEPS
@@ -73,16 +74,15 @@ def _exp_again(x: Array) -> Array:
     hi, lo = two_sum(hi, lo + (t_hi * (b + c + r * r * r * rest) + t_lo * a))
     y, still_open = nearest_pairs(hi, lo, 2.0**-77 * hi)
     for n in np.flatnonzero(still_open & ~np.isnan(x)).tolist():
-        exact = Decimal(float(x[n]))
-        y[n] = _settled(exact.exp)
+        y[n] = _settled(Decimal(float(x[n])).exp)
     return y
 
 
 @cache
 def _exp_table() -> tuple[Array, Array]:
-    """Return e^(k/256) for every k between the ends: twice (n,), float64 numbers and what they lack.
+    """Return e^(k/256) for each k of the table's range as two-term numbers: (n,) float64, and (n,) what they lack.
 
-    As products e^i e^(j/256) of two-term numbers: each factor is off by 2^-106, the products by less than 2^-103.
+    The products e^i e^(j/256): each factor is off by 2^-106, the products by less than 2^-103.
     """
 
     def pairs(arguments: list[Decimal]) -> tuple[Array, Array]:
@@ -112,12 +112,15 @@ def sin(x: Array) -> Array:
 def _sine(x: Array, quarters: int) -> Array:
     """Return sin(x + quarters pi/2).
 
-    r = x - n pi/2 with the nearest whole n, in three steps (Cody and Waite, 1980). |n| < 2^20, so n times the first two
-    parts of pi/2 is exact; x - n part_0 is exact: if n is not 0 both are multiples of 2^-33, and the difference is below 1.
-    Subtracting n part_1 leaves an error that is kept; what follows is off by less than 2^-96: the fourth part of pi/2,
-    and the rounding of n part_2 < 2^-48. So r, rounded once, is off by u |r| + 2^-95, and that is what its sine is off by,
-    its cosine by less. On |r| < 0.786 the series end with r^17/17! and r^16/16!, leave out less than 2^-58, and their
-    last three roundings count by u each, the others together by less: relative errors below 2^-50 with u (|s| + bound).
+    r = x - n pi/2, with n the nearest whole number, is computed part by part (Cody and Waite, 1980). |n| < 2^20, so n
+    times the first two parts of pi/2 is exact. x - n part_0 is exact: if n is not 0, both are multiples of 2^-32, and
+    the difference is below 1. The error of subtracting n part_1 is kept. The rest is off by less than 2^-99: the error
+    of part_2 and the roundings of n part_2 < 2^-48 and of its difference to what was kept. So r, rounded at the end, is
+    off by less than u |r| + 2^-99, and no sine or cosine by more.
+
+    The series end with r^17/17! and r^16/16!. For |r| < 0.786 what is left out is below 2^-58 of the result. The error
+    of r and the last subtraction contribute u each; the roundings of the other terms, which are below 0.42 of the
+    result, 1.3 u together. So the relative error is below 3.4 u, and 2^-50 = 8 u is a bound, with 2^-94 where n is not 0.
     """
     small = np.abs(x) <= np.float32(LARGEST_ANGLE)  # not NaN either
     angles = np.where(small, x, 0).astype(np.float64)
@@ -148,8 +151,8 @@ def _sine(x: Array, quarters: int) -> Array:
 def power(base: float | np.float32, exponents: Array) -> Array:
     """Return base^exponents, elementwise, for a float32 base above 0 and exponents in [0, 1). float32 -> float32.
 
-    No power is a tie: with e = p / 2^k in lowest terms, base^e is rational only if base = c^(2^k) for a rational c, and then
-    its odd part, a p-th power, has no more bits than base's, a 2^k-th power: at most 24, where a tie has 25.
+    No power is a tie. With e = p / 2^k in lowest terms, base^e is rational only if base = c^(2^k) with a rational c.
+    Then base^e = c^p, and p < 2^k: its odd part has no more bits than that of base, at most 24, where a tie has 25.
     """
     if not (0 < base < np.inf and np.all((exponents >= 0) & (exponents < 1))):
         raise ValueError(f"power: needs a positive base and exponents in [0, 1), got {base} and {exponents}")
@@ -164,7 +167,7 @@ def _power(base: float, exponent: float) -> np.float32:
 
 @cache
 def log(x: float) -> float:
-    """Return the natural logarithm of a positive number, the float64 nearest to it but for one case in 10^20."""
+    """Return the natural logarithm of a positive number in float64, the same on every machine."""
     with localcontext(Context(prec=40)):
         return float(Decimal(x).ln())
 
@@ -172,7 +175,7 @@ def log(x: float) -> float:
 def _decimal_sine(x: Decimal, quarters: int) -> Decimal:
     """Return sin(x + quarters pi/2) by its series, to the digits of the context. x: a float32 number."""
     with localcontext() as context:
-        context.prec += 60  # |x| < 10^39 loses 39 digits to the reduction, and comes no nearer than 10^-20 to n pi/2
+        context.prec += 60  # |x| < 10^39 loses 39 digits in the reduction, and |r| > 10^-20 another 20 at most
         half = _decimal_pi() / 2
         n = (x / half).to_integral_value()
         r, turns = x - n * half, (int(n) + quarters) & 3
@@ -194,7 +197,7 @@ def _decimal_pi() -> Decimal:
 
 
 def _settled(f: Callable[[], Decimal]) -> np.float32:
-    """Return the float32 nearest to what f returns with a relative error below 10^(9 - digits) of the decimal context."""
+    """Return the float32 nearest to what f computes in `decimal` with a relative error below 10^(9 - digits)."""
     digits = 40
     while True:
         with localcontext(Context(prec=digits)):

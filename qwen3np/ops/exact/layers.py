@@ -17,7 +17,7 @@ from qwen3np.qwen3 import Scope
 # Rows of x in one product, and elements of W: for few rows they are applied while they are in the cache.
 TILE_ROWS, BLOCK_ELEMENTS, FEW_ROWS, FEW_ELEMENTS = 512, 1 << 19, 16, 1 << 17
 # Scores in one block: they stay in the cache.
-BLOCK_SCORES = 1 << 17
+BLOCK_SCORES = 1 << 16
 
 
 def softmax(x: Array) -> Array:
@@ -141,10 +141,10 @@ def _attend(q: Array, k: Array, v: Array, window: int | None, num: Numerics) -> 
 
 
 def _scores(q: Array, k: Array, window: int | None, num: Numerics) -> Array:
-    """Return R(R(q kᵀ) / sqrt(Dh)), -inf where hidden, for the last queries. (h, G, S, Dh), (h, T, Dh) -> (h, G, S, T)."""
+    """Return R(R(q kᵀ) / sqrt(Dh)), -inf where hidden. q (h, G, S, Dh) at the last of T positions -> (h, G, S, T)."""
     heads, _, new, head_dim = q.shape
-    length = k.shape[1]
-    scores = product(q.reshape(heads, -1, head_dim).astype(np.float64), k.astype(np.float64), num.round)
+    length, then = k.shape[1], num.round if num.rounds else None
+    scores = product(q.reshape(heads, -1, head_dim).astype(np.float64), k.astype(np.float64), then)
     scores *= np.float32(head_dim**-0.5)
     scores = num.round(scores).reshape(*q.shape[:3], length)
     if new > 1 or (window is not None and length > window):
@@ -161,12 +161,14 @@ def _mixed(probs: Array, v: Array, num: Numerics) -> Array:
     there.
     """
     heads, _, _, length = probs.shape
-    p, finite = probs.reshape(heads, -1, length), np.isfinite(v)
-    columns = np.swapaxes(np.where(finite, v, 0).astype(np.float64), 1, 2)
-    mixed = product(p.astype(np.float64), columns, num.round)
-    if not finite.all():
+    p, finite = probs.reshape(heads, -1, length).astype(np.float64), np.isfinite(v)
+    then = num.round if num.rounds else None
+    if finite.all():
+        mixed = product(p, np.swapaxes(v.astype(np.float64), 1, 2), then)
+    else:
+        mixed = product(p, np.swapaxes(np.where(finite, v, 0).astype(np.float64), 1, 2), then)
         with quiet():
             terms = np.where(p[..., None] == 0, 0, p[..., None] * np.where(finite, 0, v)[:, None])  # (h, G S, T, Dh)
             infinite = terms.sum(axis=2)
-        mixed = np.where(infinite == 0, mixed, infinite)
+        mixed = np.where(infinite == 0, mixed, infinite).astype(np.float32)
     return mixed.reshape(*probs.shape[:3], -1)

@@ -1,9 +1,9 @@
 """Products, sums and means, correctly rounded to float32.
 
 A product of two float32 numbers has at most 48 bits and is exact in float64, so a dot product in float64 rounds only
-where it adds (with fused multiply-add, too). K terms added in any order are off by at most (K - 1) u sum |term| (Jeannerod
-and Rump, 2013, https://doi.org/10.1137/120894488), for a product at most (K - 1) u |x| |w| (Cauchy and Schwarz). That holds
-for a BLAS that multiplies in the conventional way, not in Strassen's. Open elements are summed again without error.
+where it adds, with a fused multiply-add or without. K terms added in any order are off by at most (K - 1) u times the
+sum of their absolute values (Jeannerod and Rump, 2013, https://doi.org/10.1137/120894488), which is at most |x| |w|
+(Cauchy and Schwarz). That holds for every BLAS that multiplies and adds in float64, but not for Strassen's algorithm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Callable
 import numpy as np
 
 from qwen3np.numerics import Array
-from qwen3np.ops.exact.rounding import SLACK, TOGETHER, U, nearest, nearest_sums, quiet
+from qwen3np.ops.exact.rounding import SLACK, U, nearest, nearest_sums, quiet
+
+# Terms that are summed together where elements are open: they stay in the cache.
+TOGETHER = 1 << 16
 
 
 def product(x: Array, w: Array, then: Callable[[Array], Array] | None = None, out: Array | None = None) -> Array:
@@ -35,7 +38,7 @@ def product(x: Array, w: Array, then: Callable[[Array], Array] | None = None, ou
 
     with quiet():
         s = np.matmul(x, np.swapaxes(w, -1, -2))
-        # K u |x| |w| is the error and u |s|; two more for u times the bound
+        # (K - 1) u |x| |w| for the error, u |x| |w| for u |s|, and more than enough for u times the bound
         bound = ((k + 2) * U * SLACK * norms(x))[..., :, None] * norms(w)[..., None, :]
         return nearest(s, bound, finish, then, out)
 
@@ -59,12 +62,15 @@ def mean_square(x: Array) -> Array:
 
 
 def sum_of_positive(x: Array) -> Array:
-    """Return total(x) for an x without negative numbers, sooner."""
+    """Return total(x), faster, for an x without negative numbers."""
     return _row_sums(x, None, 1)
 
 
 def _row_sums(terms: Array, absolute: Array | None, count: int) -> Array:
-    """Return the sum of each row divided by count. terms (..., N) -> (..., 1); absolute: the sum of |terms|, if known."""
+    """Return the sum of each row divided by count. terms (..., N) -> (..., 1).
+
+    absolute: the sums of |terms|; None where no term is negative.
+    """
     shape, n = (*terms.shape[:-1], 1), terms.shape[-1]
     terms = terms.reshape(-1, n)
 
@@ -75,6 +81,6 @@ def _row_sums(terms: Array, absolute: Array | None, count: int) -> Array:
         s = terms.sum(axis=1, dtype=np.float64)
         if count > 1:
             s /= count
-        # N u of the sum of |terms| is the error and u |s|; one more for the division, two for u times the bound
+        # (N - 1) u for the error, u for the division, u for u |s|, and more than enough for u times the bound
         bound = (n + 3) * U * SLACK / count * (s * count if absolute is None else absolute)
         return nearest(s, bound, finish).reshape(shape)
