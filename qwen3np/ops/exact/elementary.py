@@ -58,9 +58,9 @@ def _exp_again(x: Array) -> Array:
     """Return the exponential of x (n,), numbers within the table's range or NaN, by two-term arithmetic.
 
     r has at most 24 bits, so r²/2 is exact, and 1 + r + r²/2 is the sum of three float64 numbers a + b + c, a the
-    largest. The series from r³/6 to r⁸/8! is off by less than 4 u r³ / 6 + r⁹ / 9! < 2^-80. It is below 2^-29, as is all
-    that is added to it, so each of the roundings after that, four at most, contributes less than 2^-81.5. The table's
-    two terms are off by 2^-103. So the relative error is below 2^-78.
+    largest. The series from r³/6 to r⁸/8! is off by less than 4 u r³ / 6 + r⁹ / 9! < 2^-80. It is below 2^-29, as is
+    all that is added to it, so each of the roundings after that, four at most, contributes less than 2^-81.5. The
+    table's two terms are off by 2^-103. So the relative error is below 2^-78.
     """
     k = np.rint(np.nan_to_num(x).astype(np.float64) * STEPS)
     r = x.astype(np.float64) - k / STEPS
@@ -120,7 +120,7 @@ def _sine(x: Array, quarters: int) -> Array:
 
     The series end with r^17/17! and r^16/16!. For |r| < 0.786 what is left out is below 2^-58 of the result. The error
     of r and the last subtraction contribute u each; the roundings of the other terms, which are below 0.42 of the
-    result, 1.3 u together. So the relative error is below 3.4 u, and 2^-50 = 8 u is a bound, with 2^-94 where n is not 0.
+    result, 1.3 u together. So the relative error is below 3.4 u: 2^-50 = 8 u is a bound, with 2^-94 where n is not 0.
     """
     small = np.abs(x) <= np.float32(LARGEST_ANGLE)  # not NaN either
     angles = np.where(small, x, 0).astype(np.float64)

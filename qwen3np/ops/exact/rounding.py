@@ -2,8 +2,8 @@
 
 Ziv's strategy (1991, https://doi.org/10.1145/114697.116813): approximate in float64 with a proven bound on the error;
 where the bound leaves open which float32 is nearest, approximate again with twice the digits, all open elements
-together; settle the rest in whole numbers. The nearest float32 depends on the exact result alone, so neither the order of a sum
-nor a fused multiply-add nor a zero that a mask adds can change it.
+together; settle the rest in whole numbers. The nearest float32 depends on the exact result alone, so neither the order
+of a sum nor a fused multiply-add nor a zero that a mask adds can change it.
 
 Ties go to the even neighbour, as in IEEE 754. Results beyond the largest float32 are infinite. A zero is +0, even where
 a tiny negative result rounds to it. A NaN is a NaN: its sign and payload mean nothing.
