@@ -154,7 +154,7 @@ ORDER = [
     *("errors", "memory", "numerics", "rules", "config", "cache", "rope", "qwen3"),
     *("ops", "weights", "guard", "settings", "sampling", "generate", "scoring"),
     *("files.", "chat", "tokenizer", "files.checkpoint", "loading", "embeddings", "conversation"),
-    *("porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
+    *("verify", "published.", "porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("loading", "embeddings")}
