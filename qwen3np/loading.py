@@ -17,7 +17,10 @@ from numpy.typing import ArrayLike
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
+from qwen3np.files.folders import gguf_of
+from qwen3np.files.gguf import generation_of, read_gguf
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
 from qwen3np.generate import generate, stream
@@ -29,7 +32,7 @@ from qwen3np.ops.fast.threads import share
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.tokenizer import FromGGUF, Tokenizer
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:
@@ -224,10 +227,15 @@ def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     weights_dtype: str = "auto",
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint from a folder, from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B"), or the built-in one.
+
+    A .gguf file is loaded by its path, or by gguf_file, its name in a folder or on the Hub. adapter is the folder of a
+    LoRA adapter (or its name on the Hub) that is applied to the checkpoint.
 
     weights_dtype "mapped" uses the file as it is: ready at once, in the file's own memory ("bfloat16": its old name).
     "float32" makes one float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than
@@ -239,17 +247,22 @@ def load(
     """
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
-    folder = resolve(name_or_path, revision=revision, progress=progress)
-    config, weights = read_checkpoint(folder)
-    generation_config: dict[str, Any] = {}
-    if (folder / "generation_config.json").exists():
-        try:
-            generation_config = _checked(read_json(folder / "generation_config.json"))
-        except ConfigError as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
-    names = ("vocab.json", "merges.txt")
-    has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
-    tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
+    folder = resolve(name_or_path, revision=revision, gguf_file=gguf_file, progress=progress)
+    if file := gguf_of(folder, gguf_file):
+        config, weights, metadata = read_gguf(file)
+        tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
+        generation_config = _checked_of(file, generation_of(metadata))
+    else:
+        config, weights = read_checkpoint(folder)
+        path = folder / "generation_config.json"
+        generation_config = _checked_of(path, None) if path.exists() else {}
+        names = ("vocab.json", "merges.txt")
+        has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
+        tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
+    if adapter is not None:
+        config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
+    if progress and weights.remarks:
+        print(*(f"[{remark}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":
@@ -260,6 +273,14 @@ def load(
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
         weights = LoadedWeights(copies)
     return Model(config, weights, tokenizer, generation_config)
+
+
+def _checked_of(path: Path, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Return these generation settings, or those that the file holds, checked. Raises CheckpointError."""
+    try:
+        return _checked(read_json(path) if settings is None else settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def adapter_base(folder: Path) -> str:
     return base if isinstance(base, str) and base else "its base model, which it does not name"
 
 
-def gguf_file(path: Path, chosen: str | None = None) -> Path | None:
+def gguf_of(path: Path, chosen: str | None = None) -> Path | None:
     """Return the GGUF file to load: the path itself, the chosen one of a folder, or the only one of a folder.
 
     None for a folder with other weights. Raises CheckpointError for a choice that is not there or not clear.

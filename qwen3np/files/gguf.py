@@ -327,6 +327,15 @@ def _config(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Tensor
         raise ConfigError(f"{path}: {str(error).removeprefix('config: ')}") from None
 
 
+def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a generation_config.json would say: the stop ids, and the sampling where the file has it."""
+    keys = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    found = {key: metadata.get(f"general.sampling.{name}") for key, name in keys.items()}
+    sampling = {key: value for key, value in found.items() if value is not None}
+    stops = stop_ids(metadata)
+    return ({"do_sample": True, **sampling} if sampling else {}) | ({"eos_token_id": stops} if stops else {})
+
+
 def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Return the ids that end an answer: those that are named so, and the control tokens that end a turn or a text."""
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
