@@ -23,6 +23,7 @@ from qwen3np.files.folders import gguf_of
 from qwen3np.files.gguf import generation_of, read_gguf
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
+from qwen3np.files.sentence import Pooling, pooling_of
 from qwen3np.generate import generate, stream
 from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
@@ -75,6 +76,7 @@ class Model:
     weights: Weights
     tokenizer: Tokenizer | None  # None where the folder has none; everything on ids still works
     generation_config: Mapping[str, Any]
+    pooling: Pooling | None = None  # of a sentence-transformers folder: how it makes vectors
 
     def __repr__(self) -> str:
         """Show sizes, not arrays."""
@@ -248,6 +250,7 @@ def load(
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
     folder = resolve(name_or_path, revision=revision, gguf_file=gguf_file, progress=progress)
+    pooling: Pooling | None = None
     if file := gguf_of(folder, gguf_file):
         config, weights, metadata = read_gguf(file)
         tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
@@ -259,6 +262,7 @@ def load(
         names = ("vocab.json", "merges.txt")
         has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
         tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
+        pooling = pooling_of(folder)
     if adapter is not None:
         config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
     if progress and weights.remarks:
@@ -272,7 +276,7 @@ def load(
         copies = _copied(weights, progress)
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
         weights = LoadedWeights(copies)
-    return Model(config, weights, tokenizer, generation_config)
+    return Model(config, weights, tokenizer, generation_config, pooling)
 
 
 def _checked_of(path: Path, settings: dict[str, Any] | None) -> dict[str, Any]:

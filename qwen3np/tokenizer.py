@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from qwen3np.chat import render_chat
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, readable
+from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, read_json, readable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,8 +80,10 @@ class Tokenizer:
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens written in it become their ids, none are added.
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`; special tokens written in it become their ids, and none are added.
+
+        With add_special_tokens those are added that the checkpoint's tokenizer.json puts around a text.
 
         ValueError for lone surrogates, which no UTF-8 and so no token can write; CheckpointError where the tokenizer
         gives up on a text, as over a pattern that would take for ever.
@@ -92,7 +94,7 @@ class Tokenizer:
             raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
         backend = self._backend
         with _refused(f"{self.folder}: its tokenizer fails"):
-            return backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; ids that the tokenizer does not know (the model's padding) have none.
@@ -166,6 +168,11 @@ class Tokenizer:
             **tokens | kwargs,
         )
 
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own template for chats without tools, or None."""
+        return self._chat_templates.get("default")
+
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
         backend = self._from_files()
@@ -209,7 +216,13 @@ class Tokenizer:
             backend = byte_level_bpe(models.BPE.from_file(*files))
         config = self.folder / "tokenizer_config.json"
         try:
-            added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
+            if "added_tokens_decoder" in self._config or not (self.folder / "added_tokens.json").is_file():
+                added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
+            else:  # an older spelling, without what is special
+                ids = read_json(self.folder / "added_tokens.json")
+                added = {
+                    i: AddedToken(text, special=text.startswith("<|"), normalized=False) for text, i in ids.items()
+                }
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{config}: no usable added_tokens_decoder: {error!r}") from error
         backend.add_tokens([token for _, token in sorted(added.items())])

@@ -114,10 +114,11 @@ def write_tensors(path: Path, tensors: Weights, names: Collection[str], dtype: D
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].reshape(-1)
-            for start in range(0, flat.size, _PIECE):
+            tensor = tensors[name]
+            step = max(_PIECE * len(tensor) // tensor.size, 1)  # rows
+            for start in range(0, len(tensor), step):
                 with np.errstate(over="raise"):
-                    piece = flat[start : start + _PIECE].astype(dtype or flat.dtype, copy=False)
+                    piece = tensor[start : start + step].astype(dtype or tensor.dtype, copy=False)
                 # a view as bytes: NumPy's buffer protocol has no format for bfloat16
                 file.write(np.ascontiguousarray(piece).view(np.uint8).data)
         file.flush()
