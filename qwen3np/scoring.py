@@ -30,10 +30,10 @@ def score(
 ) -> Array:
     """Return log p(token | what comes before it in its window) for every token but the first: (N - 1,) float64.
 
-    The first window covers `window` tokens (the model's context if None); each further one begins `stride` tokens
+    The first window covers `window` tokens (the model's context if None); each further one starts `stride` tokens
     later (half a window if None) and scores only what no window has scored yet. So a token sees at least
     window - stride tokens, and a text that fits into one window gets exactly the log-probabilities of one forward.
-    progress is told how many tokens were scored. The perplexity of the text is exp(-mean of the result).
+    progress is called with the number of tokens scored. The perplexity of the text is exp(-mean of the result).
 
     Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context;
     CheckpointError and NonFiniteError as generate.
