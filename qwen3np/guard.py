@@ -276,7 +276,7 @@ class _Origin:
 def require_finite(
     logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str
 ) -> None:
-    """Raise NonFiniteError where logits hold NaN or infinity; the message names the first such point and token of ids."""
+    """Raise NonFiniteError where logits hold NaN or infinity; it names the first such point, and its token of ids."""
     if not np.isfinite(logits).all():
         raise NonFiniteError(_where(weights, config, ids, numerics))
 
