@@ -74,17 +74,16 @@ class KVCache:
             if not self.whole:
                 raise ValueError("cache: a selection cannot grow; reserve on the cache it was made from")
             self.k, self.v, self.ids = grown((self.k, self.v, self.ids), (3, 3, 1), int(self.lengths.max()), max_length)
-            self.lengths, filled = self.lengths.copy(), np.full_like(self.lengths, self.lengths.max())
-            self.notes = dict(self.notes, filled=filled)
+            self.notes = dict(self.notes, filled=np.full_like(self.lengths, self.lengths.max()))
+            self.lengths = self.lengths.copy()
 
     def write(self, layer: int, k: Array, v: Array) -> tuple[list[Array], list[Array]]:
         """Append k and v (B, K, S, Dh) to what each sequence holds; return views of all of it, (K, T, Dh) each."""
         seen: tuple[list[Array], list[Array]] = [], []
         for row, *new in zip(self.rows.tolist(), k, v, strict=True):
-            start: int = self.lengths.item(row)
             for held, added, views in zip((self.k[layer, row], self.v[layer, row]), new, seen, strict=True):
-                held[:, start : start + added.shape[1]] = added
-                views.append(held[:, : start + added.shape[1]])
+                views.append(held[:, : self.lengths.item(row) + added.shape[1]])
+                views[-1][:, -added.shape[1] :] = added
         return seen
 
     def advance(self, ids: Array) -> None:

@@ -25,6 +25,7 @@ def score(
     window: int | None = None,
     stride: int | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Return log p(token | what comes before it in its window) for every token but the first: (N - 1,) float64.
@@ -58,10 +59,10 @@ def score(
         cache.lengths[0] = 0
         while (at := start + int(cache.lengths[0])) < scored - 1:  # context alone: its logits are not wanted
             chunk = ids[at : min(at + PREFILL_CHUNK, scored - 1)]
-            forward(weights, config, chunk, cache, numerics=numerics, last_only=True, head=False)
+            forward(weights, config, chunk, cache, numerics=numerics, engine=engine, last_only=True, head=False)
         while scored < end:
             chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
-            logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
+            logits = forward(weights, config, chunk, cache, numerics=numerics, engine=engine)[0]
             require_finite(logits, weights, config, ids[start : scored - 1 + len(chunk)].tolist(), numerics)
             targets = ids[scored : scored + len(chunk)]
             result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]

@@ -62,13 +62,13 @@ def attend(
 
 def combine(x: Array, chosen: Array, p: Array, expert: Callable[[int, Array], Array], m: Scope, num: Numerics) -> Array:
     """The sum of p * expert(x) over the k experts of each token, in the order of their numbers. -> (B, S, D)."""
-    (rows, chosen, p), y = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, p)), np.zeros(x.shape, x.dtype)
-    sums = y.reshape(rows.shape)
+    rows, chosen, p = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, p))
+    y = np.zeros_like(rows)
     for n in np.unique(chosen).tolist():
         token, slot = np.nonzero(chosen == n)
-        more = sums[token] + num.round(expert(n, rows[token]) * p[token, slot, None])
-        sums[token] = more if num.grouped else num.round(more)
-    return num.round(y)
+        more = y[token] + num.round(expert(n, rows[token]) * p[token, slot, None])
+        y[token] = more if num.grouped else num.round(more)
+    return num.round(y).reshape(x.shape)
 
 
 def rowwise(f: Callable[..., Array], *arrays: Array) -> Array:

@@ -78,6 +78,7 @@ def observe(
     input_ids: ArrayLike,
     *,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Observation:
     """Run one sequence of ids (S,) and look at the recorded points. Calls progress(S) after each layer's guesses.
@@ -87,7 +88,7 @@ def observe(
 
     Raises ValueError as forward does, and for more than MAX_TOKENS ids; NonFiniteError as generate.
     """
-    ids, n = checked_sequence(input_ids, config), named(numerics)
+    ids, n = checked_sequence(input_ids, config), named(numerics, engine)
     if len(ids) > MAX_TOKENS:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, and a view shows at most {MAX_TOKENS}: what heads attend to grows with "
@@ -112,7 +113,7 @@ def observe(
             else:
                 sizes[name] = _sizes(point, x)
 
-    logits = forward(weights, config, ids, numerics=numerics, trace=record)[0]
+    logits = forward(weights, config, ids, numerics=numerics, engine=engine, trace=record)[0]
     require_finite(logits, weights, config, ids, numerics)
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     guesses: list[Array] = []
