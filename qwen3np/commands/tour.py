@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Show the lessons: in a terminal page by page, otherwise all at once, or only the one that is asked for."""
-    if arguments.step is not None:
-        print("[--step is called --lesson now; the old name will be removed in the next version]", file=sys.stderr)
+    renamed = "" if arguments.step is None else "--step is called --lesson now"
+    if renamed:
+        print(f"[{renamed}; the old name will be removed in the next version]", file=sys.stderr)
     wanted: int | None = arguments.lesson if arguments.step is None else arguments.step
     book = Book()
     if wanted is not None and not 0 <= wanted <= book.last:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     terminal = sys.stdout.isatty()
     if terminal and not arguments.all:
         with keyboard() as key:
-            Reader(book, key, wanted or 0).read()
+            Reader(book, key, wanted or 0, note=renamed).read()
         return
     columns = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
     for n in range(book.last + 1) if wanted is None else [wanted]:
@@ -135,7 +136,7 @@ class Reader:
         size = (lesson, min(columns, _WIDEST), max(rows - 1, 2))
         if size not in self._laid:
             if lesson > self.book.done:
-                print("\r[running the code]", end="", flush=True)
+                print("\r[running the code]", flush=True)
             self._laid[size] = pages(laid_out(self.book.parts(lesson), size[1]), size[2])
         return self._laid[size]
 
