@@ -1,4 +1,24 @@
-"""The everyday engine."""
+"""The everyday engine: the operations in blocks that fit the cache, on all cores, straight from mapped files.
+
+A product of many rows is cut into tiles, which the threads take one after the other:
+
+                     w: a row for each output             threads.py   takes tiles to the threads
+                   +---------+---------+---------+        products.py  cuts W (stored, upcast tile by tile) and x
+                   | 256     | 256     | ...     |        attention.py cuts queries and keys, with a running softmax
+         +-----+   +---------+---------+---------+        experts.py   gives each expert all of its tokens at once
+    x    | 512 |   |  tile   |         |         |        pages.py     tells the system which pages are needed
+         +-----+   +---------+---------+---------+
+         | 512 |   |         |         |         |        y = x wᵀ
+         +-----+   +---------+---------+---------+
+
+Why cut here and not leave it to BLAS:
+- A BLAS rounds differently next to the edges of a product. The tiles are the same for every way to store W and every
+  number of threads, so neither changes a bit; BLAS itself runs on one thread.
+- A stored bfloat16 tile is upcast into scratch memory that stays in the cache, so the file is read once and never
+  copied. A single row is bound by memory: there the whole of W goes to BLAS's own threads.
+- Up to 8 rows (a batch of decode steps) are multiplied one by one, 64 rows of W at a time, so each has the bits it has
+  alone; a matrix product would first copy W into an order of its own, which costs more than 8 rows do.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def attend_one(
     query_heads, new, head_dim = q.shape
     kv_heads, total, _ = k.shape
     group = query_heads // kv_heads
-    # the G = H / K queries of a KV head lie side by side, so that K and V are never repeated
+    # the G = H / K queries of a KV head are adjacent, so K and V are never repeated
     q = q.reshape(kv_heads, group, new, head_dim)
     context = np.empty((new, kv_heads, group, head_dim), numerics.dtype)
     if steps:
@@ -94,7 +94,7 @@ def attend_one(
         mixed = _attend_block(q[heads, :, queries], keys, values, width, numerics, part_steps, window)
         context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
 
-    starts = reversed(range(0, new, step))  # the last queries see most, and come first
+    starts = reversed(range(0, new, step))  # the last queries see the most keys, so they start first
     parts = [(head, start) for start in starts for head in range(0, kv_heads, together)]
     share(parts, q.size * reach, attend_part)
     return context.reshape(new, -1)
@@ -132,7 +132,7 @@ def _attend_block(
         if steps:
             steps[0][..., a : a + width] = in_groups
 
-        # a window may hide a whole block from a query: a finite largest score then makes each exp 0
+        # a window may hide a whole block from a query: then a finite largest score makes each exp 0
         before, largest = largest, scores.max(axis=-1, keepdims=True, initial=np.finfo(scores.dtype).min)
         if a:
             np.maximum(largest, before, out=largest)
