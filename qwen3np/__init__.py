@@ -8,13 +8,13 @@ from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
 from qwen3np.errors import CheckpointError, ConfigError, ContextOverflowError, NonFiniteError
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
-from qwen3np.generate import generate, steps, stop_at, stream
+from qwen3np.generate import generate, steps, stream
 from qwen3np.guard import forward
 from qwen3np.loading import Model, load
 from qwen3np.sampling import log_probabilities, processed_logits
 from qwen3np.scoring import score
 from qwen3np.settings import GenerationSettings
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.tokenizer import Tokenizer, stop_at
 from qwen3np.weights import Weights, count_parameters, init_weights
 
 __all__ = [

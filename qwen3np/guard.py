@@ -20,7 +20,7 @@ from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ContextOverflowError, NonFiniteError
 from qwen3np.memory import require_cache, require_memory
 from qwen3np.numerics import Array, Edit, Numerics, Trace, named
-from qwen3np.weights import MappedWeights, identity
+from qwen3np.weights import LoadedWeights, identity
 
 LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
 CHUNK = 16  # positions that are searched together for numbers that are not finite: their scores are in memory at once
@@ -163,7 +163,7 @@ def require_unchanged(weights: Mapping[str, Array]) -> None:
 
     A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
     """
-    if isinstance(weights, MappedWeights):
+    if isinstance(weights, LoadedWeights):
         for path, (number, *before) in weights.files.items():
             try:
                 now, *found = identity(path)

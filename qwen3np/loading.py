@@ -20,16 +20,16 @@ from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
-from qwen3np.generate import Batch, Ids, Progress, generate, stream
+from qwen3np.generate import generate, stream
 from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
 from qwen3np.numerics import Array, Edit, Trace
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
 from qwen3np.scoring import score
-from qwen3np.settings import GenerationSettings, lists_settings
+from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, lists_settings
 from qwen3np.tokenizer import Tokenizer
-from qwen3np.weights import Weights, count_parameters
+from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,69 +100,25 @@ class Model:
         return forward(self.weights, self.config, input_ids, cache, **options)
 
     @overload
-    def generate(
-        self,
-        input_ids: Ids,
-        *,
-        cache: KVCache | None = None,
-        numerics: str = "float32",
-        engine: str = "fast",
-        progress: Progress | None = None,
-        edit: Edit | None = None,
-        **settings: Unpack[GenerationSettings],
-    ) -> tuple[list[int], KVCache]: ...
+    def generate(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> tuple[list[int], KVCache]: ...
     @overload
-    def generate(
-        self,
-        input_ids: Batch,
-        *,
-        cache: KVCache | None = None,
-        numerics: str = "float32",
-        engine: str = "fast",
-        progress: Progress | None = None,
-        edit: Edit | None = None,
-        **settings: Unpack[GenerationSettings],
-    ) -> tuple[list[list[int]], KVCache]: ...
+    def generate(self, input_ids: Batch, **settings: Unpack[GenerationSettings]) -> tuple[list[list[int]], KVCache]: ...
     @lists_settings
-    def generate(
-        self,
-        input_ids: Any,
-        *,
-        cache: KVCache | None = None,
-        numerics: str = "float32",
-        engine: str = "fast",
-        progress: Progress | None = None,
-        edit: Edit | None = None,
-        **settings: Unpack[GenerationSettings],
-    ) -> tuple[Any, KVCache]:
+    def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
         """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
-        options: dict[str, Any] = {"cache": cache, "numerics": numerics, "engine": engine, "progress": progress}
         chosen: GenerationSettings = {**self.generation_defaults(), **settings}
-        return generate(self.weights, self.config, input_ids, edit=edit, **options, **chosen)
+        return generate(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
-    def stream(
-        self,
-        input_ids: Ids,
-        *,
-        cache: KVCache | None = None,
-        numerics: str = "float32",
-        engine: str = "fast",
-        progress: Progress | None = None,
-        edit: Edit | None = None,
-        **settings: Unpack[GenerationSettings],
-    ) -> Iterator[int]:
+    def stream(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
         """Yield new ids; see qwen3np.stream. Settings left out come from generation_config.json."""
-        options: dict[str, Any] = {"cache": cache, "numerics": numerics, "engine": engine, "progress": progress}
         chosen: GenerationSettings = {**self.generation_defaults(), **settings}
-        return stream(self.weights, self.config, input_ids, edit=edit, **options, **chosen)
+        return stream(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
-    def complete(
-        self, prompt: str, *, numerics: str = "float32", engine: str = "fast", **settings: Unpack[GenerationSettings]
-    ) -> str:
+    def complete(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str:
         """Return the text that follows the prompt, without special tokens. Settings as in generate."""
-        new, _ = self.generate(self.text.encode(prompt), numerics=numerics, engine=engine, **settings)
+        new, _ = self.generate(self.text.encode(prompt), **settings)
         return self.text.decode(new, skip_special_tokens=True)
 
     @overload
@@ -301,7 +257,7 @@ def load(
     if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
         copies = _copied(weights, progress)
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
-        weights = copies
+        weights = LoadedWeights(copies)
     return Model(config, weights, tokenizer, generation_config)
 
 

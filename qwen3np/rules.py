@@ -1,4 +1,4 @@
-"""Rules for settings: a field's annotation says which values it takes, and how an error puts that into words.
+"""Rules for settings: the annotation of each says which values it takes, and how an error puts that into words.
 
     class Sampling(TypedDict, total=False):
         top_p: Annotated[float, finite(lambda x: 0 < x <= 1, "above 0, at most 1")]
@@ -8,23 +8,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-REQUIRED: Any = object()  # the default of a setting that has none
-_LARGEST = 2**63 - 1  # what NumPy's indices can hold
+REQUIRED: Any = object()  # the default of a setting that must be given
+_LARGEST = 2**63 - 1  # of the integers that NumPy counts with
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a setting takes: those for which `holds` is true; `supported` describes them in an error.
+    """Which values a setting takes: those for which `holds` is true and which `supported`, for errors, describes.
 
-    `default` serves settings that are collected in a TypedDict; a dataclass has its own place for defaults.
+    `default` is for the settings of a TypedDict; a dataclass states its own.
     """
 
     holds: Callable[[Any], bool]
@@ -39,36 +40,44 @@ def whole(least: int, most: int = _LARGEST) -> Rule:
 
 
 def finite(holds: Callable[[float], bool], words: str) -> Rule:
-    """Return the rule for finite numbers (an int is one, a bool is not) for which `holds`, `words` says which."""
-    return Rule(
-        lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max and holds(x), f"finite numbers {words}"
-    )
+    """Return the rule for finite numbers for which `holds` is true, which `words` describes. No bool is a number."""
+    most = sys.float_info.max  # an int may be larger
+    return Rule(lambda x: type(x) in (int, float) and abs(x) <= most and holds(x), f"finite numbers {words}")
+
+
+def one_of(*values: object) -> Rule:
+    """Return the rule for these values."""
+    return Rule(lambda x: x in values, " and ".join(json.dumps(value) for value in values))
 
 
 def many(rule: Rule) -> Rule:
-    """Return the rule for tuples (`plain` makes lists into tuples) of values that `rule` allows."""
-    return Rule(lambda x: type(x) is tuple and all(map(rule.holds, x)), f"a tuple or list of {rule.supported}")
+    """Return the rule for tuples of values that `rule` allows; `plain` makes lists into tuples."""
+
+    def holds(x: Any) -> bool:
+        return isinstance(x, tuple) and all(map(rule.holds, cast("tuple[Any, ...]", x)))
+
+    return Rule(holds, f"a tuple or list of {rule.supported}")
 
 
 Size: TypeAlias = Annotated[int, whole(1)]
 Count: TypeAlias = Annotated[int, whole(0)]
+Counts: TypeAlias = Annotated[tuple[int, ...], many(whole(0))]
+Even: TypeAlias = Annotated[int, Rule(lambda x: type(x) is int and x > 0 and x % 2 == 0, "even numbers from 2")]
 Positive: TypeAlias = Annotated[float, finite(lambda x: x > 0, "above 0")]
 Switch: TypeAlias = Annotated[bool, Rule(lambda x: type(x) is bool, "true and false")]
-Counts: TypeAlias = Annotated[tuple[int, ...], many(whole(0))]
 
 
 @cache
-def rules(kind: type) -> dict[str, Rule]:
-    """Return the rule of each field of a dataclass or TypedDict, from its `Annotated[...]`, with `| None` or not."""
+def rules(kind: type) -> Mapping[str, Rule]:
+    """Return the rule of each field of a dataclass or TypedDict; each is annotated with one, and perhaps with None."""
     return {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def _rule(hint: Any) -> Rule:
     if get_origin(hint) is Annotated:
         return next(extra for extra in hint.__metadata__ if isinstance(extra, Rule))
-    annotated, _ = get_args(hint)  # and None
-    rule = _rule(annotated)
-    return replace(rule, holds=lambda x: x is None or rule.holds(x))
+    rule = _rule(get_args(hint)[0])  # of Annotated[...] | None
+    return Rule(lambda x: x is None or rule.holds(x), rule.supported, rule.default)
 
 
 def broken(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -79,7 +88,7 @@ def broken(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, st
 
 
 def plain(value: Any) -> Any:
-    """Return NumPy's scalars as Python's, whose arithmetic leaves the dtype of arrays alone, and lists as tuples."""
+    """Return lists as tuples, and NumPy's scalars as Python's, which leave the dtype of arrays alone in arithmetic."""
     if isinstance(value, (list, tuple)):
         return tuple(plain(part) for part in cast("list[Any]", value))
-    return value.item() if isinstance(value, np.generic) else value
+    return cast("Any", value).item() if isinstance(value, np.generic) else value

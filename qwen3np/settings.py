@@ -10,14 +10,19 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
-from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qwen3np.numerics import Array
+from qwen3np.cache import KVCache
+from qwen3np.numerics import ENGINES, NUMERICS, Array, Edit
 from qwen3np.rules import REQUIRED, Rule, rules
 
 F = TypeVar("F", bound=Callable[..., Any])
+Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+Batch: TypeAlias = Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]]
+Progress: TypeAlias = Callable[[int], object]
 
 
 def _number(holds: Callable[[Any], bool], supported: str, default: Any = None, kind: type = Real) -> Rule:
@@ -53,6 +58,12 @@ class GenerationSettings(TypedDict, total=False):
     # ends: ids that end an answer (None: the config's eos_token_id), and a rule on the new ids
     stop_ids: Annotated[Collection[int] | None, Rule(lambda x: isinstance(x, Collection), "a collection of ids", None)]
     stop: Annotated[Callable[[list[int]], bool] | None, Rule(callable, "a callable (new ids) -> bool", None)]
+    # how it is computed, as in forward; with a cache, only what follows its longest common prefix with the ids
+    cache: Annotated[KVCache | None, Rule(lambda x: isinstance(x, KVCache), "a KVCache", None)]
+    numerics: Annotated[str, Rule(lambda x: x in NUMERICS, f"one of {', '.join(NUMERICS)}", "float32")]
+    engine: Annotated[str, Rule(lambda x: x in ENGINES, f"one of {', '.join(ENGINES)}", "fast")]
+    edit: Annotated[Edit | None, Rule(callable, "a callable (name, array) -> array or None", None)]
+    progress: Annotated[Progress | None, Rule(callable, "a callable (prompt positions computed)", None)]
 
 
 # What other libraries call them.
@@ -77,6 +88,9 @@ def checked(settings: Mapping[str, Any], needed: bool = True) -> dict[str, Any]:
     where max_new_tokens is missing.
     """
     known = rules(GenerationSettings)
+    if "sampling" in settings:
+        warnings.warn("sampling=...: give these settings as arguments", DeprecationWarning, stacklevel=4)
+        settings = {"stop_ids": (), **settings["sampling"], **{k: v for k, v in settings.items() if k != "sampling"}}
     for name in settings:
         if name not in known:
             hint = f"; here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else f"; known: {', '.join(known)}"

@@ -33,29 +33,51 @@ GROUPS = [
         "config.py",
         "config",
         {
-            "eps is 1e-5 by default": ("rms_norm_eps: float = 1e-6", "rms_norm_eps: float = 1e-5"),
-            "bias by default": ("attention_bias: bool = False", "attention_bias: bool = True"),
-            "head tied by default": ("tie_word_embeddings: bool = False", "tie_word_embeddings: bool = True"),
-            "theta of rope_parameters not read": (
-                'thetas.append(rope.pop("rope_theta"))',
-                'rope.pop("rope_theta")\n            thetas = thetas or [10000.0]',
-            ),
-            "theta falls back to 10,000": (
-                "    if not thetas:\n",
-                "    thetas = thetas or [1e4]\n    if not thetas:\n",
-            ),
-            "head_dim is hidden_size / heads": (
-                '        if "head_dim" not in values:\n',
-                '        if values["hidden_size"] % values["num_attention_heads"] == 0:\n',
-            ),
+            "eps is 1e-5 by default": ("rms_norm_eps: Positive = 1e-6", "rms_norm_eps: Positive = 1e-5"),
+            "bias by default": ("attention_bias: Switch = False", "attention_bias: Switch = True"),
+            "head tied by default": ("tie_word_embeddings: Switch = False", "tie_word_embeddings: Switch = True"),
             "window ignored": ("return self.sliding_window if slides else None", "return None"),
             "window on the wrong layers": (
                 "return self.sliding_window if slides else None",
                 "return None if slides else self.sliding_window",
             ),
-            "sparse layers counted from 0": ("(layer + 1) % self.decoder", "layer % self.decoder"),
-            "norm_topk_prob by default": ("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"),
-            "experts of no size": ('            _check_int("moe_intermediate_size", self.moe_intermediate_size)\n', ""),
+            "sparse layers counted from 0": ("not (layer + 1) % self.decoder", "not layer % self.decoder"),
+            "norm_topk_prob by default": ("norm_topk_prob: Switch = False", "norm_topk_prob: Switch = True"),
+        },
+    ),
+    (
+        "rules.py",
+        "rules config",
+        {
+            "a bool is a number": ("type(x) in (int, float) and", "isinstance(x, (int, float)) and"),
+            "infinity is finite": ("abs(x) <= most and holds(x)", "holds(x)"),
+            "None for any setting": ("get_origin(hint) is Annotated:", "get_origin(hint) is Annotated and False:"),
+            "NumPy's numbers stay": ("isinstance(value, np.generic)", "False"),
+        },
+    ),
+    (
+        "files/hf_config.py",
+        "config",
+        {
+            "theta of rope_parameters not read": (
+                'thetas.append(settings.pop("rope_theta"))',
+                'settings.pop("rope_theta")\n            thetas = thetas or [10000.0]',
+            ),
+            "theta falls back to 10,000": (
+                "    if not thetas:",
+                "    thetas = thetas or [1e4]\n    if not thetas:",
+            ),
+            "head_dim is hidden_size / heads": (
+                '    if "head_dim" not in values:\n',
+                '    if values["hidden_size"] % values["num_attention_heads"] == 0:\n',
+            ),
+            "experts of no size": ("yield c.moe_intermediate_size > 0,", "yield True,"),
+            "layer types for some of the layers": ("len(c.layer_types) in (0, layers)", "True"),
+            "settings of YaRN not checked": ('(config.rope_scaling, "rope_scaling.")', '(None, "")'),
+            "a context extended twice": (
+                "original = config.rope_scaling.original_max_position_embeddings",
+                "original = config.max_position_embeddings",
+            ),
         },
     ),
     (
@@ -684,25 +706,25 @@ GROUPS = [
             "the callable stop ignored": (" or (stop is not None and stop(new[row]))", ""),
             "stop is given the whole sequence": ("and stop(new[row])", "and stop(prompts[row] + new[row])"),
             "without stop_ids it never stops": (
-                'config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"]',
-                'chosen["stop_ids"] or ()',
+                '        chosen["stop_ids"] = config.eos_token_id\n',
+                '        chosen["stop_ids"] = ()\n',
             ),
             "empty stop_ids are those of the config": (
-                'config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"]',
-                'chosen["stop_ids"] or config.eos_token_id',
+                'if chosen["stop_ids"] is None:',
+                'if not chosen["stop_ids"]:',
             ),
             "stop_ids and those of the config": (
-                'config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"]',
-                '[*config.eos_token_id, *(chosen["stop_ids"] or ())]',
+                '    if chosen["stop_ids"] is None:\n        chosen["stop_ids"] = config.eos_token_id\n',
+                '    chosen["stop_ids"] = [*config.eos_token_id, *(chosen["stop_ids"] or ())]\n',
             ),
             "one token more": ("len(new[row]) == most[row]", "len(new[row]) > most[row]"),
             "prefix believed": (
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
             ),
-            "a cache that another call used": ("if not cache_holds(", "if False and cache_holds("),
+            "a cache that another call used": ("if not guard.cache_holds(", "if False and guard.cache_holds("),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
-            "chunk: the last logits of another": ("last = start == len(ids)", "last = start >= len(ids) - 1"),
+            "chunk: the last logits of another": ("        if start == len(ids):", "        if start >= len(ids) - 1:"),
             "one generator for all": (
                 '[np.random.default_rng(settings["seed"]) for _ in prompts]',
                 '[np.random.default_rng(settings["seed"])] * len(prompts)',
@@ -713,34 +735,26 @@ GROUPS = [
             ),
             "nothing is new to the penalties": ("ids[row, :end], len(new[row]))", "ids[row, :end])"),
             "finished sequences mix up the others": (
-                "cache.select(active), last_only",
-                "cache.select(range(len(active))), last_only",
+                "cache.select(active), settings)",
+                "cache.select(range(len(active))), settings)",
             ),
             "top_k not passed on": (
-                "    for step in steps(weights, config, batch, cache, **computation, **settings):\n",
-                '    for step in steps(weights, config, batch, cache, **computation, **{**settings, "top_k": None}):\n',
+                "steps(weights, config, batch, **chosen):",
+                'steps(weights, config, batch, **{**chosen, "top_k": None}):',
             ),
             "stream: top_p not passed on": (
-                "    found = steps(weights, config, batch, cache, **computation, **settings)\n",
-                '    found = steps(weights, config, batch, cache, **computation, **{**settings, "top_p": None})\n',
+                "steps(weights, config, batch, **settings))",
+                'steps(weights, config, batch, **{**settings, "top_p": None}))',
             ),
             "stream: the cache not passed on": (
-                "    found = steps(weights, config, batch, cache, **computation, **settings)\n",
-                "    found = steps(weights, config, batch, None, **computation, **settings)\n",
+                "steps(weights, config, batch, **settings))",
+                'steps(weights, config, batch, **{**settings, "cache": None}))',
             ),
-            "the engine not passed on": (
-                '{"numerics": numerics, "engine": engine, "edit": edit}',
-                '{"numerics": numerics, "edit": edit}',
-            ),
-            "the edit not passed on": (
-                '{"numerics": numerics, "engine": engine, "edit": edit}',
-                '{"numerics": numerics, "engine": engine}',
-            ),
+            "numerics not passed on": ('("numerics", "engine", "edit")', '("engine", "edit")'),
+            "the engine not passed on": ('("numerics", "engine", "edit")', '("numerics", "edit")'),
+            "the edit not passed on": ('("numerics", "engine", "edit")', '("numerics", "engine")'),
+            "the cache that is given is ignored": ('held or chosen["cache"] or', "held or"),
             "room for the shortest alone": ("room = max(len(prompt)", "room = min(len(prompt)"),
-            "stop string: its last character not awaited": (
-                "for n in range(len(stop)) if",
-                "for n in range(len(stop) - 1) if",
-            ),
         },
     ),
     (
@@ -778,26 +792,52 @@ GROUPS = [
         },
     ),
     (
-        "files/checkpoint.py",
+        "weights.py",
         "checkpoint",
         {
             "biases assumed": (
                 "        if config.attention_bias:\n            layer[",
                 '        if name != "o_proj":\n            layer[',
             ),
-            "overlaps not seen": ("if begin < end:", "if begin < end and False:"),
-            "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
-            "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
-            "header not counted": ("mapped, 8 + length + begin)", "mapped, length + begin)"),
-            "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
-            "any metadata": ("if not all(isinstance(text, str) for text in texts):", "if False:"),
-            "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != math.prod(shape):"),
-            "extra names ignored": (
-                'problems += [f"{name}: extra: no such tensor in this model" for name in sorted(',
-                'problems += [f"{name}" for name in () and sorted(',
+            "a repr of every tensor": ("if len(names) <= _SHOWN", "if True"),
+        },
+    ),
+    (
+        "files/tensors.py",
+        "checkpoint",
+        {
+            "float16 read as bfloat16": (
+                'np.dtype(f"<f{bits // 8}") for bits',
+                'np.dtype(f"<f{bits // 8}") if bits > 16 else BFLOAT16 for bits',
             ),
-            "names without model. refused": ('if not any(name.startswith("model.") for name in stored):', "if False:"),
-            "a tensor in two shards": ("for name in stored.keys() & tensors.keys():", "for name in ():"),
+            "truncation not told": ("if (whole := _described(header)) > size:", "if False:"),
+            "header not counted": ("end = 8 + length", "end = length"),
+            "a file that was replaced": ("if end != size:", "if False:"),
+            "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
+        },
+    ),
+    (
+        "files/checkpoint.py",
+        "checkpoint",
+        {
+            "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != np.prod(shape):"),
+            "any dtype": ("if stored not in _STORED:", "if False:"),
+            "extra names ignored": (
+                'problems = [f"{name}: extra: no such tensor in this model" for name in sorted(',
+                'problems = [f"{name}" for name in () and sorted(',
+            ),
+            "names without model. refused": ('if not any(name.startswith("model.") for name in found):', "if False:"),
+            "a tensor in two shards": ("for name in found.keys() & tensors.keys()]", "for name in ()]"),
+            "another model's files replaced": (" and path.read_bytes() == files.get(name))", ")"),
+            "the tokenizer left out": ("        files |= tokenizer.files()", "        pass"),
+        },
+    ),
+    (
+        "files/limits.py",
+        "config fuzz",
+        {
+            "names given twice": ("if len(found) < len(pairs):", "if False:"),
+            "links out of the folder": ("if not {root, blobs} & set(target.parents):", "if False:"),
         },
     ),
     (
@@ -820,7 +860,7 @@ GROUPS = [
     ),
     (
         "tokenizer.py",
-        "tokenizer conversation",
+        "tokenizer conversation generate",
         {
             "UTF-8 token by token": (
                 "decoder.decode(self.token_bytes(i, skip_special_tokens))",
@@ -828,7 +868,12 @@ GROUPS = [
             ),
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
             "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
+            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
             "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
+            "stop string: its last character not awaited": (
+                "for n in range(len(stop)) if",
+                "for n in range(len(stop) - 1) if",
+            ),
         },
     ),
     (
@@ -896,7 +941,7 @@ GROUPS = [
         },
     ),
     (
-        "files.py",
+        "files/writing.py",
         "paths",
         {
             "a link is replaced, not what it leads to": ("    path = path.resolve()", "    path = path.absolute()"),

@@ -159,7 +159,7 @@ def test_interrupt_leaves_a_usable_cache(weights, config, monkeypatch):
 
         return forward(weights, config, *args, trace=strike, **kwargs)
 
-    monkeypatch.setattr(module, "forward", interrupted)
+    monkeypatch.setattr("qwen3np.guard.forward", interrupted)
     kept = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012  what came before it is kept
         for token in stream(weights, config, ids, max_new_tokens=10, cache=cache):

@@ -12,11 +12,10 @@ from typing import Any
 
 from qwen3np.config import Config
 from qwen3np.errors import ConfigError
-from qwen3np.generate import stop_at
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
 from qwen3np.settings import GenerationSettings
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.tokenizer import Tokenizer, stop_at
 
 
 def add_model(
