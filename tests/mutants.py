@@ -51,7 +51,7 @@ GROUPS = [
         {
             "a bool is a number": ("type(x) in (int, float) and", "isinstance(x, (int, float)) and"),
             "infinity is finite": ("abs(x) <= most and holds(x)", "holds(x)"),
-            "None for any setting": ("get_origin(hint) is Annotated:", "get_origin(hint) is Annotated and False:"),
+            "None refused where it is allowed": ("lambda x: x is None or rule.holds(x)", "lambda x: rule.holds(x)"),
             "NumPy's numbers stay": ("isinstance(value, np.generic)", "False"),
         },
     ),
@@ -817,6 +817,13 @@ GROUPS = [
         },
     ),
     (
+        "tokenizer.py",
+        "checkpoint",
+        {
+            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
+        },
+    ),
+    (
         "files/checkpoint.py",
         "checkpoint",
         {
@@ -868,7 +875,6 @@ GROUPS = [
             ),
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
             "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
-            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
             "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
             "stop string: its last character not awaited": (
                 "for n in range(len(stop)) if",
