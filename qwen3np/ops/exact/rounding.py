@@ -102,9 +102,10 @@ def nearest_pairs(hi: Array, lo: Array, bound: Array) -> tuple[Array, Array]:
     """Return the float32 nearest to the exact values within bound of hi + lo, and which of them are still open.
 
     hi, lo (n,): float64 with hi = hi + lo rounded (or these, divided). bound: at least the error of hi + lo plus
-    u |lo|, or 0 where hi + lo is exact. hi + lo ± bound is rounded to odd: unless it is a float64, to the one of its two
-    neighbours whose last bit is 1. Rounding that to float32 gives what a single rounding would (Boldo and Melquiond,
-    2008, https://doi.org/10.1109/TC.2007.70819). The neighbours are hi and the next number if bound <= u |hi| / 4.
+    u |lo|, or 0 where hi + lo is exact. hi + lo ± bound is rounded to odd: unless it is a float64, to the one of its
+    two neighbours whose last bit is 1. Rounding that to float32 gives what a single rounding would (Boldo and
+    Melquiond, 2008, https://doi.org/10.1109/TC.2007.70819). Its neighbours are hi and the next number where bound is at
+    most u |hi| / 4.
     """
     y, upper = (_to_odd(hi, t).astype(np.float32) for t in (lo - bound, lo + bound))
     return y, (y != upper) | ~(bound <= U / 4 * np.abs(hi))
