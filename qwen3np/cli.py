@@ -18,7 +18,7 @@ from qwen3np.ops.fast.threads import check_threads
 # modules of qwen3np.commands
 COMMANDS = (
     *("generate", "chat", "score", "embed", "rerank", "info"),
-    *("trace", "compare", "diagnose", "fixture"),
+    *("trace", "compare", "diagnose", "fixture", "verify"),
     *("tour", "view", "train", "bench"),
 )
 

@@ -1,4 +1,4 @@
-"""The door: what comes in is checked once, here, and qwen3.forward runs behind it.
+"""The door: inputs are checked here, once, before qwen3.forward runs.
 
 Ids, caches, memory, mapped files that changed on disk, and numbers that are not finite.
 """
@@ -135,7 +135,7 @@ def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
 
 
 def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
-    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name`, and where."""
+    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong in `name`, and where."""
     try:
         ids: np.ndarray[Any, Any] = np.asarray(input_ids)
     except ValueError:
@@ -276,7 +276,7 @@ class _Origin:
 def require_finite(
     logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str
 ) -> None:
-    """Raise NonFiniteError where logits hold NaN or infinity; it says at which point and token of ids they begin."""
+    """Raise NonFiniteError where logits hold NaN or infinity; it names the first such point, and its token of ids."""
     if not np.isfinite(logits).all():
         raise NonFiniteError(_where(weights, config, ids, numerics))
 
@@ -284,7 +284,7 @@ def require_finite(
 def require_finite_point(
     name: str, x: Array, weights: Mapping[str, Array], config: Config, ids: Array, numerics: str
 ) -> None:
-    """Raise the same where a recorded point of ids (B, S) holds NaN or infinity."""
+    """Raise NonFiniteError where a recorded point of ids (B, S) holds NaN or infinity."""
     if (bad := _not_finite(name, x)).any():
         raise NonFiniteError(_where(weights, config, ids[np.argwhere(bad)[0, 0]].tolist(), numerics))
 
@@ -304,7 +304,7 @@ def _not_finite(name: str, x: Array) -> Array:
 
 
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str) -> str:
-    """Compute ids once more, and say what is the first point that is not finite."""
+    """Compute ids again, and describe the first point that is not finite."""
     cache = KVCache.allocate(config, 1, len(ids), named(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights
 
@@ -327,7 +327,7 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Ar
 
 
 def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: str) -> str:
-    """Say whether the weights of a point are to blame."""
+    """Return whether the weights of a point are to blame, as the end of a sentence."""
     module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
     for name, tensor in weights.items():
         own = name.removeprefix(f"{module}.")
@@ -335,4 +335,4 @@ def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: s
             bad = tensor.size - int(np.isfinite(tensor).sum())
             if bad:
                 return f": {name} holds {bad:,} of {tensor.size:,} that are not finite, so the checkpoint is damaged"
-    return f": the numbers outgrow {numerics}"
+    return f": values overflow {numerics}"

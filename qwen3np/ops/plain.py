@@ -52,8 +52,7 @@ def attend(
 
     k, v = repeated(keys), repeated(values)
     at = np.array([a.shape[1] for a in keys])[:, None, None, None] + np.arange(-q.shape[2], 0)[:, None]  # (B, 1, S, 1)
-    past = np.arange(length)
-    seen = (past <= at) & (past > at - (window or length))
+    seen = (np.arange(length) <= at) & (np.arange(length) > at - (window or length))
     scores = R(R(q @ np.swapaxes(k, 2, 3)) * q.shape[-1] ** -0.5)  # (B, H, S, T)
     scores = m.out("scores", np.where(seen, scores, scores.dtype.type(-np.inf)))
     context = R(m.out("probs", R(softmax(scores))) @ v)  # (B, H, S, Dh)

@@ -139,7 +139,7 @@ def train(
     Raises ValueError for sizes that do not fit (to each other, or into the memory that is free), for documents in which
     nothing counts, for a folder that exists (to resume: one without a state, or with one of other sizes, of another
     corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
-    where training could not begin.
+    where training could not start.
     """
     from tqdm import tqdm
 
@@ -241,7 +241,7 @@ def _begun(
 
 
 def batches(encoded: Sequence[Encoded], settings: Settings) -> Iterator[tuple[Array, Array]]:
-    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents packed anew.
+    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents are packed again.
 
     Rows in which nothing counts are left out. Raises ValueError where no other is.
     """
