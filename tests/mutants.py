@@ -142,8 +142,8 @@ GROUPS = [
             "head: wide weights not rounded": ("num.widen(w).T", "w.T"),
             "attend: scores not scaled": (" * q.shape[-1] ** -0.5)", ")"),
             "attend: scaled before the first rounding": (
-                "R(R(q @ np.swapaxes(k, 2, 3)) *",
-                "R((q @ np.swapaxes(k, 2, 3)) *",
+                "R(R(q @ np.swapaxes(repeated(keys), 2, 3)) *",
+                "R((q @ np.swapaxes(repeated(keys), 2, 3)) *",
             ),
             "attend: the next position seen": ("(past <= at)", "(past <= at + 1)"),
             "attend: the window shows one more": (
