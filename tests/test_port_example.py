@@ -43,7 +43,7 @@ def compiled_and_run(folder, kit, *flags):
     ("flags", "status", "last"),
     [
         (["-DBUG"], 1, "a bug at model.layers.0.self_attn.q_rope"),
-        ([], 0, "float32 rounding only"),
+        ([], 0, "float32 rounding only; 20 of 164 recorded points compared, none of decode.0, decode.1, decode.2"),
     ],
 )
 def test_example(kit, tmp_path, capsys, flags, status, last):

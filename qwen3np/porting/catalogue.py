@@ -19,7 +19,7 @@ from qwen3np.config import Config, Yarn
 from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, Array, silu
 from qwen3np.ops.fast.linear import linear
-from qwen3np.porting.points import STEPS, Place, Step
+from qwen3np.porting.points import POINTS, Place, Point
 from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 Change = Callable[..., Array]  # (run, place, *inputs) -> the point
@@ -40,8 +40,8 @@ class Bug:
 
     @property
     def steps(self) -> list[str]:
-        """The keys of STEPS that it changes, in their order."""
-        return [step for step in STEPS if any(fnmatchcase(step, pattern) for pattern in self.changes)]
+        """The keys of POINTS that it changes, in their order."""
+        return [step for step in POINTS if any(fnmatchcase(step, pattern) for pattern in self.changes)]
 
     @property
     def parts(self) -> list[Bug]:
@@ -51,7 +51,7 @@ class Bug:
             replace(self, changes=dict.fromkeys([step], *self.changes.values())) for step in steps if len(steps) > 1
         ]
 
-    def planted(self, steps: Mapping[str, Step]) -> dict[str, Step]:
+    def planted(self, steps: Mapping[str, Point]) -> dict[str, Point]:
         """Return the table of steps with this bug."""
         changed = dict(steps)
         for pattern, change in self.changes.items():

@@ -12,25 +12,13 @@ from typing import Any
 import numpy as np
 
 from qwen3np.numerics import FLOAT64, Array, position_axis
-from qwen3np.numerics import precision as numerics_of
 from qwen3np.porting.catalogue import BUGS, Bug
-from qwen3np.porting.compare import (
-    MARGIN,
-    Aligned,
-    Comparison,
-    Found,
-    PointReport,
-    align,
-    gate_of,
-    judge,
-    kept,
-    reroute,
-    settle,
-    tolerance,
-)
-from qwen3np.porting.dumps import UNMASKED
-from qwen3np.porting.points import CHOICE, STEPS, Rerun, point_names, split_layer, split_pass
+from qwen3np.porting.align import Aligned, Found, gate_of, kept, settle, tolerance
+from qwen3np.porting.compare import Comparison, PointReport, compared
+from qwen3np.porting.floors import MARGIN, numerics_of
+from qwen3np.porting.points import CHOICE, POINTS, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import HEADS, Recording, distance
+from qwen3np.porting.shapes import UNMASKED
 
 SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report
@@ -75,8 +63,7 @@ def diagnose(
     Each bug is planted in the reference, which is run from the port's own numbers: those before the first wrong point,
     or the ids alone where the port dumps no more than logits. Arguments and errors are those of compare.
     """
-    aligned = reroute(golden, align(golden, dump, about, names, precision), weights)
-    comparison = judge(golden, aligned, weights)
+    aligned, comparison = compared(golden, dump, about, names, precision, weights)
     if comparison.first_point is None:
         return Diagnosis(comparison.verdict, None, comparison.meaning)
     first, point = comparison.first_point, _judged(comparison)
@@ -194,21 +181,21 @@ class _Bench:
 
     def wrong(self, bugs: Iterable[Bug]) -> Rerun:
         """Return the reference with these bugs; what it has computed before the first of them is not done again."""
-        steps = reduce(lambda steps, bug: bug.planted(steps), bugs, STEPS)
-        same = takewhile(lambda name: steps[split_layer(name)[1]] is STEPS[split_layer(name)[1]], self.names)
+        steps = reduce(lambda steps, bug: bug.planted(steps), bugs, POINTS)
+        same = takewhile(lambda name: steps[split_layer(name)[1]] is POINTS[split_layer(name)[1]], self.names)
         computed = {name: self.right.computed[name] for name in same if name in self.right.computed}
-        return replace(self.right, steps=steps, computed=computed)
+        return replace(self.right, table=steps, computed=computed)
 
     def left(self, rerun: Rerun, name: str) -> float:
         """Return the squared distance of the port's point from this implementation's, relative to its own size."""
         here = self.aligned.found[name]
         if name.endswith(CHOICE):
-            gate, own = gate_of(name), rerun.step(name)
+            gate, own = gate_of(name), rerun.made(name)
             if here.whole.shape == own.shape:
                 limit = tolerance(gate, self.golden, self.aligned.precision)[1]
                 own = settle(here.whole, own, rerun.value(gate), limit)
             return distance(here.part, kept(self.golden, here, name, own), 1)[0] ** 2
-        mine, other = (x.astype(np.float64) for x in (here.part, kept(self.golden, here, name, rerun.step(name))))
+        mine, other = (x.astype(np.float64) for x in (here.part, kept(self.golden, here, name, rerun.made(name))))
         if UNMASKED in here.notes:
             mine, other = (np.where(np.isfinite(here.truth), x, 0) for x in (mine, other))
         seen = np.isfinite(mine)
@@ -258,7 +245,7 @@ class _Bench:
 
     def cause(self, trial: _Trial) -> Cause:
         """Return a trial as it is reported."""
-        steps = [step for step in STEPS if any(step in bug.steps for bug in trial.bugs)]
+        steps = [step for step in POINTS if any(step in bug.steps for bug in trial.bugs)]
         kind = split_layer(self.point)[1]
         return Cause(
             " and ".join(sorted({bug.name for bug in trial.bugs})),
@@ -274,7 +261,7 @@ class _Bench:
         exact = replace(wrong, numerics=FLOAT64, computed={})
 
         def floor(name: str) -> float:  # a bug may make more of rounding than the right model does
-            return (MARGIN * distance(wrong.step(name), exact.step(name), position_axis(name))[0]) ** 2
+            return (MARGIN * distance(wrong.made(name), exact.made(name), position_axis(name))[0]) ** 2
 
         points = [report.name for report in comparison.points if report.name in self.aligned.found and adds(report)]
         left = {name: self.left(wrong, name) for name in points}
@@ -283,7 +270,7 @@ class _Bench:
     def known(self) -> list[str]:
         """Return what the numbers say by themselves: where the error is, and whether a factor undoes it."""
         here, known = self.aligned.found[self.point], list[str]()
-        right = kept(self.golden, here, self.point, self.right.step(self.point)).astype(np.float64)
+        right = kept(self.golden, here, self.point, self.right.made(self.point)).astype(np.float64)
         mine = here.part.astype(np.float64)
         limit = MARGIN * tolerance(self.point, self.golden, self.aligned.precision)[1]
         kind = split_layer(self.point)[1].rpartition(".")[2]

@@ -16,7 +16,7 @@ import qwen3np
 from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.numerics import BFLOAT16
-from qwen3np.porting.compare import LEAST, MARGIN
+from qwen3np.porting.floors import LEAST, MARGIN
 from qwen3np.porting.points import split_pass
 from qwen3np.porting.record import Recording, record
 from qwen3np.weights import init_weights

@@ -20,7 +20,8 @@ from qwen3np.files.writing import written_aside
 from qwen3np.guard import checked_ids, require_finite, require_finite_point
 from qwen3np.model import forward
 from qwen3np.numerics import FLOAT64, Array, position_axis, precision
-from qwen3np.porting.points import point_names, split_layer, split_pass
+from qwen3np.porting.floors import HALF, noisy_runs
+from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
 HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads
@@ -47,11 +48,7 @@ class Recording:
     @property
     def passes(self) -> list[tuple[str, Array, Array]]:
         """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
-        prompt = self.ids.shape[1] - self.steps
-        positions = np.tile(np.arange(self.ids.shape[1], dtype=np.int64), (len(self.ids), 1))
-        cuts = range(prompt, self.ids.shape[1])
-        names = ["", *(f"decode.{i}." for i in range(self.steps))]
-        return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
+        return passes_of(self.ids, self.steps)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
@@ -113,6 +110,14 @@ class Recording:
         return cut(name, x, self.config, self.tokens, self.heads)
 
 
+def passes_of(ids: Array, steps: int) -> list[tuple[str, Array, Array]]:
+    """Return the passes over ids (B, S + steps): prefix of their names, ids (B, S), positions (B, S)."""
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1))
+    cuts = range(ids.shape[1] - steps, ids.shape[1])
+    names = ["", *(f"decode.{i}." for i in range(steps))]
+    return list(zip(names, np.split(ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
+
+
 def record(
     weights: Mapping[str, Array],
     config: Config,
@@ -149,21 +154,39 @@ def record(
     if numerics != FLOAT64.name:
         truth = dict[str, Array]()
         trace(weights, config, prompt, truth.__setitem__, numerics=FLOAT64.name, **chosen)
-    floors: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
-        floor = floors.setdefault(name.removesuffix("-grouped"), {})
+    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+    floors: dict[str, dict[str, tuple[float, float]]] = {"float32": {}, "float16": {}, "bfloat16": {}}
 
-        def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
+    def measured(floor: dict[str, tuple[float, float]]) -> Callable[[str, Array], None]:
+        def measure(point: str, x: Array) -> None:
             overall, by_token = distance(x, truth[point], position_axis(point))
             before = floor.get(point, (0.0, 0.0))
-            floor[point] = max(overall, before[0]), max(float(by_token.max()), before[1])
+            worst = float(by_token.max())
+            if not math.isfinite(worst):  # float16 overflows, and then says nothing
+                overall = worst = 1.0
+            floor[point] = max(overall, before[0]), max(worst, before[1])
 
+        return measure
+
+    for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
+        measure = measured(floors[name.removesuffix("-grouped")])
         if name == numerics:
             for point, x in recorded.items():
                 measure(point, x)
         else:
             trace(weights, config, prompt, measure, numerics=name, **chosen)
-    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+    right = Rerun(weights, config, HALF, passes_of(all_ids, steps), {})
+    runs = [("float16", right), *(("float32", run) for run in noisy_runs(right, prompt.size * config.hidden_size))]
+    last = list(recorded)[-1]
+    for of, run in runs:
+        measure = measured(floors[of])
+        with np.errstate(all="ignore"):
+            for point in (prefix + name for prefix, _, _ in run.passes for name in point_names(config)):
+                x = run.value(point)
+                if point in recorded:
+                    measure(point, cut(point, x, config, *kept))
+                if point == last:
+                    break
     return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
 
 
@@ -284,10 +307,11 @@ def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, hea
     return x
 
 
-def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
+def distance(x: Array, truth: Array, axis: int, scale: Array | None = None) -> tuple[float, Array]:
     """Return the relative L2 distance from the truth, over all and per index of `axis`; where the truth is -inf, none.
 
     An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
+    scale has the numbers whose size the distance is relative to, if those are not the truth's own.
     Integers are choices: their distance is the share of the truth's that x does not have, in whatever order.
     """
     if truth.dtype.kind in "iu":
@@ -300,7 +324,8 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
         error: Array = np.square(np.where(seen, x.astype(np.float64), 0.0) - y)
     others = tuple(i for i in range(truth.ndim) if i != axis)
     errors: Array = np.sqrt(error.sum(others))
-    norms: Array = np.sqrt(np.square(y).sum(others))
+    size: Array = y if scale is None else np.where(seen, scale.astype(np.float64), 0.0)
+    norms: Array = np.sqrt(np.square(size).sum(others))
     tiny, usual = float(np.finfo(np.float64).tiny), float(np.median(norms))
     by_index = errors / np.maximum(norms, max(usual, tiny))
     return math.hypot(*errors) / max(math.hypot(*norms), tiny), by_index
