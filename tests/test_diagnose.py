@@ -92,7 +92,7 @@ def test_where_it_is_wrong(golden, weights):
     dump = {name: x.copy() for name, x in golden.points.items()}
     dump[Q_ROPE][0, 2, 5:8] += 1
     found = diagnose(golden, dump, weights=weights)
-    assert found.known[1:] == ["wrong at 3 of 20 positions: 5, 6, 7", "wrong at 1 of 6 heads: 2"]
+    assert found.known[1:] == ["wrong at 3 of 20 positions: 5 to 7", "wrong at 1 of 6 heads: 2"]
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_unusable(golden, weights):
 def test_catalogue():
     """Every bug changes steps that there are, and says where to look."""
     for bug in CATALOGUE:
-        assert bug.steps, bug.name
+        assert bug.points, bug.name
         assert bug.look
-        assert {s for s in POINTS if bug.planted(POINTS)[s] is not POINTS[s]} == set(bug.steps)
-        assert all(part.steps == [step] for part, step in zip(bug.parts, bug.steps, strict=False))
+        assert {s for s in POINTS if bug.planted(POINTS)[s] is not POINTS[s]} == set(bug.points)
+        assert all(part.points == [point] for part, point in zip(bug.parts, bug.points, strict=False))
 
 
 def test_mask_bugs_keep_the_window(config):
