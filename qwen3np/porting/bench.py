@@ -175,15 +175,11 @@ class Bench:
             if left <= rounding or left <= self.own_rounding(wrong, exact, name):
                 continue
             touched = abs(left - error) > 1e-3 * max(left, error)
-            if name in self.adding and (not touched or (left < error and self._elsewhere(trial, name))):
+            if name in self.adding and not touched:
                 rest.append(name)
             elif self.reports[name].adds or touched:
                 consistent = False
         return replace(trial, everywhere=everywhere, consistent=consistent, rest=tuple(rest))
-
-    def _elsewhere(self, trial: Trial, name: str) -> bool:
-        """Whether the bugs change none of the points on the way to this one."""
-        return not any(bug.changed(name) for bug in trial.bugs) and name in self.aligned.given
 
     def scopes(self, bug: Bug) -> Iterator[Bug]:
         """Yield a bug in parts: in some of its points, in some passes, in some layers."""

@@ -27,6 +27,7 @@ from qwen3np.porting.changes import (
     is_sparse,
     logits_as_weights,
     logits_normalised,
+    lost,
     moved,
     normalised_after,
     not_normalised,
@@ -207,6 +208,11 @@ BUGS = (
         "attention: a position does not see itself",
         {"self_attn.scores": blind_to_itself},
         "a query sees its own position and those before it",
+    ),
+    Bug(
+        "attention: a decode step's own key and value are lost",
+        {"self_attn.scores": lost, "self_attn.context": lost},
+        "a decode step is written to the cache at its position, before it is read",
     ),
     Bug(
         "attention: sliding window ignored",

@@ -359,3 +359,12 @@ def blind_to_itself(run: Change, at: Place, q: Array, k: Array) -> Array:
 def fewer_experts(run: Change, at: Place, x: Array, indices: Array, shares: Array) -> Array:
     """Leave out the least of the chosen experts."""
     return run(at, x, indices[..., :-1], shares[..., :-1])
+
+
+def lost(run: Change, at: Place, x: Array, y: Array) -> Array:
+    """Let the key or the value of a decode step be 0 for itself, as where it is written to another place."""
+    if not at.positions[0, 0]:
+        return run(at, x, y)
+    y = y.copy()
+    y[(slice(None),) * (y.ndim - 2) + (-1,)] = 0  # (B, K, T, Dh) or (B, T, K * Dh)
+    return run(at, x, y)

@@ -12,7 +12,7 @@ from qwen3np.porting.bench import SURE, TINY, Bench, Trial, by_rank, told_apart,
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug
 from qwen3np.porting.compare import Compared, compared, share
-from qwen3np.porting.fits import FAMILIES, fitted
+from qwen3np.porting.fits import FAMILIES, fitted, neighbours
 from qwen3np.porting.matched import matches
 from qwen3np.porting.points import POINTS, split_layer
 from qwen3np.porting.record import Recording
@@ -174,7 +174,7 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
     families = tuple(family.name.split(" is ")[0] for family in FAMILIES)
     leaders = [t.name for t in trials[:LEADERS]]
     if not trials or not trials[0].consistent or any(name.startswith(families) for name in leaders):
-        trials = _without_neighbours(by_rank([*trials, *held(list(fitted(bench)))]), bench)
+        trials = _without_neighbours(trials, held(list(fitted(bench))), bench)
     if not trials or not trials[0].consistent:
         parts = list(bench.attempt((part,) for bug in bugs for part in bench.scopes(bug)))
         trials = by_rank([*trials, *held(parts)])
@@ -183,14 +183,15 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
     return trials
 
 
-def _without_neighbours(trials: list[Trial], bench: Bench) -> list[Trial]:
-    """Leave out of bugs that differ in a number all but the best, if another one is no explanation beside it."""
-    kept: list[Trial] = []
-    for trial in trials:
-        family = trial.name.split(" is ")[0]
-        if not any(t.name.split(" is ")[0] == family and t.consistent for t in kept if " is " in t.name):
-            kept.append(trial)
-    return kept
+def _without_neighbours(trials: list[Trial], fits: list[Trial], bench: Bench) -> list[Trial]:
+    """Return trials and fits, a number of the catalogue before a fitted one unless that is better by more than noise."""
+    kept = list[Trial]()
+    for fit in fits:
+        known = next((t for t in trials if neighbours(t, fit)), None)
+        if known is None or not known.consistent or told_apart(fit, known, bench):
+            kept.append(fit)
+            trials = [t for t in trials if t is not known]
+    return by_rank([*trials, *kept])
 
 
 def _pairs(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:

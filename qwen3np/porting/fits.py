@@ -58,6 +58,15 @@ FAMILIES = (
 )
 
 
+def neighbours(one: Trial, other: Trial) -> bool:
+    """Whether two trials are bugs of one family, with numbers less than 5 % apart."""
+    names = [trial.name.split(" is ") for trial in (one, other)]
+    if any(len(n) != 2 for n in names) or names[0][0] != names[1][0]:
+        return False
+    a, b = (float(n[1].replace(",", "")) for n in names)
+    return abs(a / b - 1) < 0.05
+
+
 def fitted(bench: Bench) -> Iterator[Trial]:
     """Yield the families that change the point, each with the number that leaves the least."""
     for family in FAMILIES:
@@ -88,10 +97,9 @@ def _fit(bench: Bench, family: Family, pattern: str) -> Trial | None:
         best, value = tried, value * float(np.exp(step))
         if gain < 1.01:
             break
-    plain = float(f"{value:.2g}")  # a rounder number, if it is as good
-    for rounder in {plain, float(f"{value:.1g}")}:
-        tried = next(bench.attempt([(family.bug(pattern, rounder),)]), None)
-        if tried is not None and tried.left <= max(best.left * 1.05, 0.25 * bench.rounding(bench.point)):
+    for digits in (2, 1):  # a rounder number, if it is as good
+        tried = next(bench.attempt([(family.bug(pattern, float(f"{value:.{digits}g}")),)]), None)
+        if tried is not None and tried.left <= 1.02 * best.left:
             best = tried
     return best
 

@@ -167,40 +167,38 @@ def _products(change: Change, attention: Change | None = None) -> dict[str, Chan
 
 def _settings() -> list[Bug]:
     found = [
-        Bug(f"setting: KV cache in {name}", cached(short), f"the type of the cache: {name}")
+        Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}")
         for name, short in SHORT.items()
     ]
     look = "rms_norm gives bfloat16, whatever the port computes in"
-    found += [Bug("setting: norms in bfloat16", {"*norm": short_norm(twice)}, look) for twice in (False, True)]
-    found.append(Bug("setting: norms in float16", {"*norm": results(HALF)}, "rms_norm gives float16"))
+    found += [Bug("norms in bfloat16", {"*norm": short_norm(twice)}, look) for twice in (False, True)]
+    found.append(Bug("norms in float16", {"*norm": results(HALF)}, "rms_norm gives float16"))
     for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
         changes = {point: results(short) for point in ("*_proj", "mlp.act", "*.context", "mlp.experts")}
-        found.append(Bug(f"setting: activations in {name}", changes, f"results of matrix products kept in {name}"))
-        changes = _products(weighed(short, short))
-        found.append(Bug(f"setting: matrix products in {name}", changes, f"inputs rounded to {name} before products"))
-    found += [
-        Bug("setting: matrix products in TF32", _products(weighed(TF32, TF32)), "allow_tf32, or its like"),
-        Bug("setting: matrix products in TF32", _products(weighed(TF32, TF32), inputs(TF32)), "allow_tf32, or its like"),
-    ]
+        found.append(Bug(f"activations in {name}", changes, f"results of matrix products kept in {name}"))
+    for name, short in {"bfloat16": BRAIN, "TF32 or float16": TF32}.items():
+        look = "inputs of matrix products are rounded: allow_tf32, or its like"
+        for attention in (None, inputs(short)):
+            found.append(Bug(f"matrix products in {name}", _products(weighed(short, short), attention), look))
     for size in (32, 64, 0):
         name = f"in groups of {size}" if size else "with a scale for each row"
         for scale in (np.float32, np.float16):
             short = blocks(size, 8, scale)
             changes = _products(inputs(short))
-            found.append(Bug(f"setting: inputs quantised to 8 bits {name}", changes, "the reference has the same weights"))
+            found.append(Bug(f"inputs quantised to 8 bits {name}", changes, "the reference has the same weights"))
             changes = _products(weighed(short, short))
-            found.append(Bug(f"setting: weights and inputs quantised to 8 bits {name}", changes, "what qwen3.c does"))
+            found.append(Bug(f"weights and inputs quantised to 8 bits {name}", changes, "what qwen3.c does"))
             changes = _products(weighed(short))
             look = "record from the dequantised weights, and only other errors remain"
             changes |= {"model.embed_tokens": weighed(short)}
-            found.append(Bug(f"setting: weights quantised to 8 bits {name}", changes, look))
+            found.append(Bug(f"weights quantised to 8 bits {name}", changes, look))
     for name, short in {"bfloat16": BRAIN, "float16": HALF, "float8 (e4m3)": typed(ml_dtypes.float8_e4m3fn)}.items():
         look = "record from these weights, and only other errors remain"
         changes = _products(weighed(short)) | {"model.embed_tokens": weighed(short)}
-        found.append(Bug(f"setting: weights in {name}", changes, look))
-    found.append(Bug("setting: weights quantised to 4 bits in groups of 32", _products(weighed(blocks(32, 4))), look))
-    found.append(Bug("setting: probabilities in float16", {"self_attn.probs": results(HALF)}, "softmax gives float16"))
-    found.append(Bug("setting: probabilities in bfloat16", {"self_attn.probs": results(BRAIN)}, "softmax gives bfloat16"))
+        found.append(Bug(f"weights in {name}", changes, look))
+    found.append(Bug("weights quantised to 4 bits in groups of 32", _products(weighed(blocks(32, 4))), look))
+    found.append(Bug("probabilities in float16", {"self_attn.probs": results(HALF)}, "softmax gives float16"))
+    found.append(Bug("probabilities in bfloat16", {"self_attn.probs": results(BRAIN)}, "softmax gives bfloat16"))
     return found
 
 
