@@ -6,7 +6,7 @@
 Every engine has processes of its own (engine.py says what each measures); they take turns (A B C A B C ...), so that a
 machine that slows down slows all of them. A figure is the median of its turns, a ratio the median of the ratios within
 a turn. llama.cpp fills its cache itself. Beside them a model of 15 million parameters generates with qwen3np and with
-the forward of naive.py. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
+the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
 """
 
 from __future__ import annotations

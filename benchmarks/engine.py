@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import naive
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -27,7 +26,19 @@ from qwen3np.commands.bench import decode_seconds, memory, prefill_seconds, seco
 
 PREFILL, DECODE, MIDDLE, BATCH = (32, 512, 4096), (32, 512, 4096, 16384), 512, 8
 ENGINES = ("qwen3np float32", "qwen3np bfloat16", "transformers float32", "transformers bfloat16")
-SMALL = ("qwen3np 15M", "naive 15M")  # these make a model of their own
+SMALL = ("qwen3np 15M", "plain 15M")  # these make a model of their own, of the sizes of stories15M in llama2.c
+SMALL_CONFIG = Config(
+    vocab_size=32000,
+    hidden_size=288,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+    head_dim=48,
+    rope_theta=1e4,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
 Found = dict[str, float]  # the name of a measure, with its unit -> its value
 Timer = Callable[..., list[float]]
 
@@ -112,11 +123,11 @@ def measure(engine: str, folder: Path, threads: int, quick: bool) -> Found:
 
 def measure_small(engine: str, threads: int, steps: int = 256) -> Found:
     """Measure greedy generation with a model of 15 million parameters, the prompt aside."""
-    weights, ids = init_weights(naive.CONFIG, 0, trained_like=True), list(range(16))
+    weights, ids = init_weights(SMALL_CONFIG, 0, trained_like=True), list(range(16))
 
     def rate() -> float:
-        generate = naive.stream if engine.startswith("naive") else stream
-        found = generate(weights, naive.CONFIG, ids, max_new_tokens=steps + 1)
+        ops = "plain" if engine.startswith("plain") else "fast"
+        found = stream(weights, SMALL_CONFIG, ids, max_new_tokens=steps + 1, engine=ops)
         next(found)
         began = time.perf_counter()
         for _ in found:
@@ -131,7 +142,7 @@ def measure_small(engine: str, threads: int, steps: int = 256) -> Found:
     with threadpool_limits(threads):
         rate()  # for warmth
         found = {"15M parameters, decode (tokens/s)": median(rate() for _ in range(3))}
-        if engine.startswith("naive"):
+        if engine.startswith("plain"):
             found["15M parameters, its matrices alone (tokens/s)"] = 1 / median(seconds(matrices, most=100))
     return found
 

@@ -25,13 +25,14 @@ from random_checkpoint import add_checkpoint, make_if_missing
 from tables import markdown, value
 
 from qwen3np import Config, KVCache, Model, load
-from qwen3np.attention import attend
 from qwen3np.commands.bench import decode_seconds, filled_cache, prefill_seconds, seconds
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import silu
-from qwen3np.ops.fast.linear import linear, linears
-from qwen3np.ops.fast.threads import blas_threads, in_blocks, num_threads, share, threads_for
-from qwen3np.rope import rotary_tables, rotate
+from qwen3np.numerics import named
+from qwen3np.ops.fast import silu
+from qwen3np.ops.fast.attention import attend
+from qwen3np.ops.fast.products import products as projections
+from qwen3np.ops.fast.threads import blas_threads, num_threads, rowwise, share, threads_for
+from qwen3np.qwen3 import Scope, rms_norm, rotate
+from qwen3np.rope import rotary_tables
 
 MIDDLE, LONG, DEEP = 512, 4096, 16384  # positions
 QUERIES, KEYS, BLOCKS = 256, 1024, 256  # rows of a block of attention and of what it sees; blocks that are timed
@@ -43,6 +44,9 @@ Times = Mapping[str, np.ndarray]  # seconds: a median for each round
 def normal(*shape: int) -> np.ndarray:
     """Return random numbers."""
     return RNG.standard_normal(shape, np.float32)
+
+
+FLOAT32 = named("float32")
 
 
 def products(matrices: Sequence[np.ndarray], rows: int) -> Run:
@@ -136,11 +140,11 @@ def parts(model: Model, rows: int, position: int) -> tuple[dict[str, Run], dict[
         runs[title] = run
 
     def project(title: str, y: np.ndarray, *names: str) -> None:
-        each(title, lambda layer: linears(y, [(weight(layer, name), None) for name in names]))
+        each(title, lambda layer: projections(y, [(weight(layer, name), None) for name in names], FLOAT32))
         limits[title] = products([weight(layer, name) for layer in layers for name in names], rows)
 
     def norm(y: np.ndarray, name: str) -> Callable[[int], object]:
-        return lambda layer: rms_norm(y, weight(layer, name), eps)
+        return lambda layer: rms_norm(y, weight(layer, name), eps, FLOAT32)
 
     def whole() -> None:
         model.forward(ids, cache, last_only=True)
@@ -148,18 +152,18 @@ def parts(model: Model, rows: int, position: int) -> tuple[dict[str, Run], dict[
 
     def last() -> None:
         with blas_threads(held):
-            linear(rms_norm(x[:, -1:], weights["model.norm.weight"], eps), head)
+            projections(rms_norm(x[:, -1:], weights["model.norm.weight"], eps, FLOAT32), [(head, None)], FLOAT32)
 
     each("two norms", norm(x, "input_layernorm"), norm(x, "post_attention_layernorm"))
     project("q, k, v", x, *(f"self_attn.{name}_proj" for name in "qkv"))
     each("norms of q and k", norm(q, "self_attn.q_norm"), norm(k, "self_attn.k_norm"))
-    each("rotation", lambda _: rotate(q_heads, angles), lambda _: rotate(k_heads, angles))
-    each("attention", lambda layer: attend(q_heads[0], *cache.write(layer, 0, k_heads[0], k_heads[0])))
+    each("rotation", lambda _: rotate(q_heads, angles, FLOAT32), lambda _: rotate(k_heads, angles, FLOAT32))
+    each("attention", lambda layer: attend(q_heads, *cache.write(layer, k_heads, k_heads), None, Scope({}), FLOAT32))
     project("o", context, "self_attn.o_proj")
     project("gate, up", x, "mlp.gate_proj", "mlp.up_proj")
-    each("activation", lambda _: in_blocks(lambda gate, up: silu(gate) * up, gate, gate))
+    each("activation", lambda _: rowwise(lambda gate, up: silu(gate) * up, gate, gate))
     project("down", gate, "mlp.down_proj")
-    each("residuals", *[lambda _: in_blocks(np.add, x, x)] * 2)
+    each("residuals", *[lambda _: rowwise(np.add, x, x)] * 2)
     runs |= {"last norm, head": last, "forward": whole}
     limits["last norm, head"] = products([head], 1)
     if rows == 1:

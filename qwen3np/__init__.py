@@ -1,18 +1,20 @@
 """Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from typing import Any
+
+from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.conversation import Conversation
 from qwen3np.embeddings import embed, rerank
-from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.errors import CheckpointError, ConfigError, ContextOverflowError, NonFiniteError
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
-from qwen3np.generate import generate, steps, stop_at, stream
-from qwen3np.guard import NonFiniteError
+from qwen3np.generate import generate, steps, stream
+from qwen3np.guard import forward
 from qwen3np.loading import Model, load
-from qwen3np.model import forward
-from qwen3np.sampling import SamplingParameters, log_probabilities
+from qwen3np.sampling import log_probabilities, processed_logits
 from qwen3np.scoring import score
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.settings import GenerationSettings
+from qwen3np.tokenizer import Tokenizer, stop_at
 from qwen3np.weights import Weights, count_parameters, init_weights
 
 __all__ = [
@@ -21,10 +23,10 @@ __all__ = [
     "ConfigError",
     "ContextOverflowError",
     "Conversation",
+    "GenerationSettings",
     "KVCache",
     "Model",
     "NonFiniteError",
-    "SamplingParameters",
     "Tokenizer",
     "Weights",
     "count_parameters",
@@ -34,6 +36,7 @@ __all__ = [
     "init_weights",
     "load",
     "log_probabilities",
+    "processed_logits",
     "read_checkpoint",
     "rerank",
     "save_checkpoint",
@@ -43,3 +46,11 @@ __all__ = [
     "stream",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SamplingParameters":
+        from qwen3np.settings import sampling_parameters
+
+        return sampling_parameters
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,9 +42,7 @@ class Conversation:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ValueError where it has none."""
-        if self.model.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: a conversation needs one")
-        return self.model.tokenizer
+        return self.model.text
 
     def reply(
         self,
@@ -60,7 +58,8 @@ class Conversation:
         caller stops listening, or interrupts) stays as far as it came; without one the message is dropped again.
         """
         self.messages.append({"role": "user", "content": text})
-        model, settings = self.model, self.model.generation_defaults() | dict(options or {})
+        model = self.model
+        settings: dict[str, Any] = {**model.generation_defaults(), **(options or {})}
         answer: list[int] = []
         try:
             ids = self.prompt_ids(**template_options)
@@ -72,7 +71,7 @@ class Conversation:
                 yield token
         finally:
             if answer:
-                self._remember(answer, settings["stop_ids"])
+                self._remember(answer, settings["stop_ids"] or ())
             else:  # refused, or interrupted before the first token: as if it had not been asked
                 self.messages.pop()
 

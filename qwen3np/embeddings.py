@@ -10,14 +10,12 @@ from numbers import Integral
 
 import numpy as np
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np.cache import KVCache
+from qwen3np.errors import ContextOverflowError
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.guard import require_finite
+from qwen3np.guard import forward, require_finite
 from qwen3np.loading import Model
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
-from qwen3np.ops.fast.linear import linear
-from qwen3np.ops.fast.threads import blas_threads
+from qwen3np.numerics import Array, named
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -37,6 +35,7 @@ def embed(
     dimensions: int | None = None,
     *,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Return a vector of length 1 for each text: (N, D) float32, or (N, dimensions); float64 for numerics "float64".
@@ -59,7 +58,7 @@ def embed(
         texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
 
     sequences = [[*tokenizer.encode(text), end] for text in texts]
-    x = _last_hidden_states(model, sequences, "texts", numerics, progress)[:, :dimensions]
+    x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -70,6 +69,7 @@ def rerank(
     instruction: str | None = None,
     *,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Return how well each document meets the query, from 0 to 1: (N,) float64, in the order of the documents.
@@ -92,10 +92,10 @@ def rerank(
     before, after = tokenizer.encode(_BEFORE), tokenizer.encode(_AFTER)
     pairs = [f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}" for document in documents]
     sequences = [before + tokenizer.encode(pair) + after for pair in pairs]
-    x = _last_hidden_states(model, sequences, "documents", numerics, progress)
+    x = _last_hidden_states(model, sequences, "documents", numerics, engine, progress)
     head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    with blas_threads(1):
-        logits = linear(x, model.weights[head][[no, yes]], None, precision(numerics))
+    num = named(numerics, engine)
+    logits = num.ops.head(x, model.weights[head][[no, yes]], num)
     for row, sequence in zip(logits, sequences, strict=True):
         require_finite(row, model.weights, model.config, sequence, numerics)
     return np.exp(log_probabilities(logits)[:, 1])
@@ -135,6 +135,7 @@ def _last_hidden_states(
     sequences: Sequence[list[int]],
     name: str,
     numerics: str,
+    engine: str,
     progress: Callable[[int], object] | None,
 ) -> Array:
     """Return the hidden states (N, D) of the last token of each of N sequences, after the final norm.
@@ -142,7 +143,7 @@ def _last_hidden_states(
     What all of them begin with is computed once. Sequences of about the same length go through the model together,
     padded on the right, where no token sees it; long ones alone, in pieces.
     """
-    config, n = model.config, precision(numerics)
+    config, n = model.config, named(numerics, engine)
     lengths = np.array([len(sequence) for sequence in sequences])
     context = config.max_position_embeddings
     if lengths.max() > context:
@@ -156,7 +157,7 @@ def _last_hidden_states(
         x, start = np.empty(0), 0
         for start in range(int(cache.lengths[0]), ids.shape[1], PREFILL_CHUNK):
             piece = ids[:, start : start + PREFILL_CHUNK]
-            x = forward(model.weights, config, piece, cache, numerics=numerics, head=False)
+            x = forward(model.weights, config, piece, cache, numerics=numerics, engine=engine, head=False)
         return x, start
 
     shared = 0

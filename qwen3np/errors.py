@@ -1,4 +1,4 @@
-"""The errors of checkpoints, each of one line."""
+"""The errors that have names; those about files strangers wrote are kept to one line."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ class ConfigError(_OneLine):
 
 class CheckpointError(_OneLine):
     """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+
+
+class ContextOverflowError(ValueError):
+    """More positions than there is room for. Nothing was written."""
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity where there must be numbers; the message names the first recorded point and token."""

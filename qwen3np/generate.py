@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from numbers import Integral
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 
-from qwen3np.cache import ContextOverflowError, KVCache
+from qwen3np import guard
+from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.guard import checked_sequence, require_finite, require_unchanged
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
-from qwen3np.sampling import SamplingParameters, sample
+from qwen3np.errors import ContextOverflowError
+from qwen3np.numerics import Array, named
+from qwen3np.sampling import sample
+from qwen3np.settings import Batch, GenerationSettings, Ids, checked, lists_settings
 from qwen3np.weights import Weights
 
-Ids: TypeAlias = Sequence[int]
-Batch: TypeAlias = Sequence[Sequence[int]]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-# Long prompts go through the model in pieces of so many positions: enough to be bound by arithmetic.
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 512  # positions of a long prompt that go through the model together: enough to be bound by arithmetic
 
 
 class Step(NamedTuple):
@@ -28,257 +27,181 @@ class Step(NamedTuple):
 
     row: int  # which sequence of the batch
     id: int
-    logits: Array  # (V,) what it was chosen from; see sampling.log_probabilities
+    logits: Array  # (V,) from which it was chosen; see sampling.log_probabilities
     done: bool  # whether it is the last one of its sequence
 
 
+@overload
 def generate(
-    weights: Weights,
-    config: Config,
-    input_ids: Ids | Batch,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    stop_ids: Collection[int] = (),
-    cache: KVCache | None = None,
-    numerics: str = "float32",
-    progress: Callable[[int], object] | None = None,
+    weights: Weights, config: Config, input_ids: Ids, **settings: Unpack[GenerationSettings]
+) -> tuple[list[int], KVCache]: ...
+@overload
+def generate(
+    weights: Weights, config: Config, input_ids: Batch, **settings: Unpack[GenerationSettings]
+) -> tuple[list[list[int]], KVCache]: ...
+@lists_settings
+def generate(
+    weights: Weights, config: Config, input_ids: Ids | Batch, **settings: Unpack[GenerationSettings]
 ) -> tuple[list[int] | list[list[int]], KVCache]:
-    """Return the new ids after input_ids, and the cache, which makes going on from here cheap.
+    """Generate the ids that follow input_ids.
 
-    input_ids: the full sequence so far, or a list of such (a ragged batch; each stops by itself, and then costs
-    nothing); the new ids come in the same form and end with the stop id, if one came, or at max_new_tokens or the end
-    of the context. With the cache of an earlier call only what comes after the longest common prefix is computed; it
-    grows when it must. temperature 0 is greedy; see sampling.SamplingParameters for the others. Each sequence draws
-    from a generator of its own with this seed, so it does not matter what else is in its batch. progress is told, piece
-    by piece, how many positions of the prompts were computed.
+    Parameters
+    ----------
+    weights, config
+        The model.
+    input_ids
+        The whole sequence so far, or a list of sequences: a ragged batch, in which each ends separately and then costs
+        nothing.
+    **settings
+        See settings.GenerationSettings: max_new_tokens is needed, temperature 0 is greedy. Each sequence draws from its
+        own generator with this seed, so the rest of its batch makes no difference. With the cache of an earlier call,
+        only what follows the longest common prefix is computed; it grows when it must.
 
-    Raises ValueError for bad ids and parameters (before anything is computed), ContextOverflowError for a prompt that
-    leaves no room in config.max_position_embeddings, ValueError with the numbers where there is less memory than the
-    cache of prompts and new tokens takes in the end, CheckpointError for a mapped file that was changed since, and
-    NonFiniteError where NaN or infinity came out.
+    Returns
+    -------
+    The new ids (a list for each sequence of a batch), which end with the stop id, if one came, or at max_new_tokens or
+    the end of the context; and the cache, which makes continuing from here cheap.
+
+    Raises
+    ------
+    ValueError
+        For bad ids and settings (before anything is computed), and where prompts and new tokens need more memory than
+        is free. ContextOverflowError for a prompt that leaves no room in config.max_position_embeddings,
+        CheckpointError for a mapped file that changed after it was loaded, NonFiniteError for NaN or infinity.
+    TypeError
+        For unknown settings.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> qwen3np.generate(model.weights, model.config, [281, 297, 272, 1132, 259], max_new_tokens=4)[0]
+    [1592, 256, 13, 2022]
+
     """
-    batch, single = _as_batch(input_ids)
-    if cache is None:
-        cache = new_cache(config, batch, max_new_tokens, numerics)
+    (batch, single), chosen = _as_batch(input_ids), checked(settings)
+    if chosen["cache"] is None:
+        chosen["cache"] = new_cache(config, batch, chosen["max_new_tokens"], chosen["numerics"])
     new: list[list[int]] = [[] for _ in batch]
-    for step in steps(
-        weights,
-        config,
-        batch,
-        cache,
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingParameters(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
-        stop=_stop(stop_ids),
-        seed=seed,
-        numerics=numerics,
-        progress=progress,
-    ):
+    for step in steps(weights, config, batch, **chosen):
         new[step.row].append(step.id)
-    return (new[0] if single else new), cache
+    return (new[0] if single else new), chosen["cache"]
 
 
-def stream(
-    weights: Weights,
-    config: Config,
-    input_ids: Ids,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    stop_ids: Collection[int] = (),
-    cache: KVCache | None = None,
-    numerics: str = "float32",
-    progress: Callable[[int], object] | None = None,
-) -> Iterator[int]:
+@lists_settings
+def stream(weights: Weights, config: Config, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
     """Yield the new ids of one sequence as they come; arguments and errors as in generate.
 
-    A cache given here is filled on the way, and is good for going on wherever the caller stops listening. When another
-    call has used it, this one can only end with a ValueError.
+    A cache given here is filled on the way, and can be continued wherever the caller stops listening. Once another call
+    has used it, this one can only end with a ValueError.
     """
     batch, single = _as_batch(input_ids)
     if not single:
         raise ValueError("stream: takes one sequence of ids; generate takes a batch")
-    found = steps(
-        weights,
-        config,
-        batch,
-        new_cache(config, batch, max_new_tokens, numerics) if cache is None else cache,
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingParameters(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
-        stop=_stop(stop_ids),
-        seed=seed,
-        numerics=numerics,
-        progress=progress,
-    )
-    return (step.id for step in found)
+    return (step.id for step in steps(weights, config, batch, **settings))
 
 
-def _check_count(max_new_tokens: int) -> None:
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens!r}")
-
-
-def _stop(stop_ids: Collection[int]) -> Callable[[list[int]], bool]:
-    """Return the rule that a sequence ends after one of these ids."""
-    try:
-        ids = frozenset(stop_ids)
-    except TypeError:
-        raise ValueError(f"stop_ids must be a collection of ids, got {stop_ids!r}") from None
-    return lambda new: new[-1] in ids
-
-
-def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str = "float32") -> KVCache:
-    """Return an empty cache with room for each of these prompts and max_new_tokens more."""
-    _check_count(max_new_tokens)
-    longest = max((len(prompt) for prompt in batch), default=0)
-    length = max(min(longest + max_new_tokens, config.max_position_embeddings), 1)
-    return KVCache.allocate(config, max(len(batch), 1), length, precision(numerics).storage)
-
-
+@lists_settings
 def steps(
-    weights: Weights,
-    config: Config,
-    batch: Batch,
-    cache: KVCache,
-    *,
-    max_new_tokens: int,
-    sampling: SamplingParameters,
-    stop: Callable[[list[int]], bool],
-    seed: int | None = None,
-    numerics: str = "float32",
-    progress: Callable[[int], object] | None = None,
+    weights: Weights, config: Config, batch: Batch, held: KVCache | None = None, **settings: Unpack[GenerationSettings]
 ) -> Iterator[Step]:
-    """Yield each new token of each sequence with the logits it was chosen from: the engine of generate and stream.
+    """Yield each new token of each sequence with the logits it was chosen from: the loop behind generate and stream.
 
-    Arguments and errors as in generate, errors before the first step; stop is given the new ids of a sequence and says
-    whether they end it. After every step the cache holds each sequence without its newest token.
+    Arguments and errors as in generate; errors come before the first step. `held` is the cache, in a place of its own.
+    After every step it holds each sequence without its newest token.
     """
-    _check_count(max_new_tokens)
+    chosen = checked(settings)
     if len(batch) == 0:
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
-    context = config.max_position_embeddings
-    prompts = [checked_sequence(prompt, config) for prompt in batch]
+    num, context = named(chosen["numerics"], chosen["engine"]), config.max_position_embeddings
+    cache: KVCache = held or chosen["cache"] or new_cache(config, batch, chosen["max_new_tokens"], num.name)
+    prompts = [guard.checked_sequence(prompt, config) for prompt in batch]
     for row, prompt in enumerate(prompts):
         if len(prompt) > context:
             raise ContextOverflowError(
                 f"input_ids: prompt {row} has {len(prompt)} tokens; the context of this model is {context}"
             )
     # the last new token is never an input, so it needs no room
-    most = [min(max_new_tokens, context + 1 - len(prompt)) for prompt in prompts]
+    most = [min(chosen["max_new_tokens"], context + 1 - len(prompt)) for prompt in prompts]
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
-    cache.check(weights, config, precision(numerics), len(batch), 0)
-    require_unchanged(weights)
-    cache.require_memory(room)
+    guard.check_cache(cache, weights, config, num, len(batch), 0)
+    guard.require_unchanged(weights)
+    guard.require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-
-    try:
-        generators = [np.random.default_rng(seed) for _ in prompts]
-    except (ValueError, TypeError):
-        raise ValueError(f"seed must be a whole number from 0, got {seed!r}") from None
-
-    def run() -> Iterator[Step]:
-        logits = [
-            _prefill(weights, config, prompt, cache.select([row]), numerics, progress)
-            for row, prompt in enumerate(prompts)
-        ]
-        new: list[list[int]] = [[] for _ in prompts]
-        ids = np.zeros((len(prompts), room + 1), np.int64)  # of prompts and answers, to be compared with the cache's
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        active = list(range(len(prompts)))
-        while active:
-            going_on: list[int] = []
-            for row, row_logits in zip(active, logits, strict=True):
-                end = len(prompts[row]) + len(new[row])
-                require_finite(row_logits, weights, config, ids[row, :end], numerics)
-                ids[row, end] = chosen = sample(row_logits, sampling, generators[row], ids[row, :end])
-                new[row].append(chosen)
-                done = len(new[row]) == most[row] or stop(new[row])
-                if not done:
-                    going_on.append(row)
-                yield Step(row, new[row][-1], row_logits, done)
-            active = going_on
-            if active:
-                for row in active:
-                    if not cache.holds(row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
-                        raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
-                newest = [[new[row][-1]] for row in active]
-                selected = cache.select(active)
-                logits = list(forward(weights, config, newest, selected, numerics=numerics, last_only=True)[:, 0])
-
-    return run()
+    if chosen["stop_ids"] is None:
+        chosen["stop_ids"] = config.eos_token_id
+    return _run(weights, config, prompts, cache, most, chosen)
 
 
-def _prefill(
+def _run(
     weights: Weights,
     config: Config,
-    ids: list[int],
+    prompts: list[list[int]],
     cache: KVCache,
-    numerics: str,
-    progress: Callable[[int], object] | None,
-) -> Array:
+    most: list[int],
+    settings: dict[str, Any],
+) -> Iterator[Step]:
+    """Yield the steps of prompts that were checked, at most `most` of each, with room for all of them in the cache."""
+    stop, stop_ids = settings["stop"], frozenset(settings["stop_ids"])
+    generators = [np.random.default_rng(settings["seed"]) for _ in prompts]
+    logits = [_prefill(weights, config, p, cache.select([row]), settings) for row, p in enumerate(prompts)]
+    new: list[list[int]] = [[] for _ in prompts]
+    longest = max(len(prompt) + n for prompt, n in zip(prompts, most, strict=True))
+    ids = np.zeros((len(prompts), longest), np.int64)  # of prompts and answers, to be compared with the cache's
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    active = list(range(len(prompts)))
+    while active:
+        going_on: list[int] = []
+        for row, row_logits in zip(active, logits, strict=True):
+            end = len(prompts[row]) + len(new[row])
+            guard.require_finite(row_logits, weights, config, ids[row, :end], settings["numerics"])
+            chosen = sample(row_logits, settings, generators[row], ids[row, :end], len(new[row]))
+            ids[row, end] = chosen
+            new[row].append(chosen)
+            done = len(new[row]) == most[row] or chosen in stop_ids or (stop is not None and stop(new[row]))
+            if not done:
+                going_on.append(row)
+            yield Step(row, chosen, row_logits, done)
+        active = going_on
+        if active:
+            for row in active:
+                if not guard.cache_holds(cache, row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
+                    raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
+            newest = [[new[row][-1]] for row in active]
+            logits = list(_forward(weights, config, newest, cache.select(active), settings)[:, 0])
+
+
+def _prefill(weights: Weights, config: Config, ids: list[int], cache: KVCache, settings: dict[str, Any]) -> Array:
     """Bring the cache of one sequence up to ids, computing only what it lacks; return the last logits (V,)."""
     start = cache.keep_prefix(0, ids[:-1])  # the last token is always computed: its logits are needed
     while True:
         chunk = ids[start : start + PREFILL_CHUNK]
         start += len(chunk)
-        last = start == len(ids)
-        logits = forward(weights, config, chunk, cache, numerics=numerics, last_only=True, head=last)
-        if progress:
-            progress(len(chunk))
-        if last:
+        logits = _forward(weights, config, chunk, cache, settings, head=start == len(ids))
+        if settings["progress"]:
+            settings["progress"](len(chunk))
+        if start == len(ids):
             return logits[0, 0]
 
 
-def stop_at(pieces: Iterable[str], stop_strings: Collection[str]) -> Iterator[str]:
-    """Yield text as it comes, up to the first stop string, of which nothing is yielded, however it is cut into pieces.
+def _forward(
+    weights: Weights, config: Config, ids: Any, cache: KVCache, settings: dict[str, Any], head: bool = True
+) -> Array:
+    options = {name: settings[name] for name in ("numerics", "engine", "edit")}
+    return guard.forward(weights, config, ids, cache, last_only=True, head=head, **options)
 
-    What could still become a stop string is held back until it is known.
-    """
-    if "" in stop_strings:
-        raise ValueError("stop strings must not be empty")
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [at for stop in stop_strings if (at := held.find(stop)) >= 0]
-        if found:
-            if min(found):
-                yield held[: min(found)]
-            return
-        # the longest end of the text that begins some stop string
-        keep = max((n for stop in stop_strings for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+
+def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str = "float32") -> KVCache:
+    """Return an empty cache with room for each of these prompts and max_new_tokens more."""
+    checked({"max_new_tokens": max_new_tokens})
+    longest = max((len(prompt) for prompt in batch), default=0)
+    length = max(min(longest + max_new_tokens, config.max_position_embeddings), 1)
+    return KVCache.allocate(config, max(len(batch), 1), length, named(numerics).storage)
 
 
 def _as_batch(input_ids: Ids | Batch) -> tuple[Batch, bool]:
     """Return input_ids as a list of sequences, and whether it was a single one."""
     if len(input_ids) and all(isinstance(item, (Sequence, np.ndarray)) for item in input_ids):
         return cast("Batch", input_ids), False
-    return [cast("Ids", input_ids)], True
+    return [cast("Sequence[int]", input_ids)], True

@@ -1,18 +1,129 @@
-"""The checks at the door: ids, changed files, finite numbers."""
+"""The door: what comes in is checked once, here, and qwen3.forward runs behind it.
+
+Ids, caches, memory, mapped files that changed on disk, and numbers that are not finite.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from typing import Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qwen3np import qwen3
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.errors import CheckpointError
-from qwen3np.numerics import Array, position_axis, precision
-from qwen3np.weights import MappedWeights, identity
+from qwen3np.errors import CheckpointError, ContextOverflowError, NonFiniteError
+from qwen3np.memory import require_cache, require_memory
+from qwen3np.numerics import Array, Edit, Numerics, Trace, named
+from qwen3np.weights import LoadedWeights, identity
+
+LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
+CHUNK = 16  # positions that are searched together for numbers that are not finite: their scores are in memory at once
+
+
+def forward(
+    weights: Mapping[str, Array],
+    config: Config,
+    input_ids: ArrayLike,
+    cache: KVCache | None = None,
+    *,
+    numerics: str = "float32",
+    engine: str = "fast",
+    last_only: bool = False,
+    head: bool = True,
+    trace: Trace | None = None,
+    edit: Edit | None = None,
+) -> Array:
+    """Compute the logits of the next token after each position.
+
+    Parameters
+    ----------
+    weights
+        Arrays under Hugging Face's tensor names.
+    config
+        The sizes of the model.
+    input_ids
+        (B, S) token ids, or (S,) read as B = 1.
+    cache
+        Keys and values of earlier positions. Sequence b continues at position cache.lengths[b]; its keys and values are
+        added, and the lengths advance when all is done.
+    numerics
+        "float32", "float64", "bfloat16" (rounds where transformers' eager bfloat16 does) or "bfloat16-grouped" (the
+        same, except for the sum over experts).
+    engine
+        "fast", "plain" (the formulas) or "exact" (each operation correctly rounded; float32 and bfloat16).
+    last_only
+        Compute the logits of the last position only.
+    head
+        False: return the hidden states after the final norm instead of logits.
+    trace
+        A callable (name, array), called once for each recorded point, in order. It may keep the array, not change it.
+    edit
+        A callable (name, array) -> array or None; an array takes the place of that point.
+
+    Returns
+    -------
+    (B, S, V) logits, or (B, 1, V) with last_only; without the head (B, S, D) or (B, 1, D). float64 for "float64",
+    float32 otherwise.
+
+    Raises
+    ------
+    ValueError
+        For ids that are empty, out of range or not integers; a cache that does not match (ContextOverflowError when it
+        is full); unknown numerics or engine; logits larger than the free memory. CheckpointError for a mapped file that
+        changed after it was loaded. Nothing is changed then.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> qwen3np.forward(model.weights, model.config, [281, 297, 272, 1132, 259]).shape
+    (1, 5, 2048)
+
+    """
+    num = named(numerics, engine)
+    require_unchanged(weights)
+    if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
+        raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")
+    ids = checked_ids(input_ids, config)
+    if head and not last_only:
+        _require_room(ids.size, config, num)
+    last: int = ids.shape[1]
+    if cache is not None:
+        check_cache(cache, weights, config, num, *ids.shape)
+        last += int(cache.lengths[cache.rows].max())
+        _note(cache, weights, config, num, ids.shape[1])
+    with num.ops.session(weights, config, ids.size, last, num):
+        return qwen3.forward(
+            weights,
+            config,
+            ids,
+            cache,
+            num,
+            last_only=last_only,
+            head=head,
+            trace=trace,
+            edit=None if edit is None else _checked_edit(edit),
+        )
+
+
+def _checked_edit(edit: Edit) -> Edit:
+    """Return an edit whose arrays have the shape and dtype of the point they replace, or raise ValueError."""
+
+    def checked(name: str, x: Array) -> Array | None:
+        edited = edit(name, x)
+        if edited is None:
+            return None
+        y = np.asarray(edited)
+        if y.shape != x.shape or not np.can_cast(y.dtype, x.dtype, "same_kind"):
+            raise ValueError(f"edit: {name} must stay {x.dtype} {x.shape}, but became {y.dtype} {y.shape}")
+        return y.astype(x.dtype, copy=False)
+
+    return checked
 
 
 def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
@@ -52,7 +163,7 @@ def require_unchanged(weights: Mapping[str, Array]) -> None:
 
     A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
     """
-    if isinstance(weights, MappedWeights):
+    if isinstance(weights, LoadedWeights):
         for path, (number, *before) in weights.files.items():
             try:
                 now, *found = identity(path)
@@ -62,15 +173,104 @@ def require_unchanged(weights: Mapping[str, Array]) -> None:
                 raise CheckpointError(f"{path}: was changed after it was loaded; load it again")
 
 
-CHUNK = 16  # positions that are looked at together: all their scores are in memory at once
+def _require_room(positions: int, config: Config, num: Numerics) -> None:
+    """Raise ValueError where the logits of this many positions are larger than the free memory."""
+    size = positions * config.vocab_size * num.dtype.itemsize
+    if size > LARGE:
+        way_out = "ask for those of the last position (last_only=True), or go on with a cache, a piece at a time"
+        require_memory(size, f"logits: {positions:,} positions in {num.dtype}", way_out)
 
 
-class NonFiniteError(ValueError):
-    """NaN or infinity where there must be numbers; the message names the first recorded point and token."""
+def check_cache(
+    cache: KVCache, weights: Mapping[str, Array], config: Config, num: Numerics, batch_size: int, new: int
+) -> None:
+    """Raise ValueError unless `new` more positions of batch_size sequences fit, for this model and these numerics.
+
+    ContextOverflowError, a ValueError, when there is no room for them.
+    """
+    layers, _, heads, room, head_dim = cache.k.shape
+    expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    if (layers, heads, head_dim) != expected:
+        raise ValueError(
+            f"cache: made for another config: its (layers, KV heads, head_dim) are {(layers, heads, head_dim)}, "
+            f"the model's {expected}"
+        )
+    if not np.can_cast(num.storage, cache.k.dtype, "safe"):
+        raise ValueError(f"cache: dtype {cache.k.dtype} cannot hold numerics {num.name!r}")
+    if batch_size != cache.batch_size:
+        raise ValueError(f"cache: holds {cache.batch_size} sequences, but input_ids has {batch_size}")
+    origin = cache.notes.get("origin")
+    if origin and cache.lengths.any() and (difference := origin.differs(weights, config, num)):
+        raise ValueError(f"cache: what it holds was made with {difference}; use a new one, or set its lengths to 0")
+    for row, length in zip(cache.rows.tolist(), cache.lengths[cache.rows].tolist(), strict=True):
+        if not 0 <= length <= room - new:
+            raise ContextOverflowError(
+                f"cache: sequence {row} holds {length} of {room} positions; {new} more do not fit"
+            )
 
 
-class _Found(Exception):
-    pass
+def require_room_in_cache(cache: KVCache, length: int) -> None:
+    """Raise ValueError unless there is memory for `length` positions of each sequence, less what it has already."""
+    layers, _, heads, _, head_dim = cache.k.shape
+    taken = int(np.minimum(cache.notes.get("filled", cache.lengths)[cache.rows], length).sum())
+    require_cache((layers, len(cache.rows), heads, length, head_dim), cache.k.dtype, taken=taken)
+
+
+def cache_holds(cache: KVCache, b: int, ids: Array) -> bool:
+    """Whether sequence b of the cache holds these ids (N,), and no more."""
+    row = cache.rows[b]
+    return bool(cache.lengths[row] == len(ids) and np.array_equal(cache.ids[row, : len(ids)], ids))
+
+
+def _note(cache: KVCache, weights: Mapping[str, Array], config: Config, num: Numerics, new: int) -> None:
+    """Note with what an empty cache is filled, and how far memory is taken."""
+    if not cache.lengths.any():
+        cache.notes["origin"] = _Origin(weights, config, num)
+    filled = cache.notes.setdefault("filled", np.zeros_like(cache.lengths))  # the largest that each length has been
+    filled[cache.rows] = np.maximum(filled[cache.rows], cache.lengths[cache.rows] + new)
+
+
+# The fields of a config that keys and values do not depend on.
+_OTHERS = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "initializer_range", "eos_token_id")
+_settings = attrgetter(*(field.name for field in fields(Config) if field.name not in _OTHERS))
+
+
+class _Origin:
+    """What a cache was filled with: which weights (the same arrays, or the same first numbers) and which settings."""
+
+    def __init__(self, weights: Mapping[str, Array], config: Config, num: Numerics) -> None:
+        self.arrays: list[ref[Array]] = [ref(weights[name]) for name in self._names(weights)]
+        self.sample, self.settings = self._sample(weights), (num.name, num.engine, *_settings(config))
+
+    def differs(self, weights: Mapping[str, Array], config: Config, num: Numerics) -> str | None:
+        """Say what of these is neither what the cache was filled with nor a copy of it.
+
+        Changes in place, changes of experts alone, and weights with the same first numbers go unnoticed.
+        """
+        if self.settings != (num.name, num.engine, *_settings(config)):
+            return "another config, other numerics or another engine"
+        names = self._names(weights)
+        same = len(names) == len(self.arrays) and all(
+            array() is weights[name] for array, name in zip(self.arrays, names, strict=True)
+        )
+        if not same:
+            if not np.array_equal(self.sample, self._sample(weights)):
+                return "other weights"
+            self.arrays = [ref(weights[name]) for name in names]  # the next look is quick
+        return None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out which arrays they were: in another process they are others."""
+        return {**self.__dict__, "arrays": []}
+
+    @staticmethod
+    def _names(weights: Mapping[str, Array]) -> list[str]:
+        # experts are left out: of a mapped file only those that are chosen are read
+        return [name for name in weights if name.startswith("model.") and ".experts." not in name]
+
+    @classmethod
+    def _sample(cls, weights: Mapping[str, Array]) -> Array:
+        return np.concatenate([weights[name].flat[:8].astype(np.float64) for name in sorted(cls._names(weights))])
 
 
 def require_finite(
@@ -89,6 +289,15 @@ def require_finite_point(
         raise NonFiniteError(_where(weights, config, ids[np.argwhere(bad)[0, 0]].tolist(), numerics))
 
 
+class _Found(Exception):
+    pass
+
+
+def position_axis(name: str) -> int:
+    """Return which axis of a recorded point runs over the new positions."""
+    return 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
+
+
 def _not_finite(name: str, x: Array) -> Array:
     """Return where a recorded point is NaN or infinite. Scores are -inf where they are hidden."""
     return np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
@@ -96,9 +305,7 @@ def _not_finite(name: str, x: Array) -> Array:
 
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str) -> str:
     """Compute ids once more, and say what is the first point that is not finite."""
-    from qwen3np.model import forward
-
-    cache = KVCache.allocate(config, 1, len(ids), precision(numerics).storage)
+    cache = KVCache.allocate(config, 1, len(ids), named(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights
 
     def look(name: str, x: Array) -> None:

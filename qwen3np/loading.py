@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,46 +17,188 @@ from numpy.typing import ArrayLike
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
-from qwen3np.files.checkpoint import read_checkpoint
+from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
-from qwen3np.generate import Batch, Ids, generate, stream
-from qwen3np.guard import require_unchanged
+from qwen3np.generate import generate, stream
+from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
-from qwen3np.model import forward
-from qwen3np.numerics import Array
+from qwen3np.numerics import Array, Edit, Trace
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
+from qwen3np.scoring import score
+from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, lists_settings
 from qwen3np.tokenizer import Tokenizer
-from qwen3np.weights import Weights
+from qwen3np.weights import LoadedWeights, Weights, count_parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
 SMALL = 10**9  # bytes of a float32 copy that goes without saying
 PIECE = 1 << 22  # elements that a thread copies at a time: often enough for a bar, too seldom to cost anything
 
 
+class ForwardOptions(TypedDict, total=False):
+    """The keyword arguments of forward."""
+
+    numerics: str
+    engine: str
+    last_only: bool
+    head: bool
+    trace: Trace | None
+    edit: Edit | None
+
+
+class ScoreOptions(TypedDict, total=False):
+    """The keyword arguments of score."""
+
+    window: int | None
+    stride: int | None
+    numerics: str
+    engine: str
+    progress: Progress | None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A checkpoint in memory. The methods only forward to the functions of the same name."""
+    """A checkpoint in memory: config, weights, tokenizer and generation defaults. It holds no state beyond these.
+
+    The methods call the functions of the same name; `complete`, `score`, `embed`, `rerank` and `trace` take text.
+    """
 
     config: Config
     weights: Weights
     tokenizer: Tokenizer | None  # None where the folder has none; everything on ids still works
     generation_config: Mapping[str, Any]
 
-    def forward(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Any) -> Array:
+    def __repr__(self) -> str:
+        """Show sizes, not arrays."""
+        c, counts = self.config, count_parameters(self.config)
+        kinds = ", ".join(sorted({str(w.dtype) for w in self.weights.values()}))
+        experts = f", {c.num_experts_per_tok} of {c.num_experts} experts" if c.num_experts else ""
+        tokenizer = repr(self.tokenizer) if self.tokenizer else "no tokenizer"
+        return (
+            f"Model({counts['unique'] / 1e6:,.1f} M parameters in {kinds}: {c.num_hidden_layers} layers of "
+            f"{c.hidden_size}, {c.num_attention_heads} heads, {c.num_key_value_heads} KV heads{experts}; "
+            f"context {c.max_position_embeddings:,}; {tokenizer})"
+        )
+
+    @property
+    def text(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where the checkpoint has none, so its type is never None."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json (nor vocab.json with merges.txt); text needs one")
+        return self.tokenizer
+
+    def __call__(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Unpack[ForwardOptions]) -> Array:
         """Return logits; see qwen3np.forward."""
         return forward(self.weights, self.config, input_ids, cache, **options)
 
-    def generate(self, input_ids: Ids | Batch, **options: Any) -> tuple[list[int] | list[list[int]], KVCache]:
-        """Return new ids and the cache; see qwen3np.generate. What options leave out, generation_config.json gives."""
-        return generate(self.weights, self.config, input_ids, **(self.generation_defaults() | options))
+    def forward(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Unpack[ForwardOptions]) -> Array:
+        """Return logits; see qwen3np.forward."""
+        return forward(self.weights, self.config, input_ids, cache, **options)
 
-    def stream(self, input_ids: Ids, **options: Any) -> Iterator[int]:
-        """Yield new ids; see qwen3np.stream. What options leave out, generation_config.json gives."""
-        return stream(self.weights, self.config, input_ids, **(self.generation_defaults() | options))
+    @overload
+    def generate(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> tuple[list[int], KVCache]: ...
+    @overload
+    def generate(self, input_ids: Batch, **settings: Unpack[GenerationSettings]) -> tuple[list[list[int]], KVCache]: ...
+    @lists_settings
+    def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
+        """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
+        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        return generate(self.weights, self.config, input_ids, **chosen)
 
-    def generation_defaults(self) -> dict[str, Any]:
+    @lists_settings
+    def stream(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
+        """Yield new ids; see qwen3np.stream. Settings left out come from generation_config.json."""
+        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        return stream(self.weights, self.config, input_ids, **chosen)
+
+    @lists_settings
+    def complete(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str:
+        """Return the text that follows the prompt, without special tokens. Settings as in generate."""
+        new, _ = self.generate(self.text.encode(prompt), **settings)
+        return self.text.decode(new, skip_special_tokens=True)
+
+    @overload
+    def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a sequence of str, too
+        self, texts: str | Ids, **options: Unpack[ScoreOptions]
+    ) -> Array: ...
+    @overload
+    def score(self, texts: Sequence[str], **options: Unpack[ScoreOptions]) -> list[Array]: ...
+    def score(self, texts: Any, **options: Unpack[ScoreOptions]) -> Array | list[Array]:
+        """Return the log-probability of each token after the first, of a text or its ids; a list of them for texts.
+
+        See qwen3np.score.
+        """
+        if not isinstance(texts, str) and len(texts) and isinstance(texts[0], str):
+            return [score(self.weights, self.config, self.text.encode(text), **options) for text in texts]
+        return score(self.weights, self.config, self._ids(texts), **options)
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        *,
+        numerics: str = "float32",
+        engine: str = "fast",
+        progress: Progress | None = None,
+    ) -> Array:
+        """Return a vector of length 1 for each text (N, D), or for a single one (D,); see qwen3np.embed."""
+        from qwen3np.embeddings import embed
+
+        many = [texts] if isinstance(texts, str) else texts
+        vectors = embed(self, many, instruction, dimensions, numerics=numerics, engine=engine, progress=progress)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        instruction: str | None = None,
+        *,
+        numerics: str = "float32",
+        engine: str = "fast",
+        progress: Progress | None = None,
+    ) -> Array:
+        """Return how well each document meets the query, from 0 to 1 (N,); see qwen3np.rerank."""
+        from qwen3np.embeddings import rerank
+
+        return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=progress)
+
+    def trace(
+        self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast", points: str = "*"
+    ) -> dict[str, Array]:
+        """Return every recorded point of a text, or of ids, whose name matches one of `points`, under its name.
+
+        Patterns are those of the shell, separated by commas: "*.probs", "model.layers.0.*,lm_head".
+        """
+        seen: dict[str, Array] = {}
+        patterns = points.split(",")
+
+        def keep(name: str, x: Array) -> None:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                seen[name] = x
+
+        self.forward(self._ids(text), numerics=numerics, engine=engine, trace=keep)
+        return seen
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, config, tokenizer and generation_config.json to a new folder, which loads as this model."""
+        save_checkpoint(
+            Path(folder),
+            self.config,
+            self.weights,
+            tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
+        )
+
+    def _ids(self, text: str | Ids) -> Any:
+        return self.text.encode(text) if isinstance(text, str) else text
+
+    def generation_defaults(self) -> GenerationSettings:
         """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
 
         Its filters count only with do_sample, as in transformers, and those it leaves out are off; without do_sample
@@ -62,14 +206,14 @@ class Model:
         """
         given = {key: value for key, value in self.generation_config.items() if value is not None}
         eos: int | list[int] | tuple[int, ...] = given.get("eos_token_id", self.config.eos_token_id)
-        defaults: dict[str, Any] = {
+        defaults: GenerationSettings = {
             "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
             "stop_ids": (eos,) if isinstance(eos, int) else tuple(eos),
             "temperature": 0.0,
         }
         if given.get("do_sample"):
             defaults["temperature"] = given.get("temperature", 1.0)
-            defaults |= {key: given[key] for key in ("top_k", "top_p", "min_p") if key in given}
+            defaults |= cast("GenerationSettings", {k: given[k] for k in ("top_k", "top_p", "min_p") if k in given})
         if "repetition_penalty" in given:
             defaults["repetition_penalty"] = given["repetition_penalty"]
         return defaults
@@ -84,16 +228,16 @@ def load(
 ) -> Model:
     """Load a checkpoint from a folder, from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B"), or the built-in one.
 
-    weights_dtype "bfloat16" maps the file as it is: ready at once, in the memory of the file. "float32" makes one
-    float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than half of the memory
-    that is free. The result of a forward does not depend on it. progress shows on stderr what "auto" chose, unless it
-    is the copy of a small checkpoint, and, where that is a terminal, bars for what takes more than a second.
+    weights_dtype "mapped" uses the file as it is: ready at once, in the file's own memory ("bfloat16": its old name).
+    "float32" makes one float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than
+    half of the free memory. The result of a forward does not depend on it. progress shows on stderr what "auto" chose,
+    unless it is the copy of a small checkpoint, and, where that is a terminal, bars for anything longer than a second.
 
     Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint, and ValueError for a float32
     copy that is larger than the memory that is free.
     """
-    if weights_dtype not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, bfloat16, float32")
+    if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
+        raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
     folder = resolve(name_or_path, revision=revision, progress=progress)
     config, weights = read_checkpoint(folder)
     generation_config: dict[str, Any] = {}
@@ -108,12 +252,12 @@ def load(
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":
-        way_out = 'weights_dtype="bfloat16" (--weights-dtype bfloat16) maps the file as it is'
+        way_out = 'weights_dtype="mapped" (--weights-dtype mapped) uses the file as it is'
         require_memory(size, f"{folder}: a float32 copy of the weights", way_out)
     if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
         copies = _copied(weights, progress)
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
-        weights = copies
+        weights = LoadedWeights(copies)
     return Model(config, weights, tokenizer, generation_config)
 
 

@@ -1,4 +1,4 @@
-"""How much memory is free, and a refusal with the numbers, before anything is allocated, of what would not fit."""
+"""How much memory is free, and errors that state both sizes before anything too large is allocated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array: TypeAlias = NDArray[Any]
 
 
 def available_memory() -> int:
@@ -58,3 +64,47 @@ def require_memory(size: int, what: str, way_out: str) -> None:
         raise ValueError(
             f"{what} would take {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; {way_out}"
         )
+
+
+_FEWER = (
+    "ask for fewer positions (max_new_tokens, --max-new-tokens) or sequences, "
+    'or for a cache of half the size by numerics="bfloat16" (--numerics bfloat16)'
+)
+
+
+def require_cache(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bool = True, taken: int = 0) -> None:
+    """Raise ValueError for keys and values (L, B, K, T, Dh) of no size or another dtype.
+
+    With in_memory also where they, less `taken` positions that have memory already, need more than is free.
+    """
+    layers, batch_size, heads, length, head_dim = shape
+    if dtype.name not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"KVCache: dtype {dtype} is not supported; supported: float32, bfloat16, float64")
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"KVCache: batch_size {batch_size} and max_length {length} must be at least 1")
+    if in_memory:
+        size = 2 * layers * heads * head_dim * dtype.itemsize * (batch_size * length - taken)
+        sequences = f"{batch_size} sequences of {length:,} positions" if batch_size > 1 else f"{length:,} positions"
+        require_memory(size, f"cache: {sequences} in {dtype}", _FEWER)
+
+
+def allocated(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Return zeros. Raises ValueError where the system refuses them (Windows, and under a limit on address space)."""
+    try:
+        return np.zeros(shape, dtype)
+    except (MemoryError, ValueError) as error:  # ValueError: more than there are addresses
+        raise ValueError(f"cache: {error}; {_FEWER}") from None
+
+
+def grown(olds: tuple[Array, Array, Array], axes: tuple[int, int, int], used: int, length: int) -> list[Array]:
+    """Return a cache's keys, values and ids with this length along their axes, the first `used` positions copied.
+
+    Raises ValueError where a second copy of these needs more memory than is free.
+    """
+    require_cache((*olds[0].shape[:3], max(used, 1), olds[0].shape[4]), olds[0].dtype)
+    news: list[Array] = []
+    for old, axis in zip(olds, axes, strict=True):
+        kept = (*(slice(None),) * axis, slice(used))
+        news.append(allocated((*old.shape[:axis], length, *old.shape[axis + 1 :]), old.dtype))
+        news[-1][kept] = old[kept]
+    return news

@@ -9,9 +9,8 @@ import numpy as np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.guard import checked_sequence, require_finite
-from qwen3np.model import forward
-from qwen3np.numerics import Array, precision
+from qwen3np.guard import checked_sequence, forward, require_finite
+from qwen3np.numerics import Array, named
 from qwen3np.sampling import log_probabilities
 from qwen3np.weights import Weights
 
@@ -26,6 +25,7 @@ def score(
     window: int | None = None,
     stride: int | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Return log p(token | what comes before it in its window) for every token but the first: (N - 1,) float64.
@@ -51,7 +51,7 @@ def score(
             f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
         )
 
-    cache = KVCache.allocate(config, 1, min(window, len(ids)), precision(numerics).storage)
+    cache = KVCache.allocate(config, 1, min(window, len(ids)), named(numerics).storage)
     result = np.empty(len(ids) - 1)
     scored, start = 1, 0  # tokens before `scored` have their log-probability, or are the first
     while scored < len(ids):
@@ -59,10 +59,10 @@ def score(
         cache.lengths[0] = 0
         while (at := start + int(cache.lengths[0])) < scored - 1:  # context alone: its logits are not wanted
             chunk = ids[at : min(at + PREFILL_CHUNK, scored - 1)]
-            forward(weights, config, chunk, cache, numerics=numerics, last_only=True, head=False)
+            forward(weights, config, chunk, cache, numerics=numerics, engine=engine, last_only=True, head=False)
         while scored < end:
             chunk = ids[scored - 1 : min(scored - 1 + CHUNK, end - 1)]
-            logits = forward(weights, config, chunk, cache, numerics=numerics)[0]
+            logits = forward(weights, config, chunk, cache, numerics=numerics, engine=engine)[0]
             require_finite(logits, weights, config, ids[start : scored - 1 + len(chunk)].tolist(), numerics)
             targets = ids[scored : scored + len(chunk)]
             result[scored - 1 : scored - 1 + len(chunk)] = log_probabilities(logits)[np.arange(len(chunk)), targets]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import operator
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from qwen3np.chat import render_chat
 from qwen3np.errors import CheckpointError
-from qwen3np.files.checkpoint import check_links
-from qwen3np.files.limits import MOST_BYTES, parse_json, readable
+from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, readable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,6 +30,12 @@ _SPLIT = (
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
+
+# The files of a tokenizer. A folder may have both forms; the last two are read by transformers, but not here.
+_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 
 # The names under which templates see special tokens (transformers' special_tokens_map).
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -55,6 +60,22 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
         check_links(folder)
         return cls(folder, model_vocab_size)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of this tokenizer, for a copy of its checkpoint: name in the folder -> contents.
+
+        Raises CheckpointError where the folder no longer holds a tokenizer.
+        """
+        Tokenizer.from_folder(self.folder)  # raises if files are gone, or lead out of the folder by now
+        paths = [*(self.folder / name for name in _FILES), *self.folder.glob("additional_chat_templates/*.jinja")]
+        try:
+            return {
+                path.relative_to(self.folder).as_posix(): readable(path, 2 * MOST_BYTES).read_bytes()
+                for path in paths
+                if path.exists()
+            }
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens written in it become their ids, none are added.
@@ -274,3 +295,27 @@ def _read(file: Path) -> str:
         return readable(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def stop_at(pieces: Iterable[str], stop_strings: Collection[str]) -> Iterator[str]:
+    """Yield text as it comes, up to the first stop string, none of which is yielded, however it is cut into pieces.
+
+    Text that could still become a stop string is held back until that is known.
+    """
+    if "" in stop_strings:
+        raise ValueError("stop strings must not be empty")
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stop_strings if (at := held.find(stop)) >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        # the longest end of the text with which some stop string starts
+        keep = max((n for stop in stop_strings for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held

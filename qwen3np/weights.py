@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -15,16 +14,38 @@ from qwen3np.memory import require_memory
 from qwen3np.numerics import Array
 
 Weights: TypeAlias = Mapping[str, Array]
+_SHOWN = 10  # lines for tensors in a repr
 
 
-class MappedWeights(dict[str, Array]):
-    """Weights by name that are views of mapped files. A plain dict of them is not asked whether these have changed."""
+class LoadedWeights(dict[str, Array]):
+    """The weights of a checkpoint by name, with a repr that fits a notebook cell.
 
-    files: Mapping[Path, tuple[int, int, int]] = MappingProxyType({})  # what identity said when they were mapped
+    `files` holds the identity of each file that the weights are views of, as it was when they were mapped; it is empty
+    for copies. guard.py asks whether these files have changed since, which it does not for a plain dict.
+    """
+
+    def __init__(self, weights: Weights, files: Mapping[Path, tuple[int, int, int]] | None = None) -> None:
+        """Take the weights over; `files` maps each file to its `identity`."""
+        super().__init__(weights)
+        self.files = dict(files or {})
+
+    def __repr__(self) -> str:
+        """Return the sizes of the whole, and a line for each of the first and last tensors."""
+        dtypes = " and ".join(sorted({str(w.dtype) for w in self.values()}))
+        size, nbytes = sum(w.size for w in self.values()), sum(w.nbytes for w in self.values())
+        mapped = ", mapped" if self.files else ""
+        lines = [f"{len(self)} tensors, {size:,} parameters, {dtypes}, {nbytes / 1e6:,.1f} MB{mapped}"]
+        names = list(self)
+        shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 3], *names[-2:]]
+        width = max(map(len, shown), default=0)
+        lines += [f"  {name:{width}}  {self[name].shape!s:14}  {self[name].dtype}" for name in shown]
+        if len(shown) < len(names):
+            lines.insert(-2, "  ...")
+        return "\n".join(lines)
 
 
 def identity(path: Path) -> tuple[int, int, int]:
-    """Return what tells whether it is still the same file, unchanged: its number, size and time of change."""
+    """Return what shows whether a file is still the same and unchanged: its number, size and time of change."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -60,10 +81,24 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(config: Config) -> dict[str, int]:
-    """Return how many parameters the model has.
+    """Count the parameters of a model.
 
-    "total" counts a tied head as a matrix of its own, "unique" counts what is stored, "non_embedding" leaves out the
-    embedding and the head, "active" is what one token uses: all that is unique but the experts it is not sent to.
+    Parameters
+    ----------
+    config
+        The sizes of the model; no weights are needed.
+
+    Returns
+    -------
+    dict[str, int]
+        "total" counts a head that is tied to the embedding as a matrix of its own. "unique" counts what is stored.
+        "non_embedding" leaves out the embedding and the head. "active" is what one token uses: "unique" without the
+        experts that it is not routed to.
+
+    Examples
+    --------
+    >>> count_parameters(Config.from_file("Qwen3-0.6B"))
+    {'total': 751632384, 'unique': 596049920, 'non_embedding': 440467456, 'active': 596049920}
     """
     embedding = config.vocab_size * config.hidden_size
     unique = sum(math.prod(shape) for shape in weight_shapes(config).values())
@@ -75,12 +110,34 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 
 def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> dict[str, Array]:
-    """Return random float32 weights; the same seed gives the same weights.
+    """Draw random float32 weights.
 
-    As a training run starts: matrices normal with initializer_range, norm weights 1, biases 0. trained_like instead
-    scales matrices by their number of inputs and draws norm weights and biases, as they are after training: with norm
-    weights of 1 many bugs of a port cannot be seen, since a norm then commutes with the rotation. Raises ValueError
-    where there is less memory than they take.
+    Parameters
+    ----------
+    config
+        The sizes of the model, and with initializer_range the standard deviation of its matrices.
+    seed
+        The same seed gives the same weights.
+    trained_like
+        False: as a training run starts, with norm weights of 1 and biases of 0. True: more like the weights after
+        training. Matrices are scaled by their number of inputs, norm weights and biases are drawn. With norm weights of
+        1 a norm commutes with the rotation, which hides many of the bugs a port can have.
+
+    Returns
+    -------
+    dict[str, numpy.ndarray]
+        The weights under Hugging Face's names, in the order of use.
+
+    Raises
+    ------
+    ValueError
+        Where the weights would take more memory than is free.
+
+    Examples
+    --------
+    >>> weights = init_weights(config, seed=0)
+    >>> weights["model.norm.weight"].dtype
+    dtype('float32')
     """
     require_memory(4 * count_parameters(config)["unique"], "random weights in float32", "choose smaller sizes")
     weights: dict[str, Array] = {}

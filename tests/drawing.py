@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from qwen3np.attention import attend
 from qwen3np.config import Config, Yarn
 from qwen3np.numerics import FLOAT32, Numerics
+from qwen3np.ops.fast.attention import attend_one
+from qwen3np.ops.fast.products import products
 from qwen3np.weights import init_weights
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -98,4 +99,9 @@ def attended(
     """Return what attend gives, and the scores and probabilities (H, S, T) on the way."""
     shape = (*q.shape[:2], k.shape[1])
     steps = np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)
-    return attend(q, k, v, numerics, steps, window), *steps
+    return attend_one(q, k, v, numerics, steps, window), *steps
+
+
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, num: Numerics = FLOAT32) -> np.ndarray:
+    """Return R(x wᵀ + bias) by the fast engine."""
+    return products(x, [(w, bias)], num)[0]

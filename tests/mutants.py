@@ -31,29 +31,51 @@ GROUPS = [
         "config.py",
         "config",
         {
-            "eps is 1e-5 by default": ("rms_norm_eps: float = 1e-6", "rms_norm_eps: float = 1e-5"),
-            "bias by default": ("attention_bias: bool = False", "attention_bias: bool = True"),
-            "head tied by default": ("tie_word_embeddings: bool = False", "tie_word_embeddings: bool = True"),
-            "theta of rope_parameters not read": (
-                'thetas.append(rope.pop("rope_theta"))',
-                'rope.pop("rope_theta")\n            thetas = thetas or [10000.0]',
-            ),
-            "theta falls back to 10,000": (
-                "    if not thetas:\n",
-                "    thetas = thetas or [1e4]\n    if not thetas:\n",
-            ),
-            "head_dim is hidden_size / heads": (
-                '        if "head_dim" not in values:\n',
-                '        if values["hidden_size"] % values["num_attention_heads"] == 0:\n',
-            ),
+            "eps is 1e-5 by default": ("rms_norm_eps: Positive = 1e-6", "rms_norm_eps: Positive = 1e-5"),
+            "bias by default": ("attention_bias: Switch = False", "attention_bias: Switch = True"),
+            "head tied by default": ("tie_word_embeddings: Switch = False", "tie_word_embeddings: Switch = True"),
             "window ignored": ("return self.sliding_window if slides else None", "return None"),
             "window on the wrong layers": (
                 "return self.sliding_window if slides else None",
                 "return None if slides else self.sliding_window",
             ),
-            "sparse layers counted from 0": ("(layer + 1) % self.decoder", "layer % self.decoder"),
-            "norm_topk_prob by default": ("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"),
-            "experts of no size": ('            _check_int("moe_intermediate_size", self.moe_intermediate_size)\n', ""),
+            "sparse layers counted from 0": ("not (layer + 1) % self.decoder", "not layer % self.decoder"),
+            "norm_topk_prob by default": ("norm_topk_prob: Switch = False", "norm_topk_prob: Switch = True"),
+        },
+    ),
+    (
+        "rules.py",
+        "rules config",
+        {
+            "a bool is a number": ("type(x) in (int, float) and", "isinstance(x, (int, float)) and"),
+            "infinity is finite": ("abs(x) <= most and holds(x)", "holds(x)"),
+            "None for any setting": ("get_origin(hint) is Annotated:", "get_origin(hint) is Annotated and False:"),
+            "NumPy's numbers stay": ("isinstance(value, np.generic)", "False"),
+        },
+    ),
+    (
+        "files/hf_config.py",
+        "config",
+        {
+            "theta of rope_parameters not read": (
+                'thetas.append(settings.pop("rope_theta"))',
+                'settings.pop("rope_theta")\n            thetas = thetas or [10000.0]',
+            ),
+            "theta falls back to 10,000": (
+                "    if not thetas:",
+                "    thetas = thetas or [1e4]\n    if not thetas:",
+            ),
+            "head_dim is hidden_size / heads": (
+                '    if "head_dim" not in values:\n',
+                '    if values["hidden_size"] % values["num_attention_heads"] == 0:\n',
+            ),
+            "experts of no size": ("yield c.moe_intermediate_size > 0,", "yield True,"),
+            "layer types for some of the layers": ("len(c.layer_types) in (0, layers)", "True"),
+            "settings of YaRN not checked": ('(config.rope_scaling, "rope_scaling.")', '(None, "")'),
+            "a context extended twice": (
+                "original = config.rope_scaling.original_max_position_embeddings",
+                "original = config.max_position_embeddings",
+            ),
         },
     ),
     (
@@ -74,7 +96,7 @@ GROUPS = [
         },
     ),
     (
-        "ops/fast/linear.py",
+        "ops/fast/products.py",
         "linear golden",
         {
             "bias left out of one row": ("if bias is not None:", "if bias is not None and len(rows) > 1:"),
@@ -402,30 +424,56 @@ GROUPS = [
         },
     ),
     (
-        "files/checkpoint.py",
+        "weights.py",
         "checkpoint",
         {
             "biases assumed": (
                 "        if config.attention_bias:\n            layer[",
                 '        if name != "o_proj":\n            layer[',
             ),
-            "overlaps not seen": ("if begin < end:", "if begin < end and False:"),
-            "float16 read as bfloat16": ('"F16": np.dtype("<f2")', '"F16": BFLOAT16'),
-            "truncation not seen": ("elif 8 + length + end > size:", "elif end > size + 8 + length:"),
-            "header not counted": ("mapped, 8 + length + begin)", "mapped, length + begin)"),
-            "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
-            "any metadata": ("if not all(isinstance(text, str) for text in texts):", "if False:"),
-            "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != math.prod(shape):"),
-            "extra names ignored": (
-                'problems += [f"{name}: extra: no such tensor in this model" for name in sorted(',
-                'problems += [f"{name}" for name in () and sorted(',
-            ),
-            "names without model. refused": ('if not any(name.startswith("model.") for name in stored):', "if False:"),
-            "a tensor in two shards": ("for name in stored.keys() & tensors.keys():", "for name in ():"),
+            "a repr of every tensor": ("if len(names) <= _SHOWN", "if True"),
         },
     ),
     (
-        "mapped.py",
+        "files/tensors.py",
+        "checkpoint",
+        {
+            "float16 read as bfloat16": (
+                'np.dtype(f"<f{bits // 8}") for bits',
+                'np.dtype(f"<f{bits // 8}") if bits > 16 else BFLOAT16 for bits',
+            ),
+            "truncation not told": ("if (whole := _described(header)) > size:", "if False:"),
+            "header not counted": ("end = 8 + length", "end = length"),
+            "a file that was replaced": ("if end != size:", "if False:"),
+            "tensors at odd places": ("(-len(text) % 8)", "(len(text) % 8)"),
+        },
+    ),
+    (
+        "files/checkpoint.py",
+        "checkpoint",
+        {
+            "any shape of as many numbers": ("tensor.shape != shape:", "tensor.size != np.prod(shape):"),
+            "any dtype": ("if stored not in _STORED:", "if False:"),
+            "extra names ignored": (
+                'problems = [f"{name}: extra: no such tensor in this model" for name in sorted(',
+                'problems = [f"{name}" for name in () and sorted(',
+            ),
+            "names without model. refused": ('if not any(name.startswith("model.") for name in found):', "if False:"),
+            "a tensor in two shards": ("for name in found.keys() & tensors.keys()]", "for name in ()]"),
+            "another model's files replaced": (" and path.read_bytes() == files.get(name))", ")"),
+            "the tokenizer left out": ("        files |= tokenizer.files()", "        pass"),
+        },
+    ),
+    (
+        "files/limits.py",
+        "config fuzz",
+        {
+            "names given twice": ("if len(found) < len(pairs):", "if False:"),
+            "links out of the folder": ("if not {root, blobs} & set(target.parents):", "if False:"),
+        },
+    ),
+    (
+        "guard.py",
         "finite",
         {
             "a changed file not seen": ("if now == number and found != before:", "if False:"),
@@ -476,6 +524,7 @@ GROUPS = [
             ),
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
             "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
+            "templates of their own not saved": ('*self.folder.glob("additional_chat_templates/*.jinja")', "*()"),
             "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
         },
     ),
@@ -544,7 +593,7 @@ GROUPS = [
         },
     ),
     (
-        "files.py",
+        "files/writing.py",
         "paths",
         {
             "a link is replaced, not what it leads to": ("    path = path.resolve()", "    path = path.absolute()"),

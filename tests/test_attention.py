@@ -11,11 +11,11 @@ from drawing import SEEDS, attended, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3np.attention import attend
-from qwen3np.numerics import PRECISIONS, precision
+from qwen3np.numerics import NUMERICS, named
+from qwen3np.ops.fast.attention import attend_one
 
-FLOAT64 = precision("float64")
-NAMES = st.sampled_from(list(PRECISIONS))
+FLOAT64 = named("float64")
+NAMES = st.sampled_from(list(NUMERICS))
 
 
 @pytest.fixture(
@@ -26,13 +26,13 @@ def blocks(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
         for name, size in zip(("ROWS", "KEYS", "SCORES"), request.param or (), strict=False):
-            patch.setattr(f"qwen3np.attention.BLOCK_{name}", size)
+            patch.setattr(f"qwen3np.ops.fast.attention.BLOCK_{name}", size)
         yield
 
 
 def draw(seed, name="float64"):
     """Return q (H, S, Dh), k and v (K, T, Dh), in the dtype of this precision, and the generator."""
-    rng, numerics = np.random.default_rng(seed), precision(name)
+    rng, numerics = np.random.default_rng(seed), named(name)
     kv_heads, group, new = (int(n) for n in rng.integers(1, (4, 5, 7)))
     total, head_dim = new + int(rng.integers(0, 6)), 2 * int(rng.integers(1, 9))
     sizes = (kv_heads * group, new, head_dim), (kv_heads, total, head_dim), (kv_heads, total, head_dim)
@@ -67,12 +67,12 @@ def test_matches_one_query_at_a_time(seed):
 def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
     q, k, v, rng = draw(seed, name)
     new, total = q.shape[1], k.shape[1]
-    before = attended(q, k, v, precision(name))
+    before = attended(q, k, v, named(name))
     s = int(rng.integers(0, new))
     later = slice(total - new + s + 1, None)  # what query s must not see
     k, v = k.copy(), v.copy()
     k[:, later], v[:, later] = 100 * rng.standard_normal(k[:, later].shape), 1e30
-    after = attended(q, k, v, precision(name))
+    after = attended(q, k, v, named(name))
     np.testing.assert_array_equal(after[0][: s + 1], before[0][: s + 1])
     for a, b in zip(after[1:], before[1:], strict=True):
         np.testing.assert_array_equal(a[:, : s + 1], b[:, : s + 1])
@@ -81,7 +81,7 @@ def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
 @given(SEEDS, NAMES)
 def test_probabilities_sum_to_1_and_are_0_where_hidden(seed, name):
     q, k, v, _ = draw(seed, name)
-    _, scores, probs = attended(q, k, v, precision(name))
+    _, scores, probs = attended(q, k, v, named(name))
     _, new, total = probs.shape
     hidden = np.arange(total) > np.arange(total - new, total)[:, None]
     np.testing.assert_array_equal(scores == -np.inf, np.broadcast_to(hidden, probs.shape))
@@ -94,7 +94,7 @@ def test_probabilities_sum_to_1_and_are_0_where_hidden(seed, name):
 @given(SEEDS, NAMES)
 def test_a_window_hides_what_lies_before_it_and_nothing_else(seed, name):
     q, k, v, rng = draw(seed, name)
-    numerics, new, total = precision(name), q.shape[1], k.shape[1]
+    numerics, new, total = named(name), q.shape[1], k.shape[1]
     window = int(rng.integers(1, total + 2))
     context, scores, probs = attended(q, k, v, numerics, window)
     at = np.arange(total - new, total)[:, None]
@@ -116,9 +116,9 @@ def test_keys_that_a_window_hides_are_not_touched(name):
     q, k, v, _ = draw(3, name)
     k, v = np.repeat(k, 50, axis=1), np.repeat(v, 50, axis=1)
     total, new, window = k.shape[1], q.shape[1], 4
-    context = attended(q, k, v, precision(name), window)[0]
+    context = attended(q, k, v, named(name), window)[0]
     k[:, : total - new - window + 1], v[:, : total - new - window + 1] = np.nan, np.nan  # 0 * nan would be nan
-    np.testing.assert_array_equal(attended(q, k, v, precision(name), window)[0], context)
+    np.testing.assert_array_equal(attended(q, k, v, named(name), window)[0], context)
 
 
 @given(SEEDS, st.floats(-1000, 1000))
@@ -135,7 +135,7 @@ def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(seed, size):
 @given(SEEDS, NAMES)
 def test_one_visible_key_returns_its_value(seed, name):
     q, k, v, _ = draw(seed, name)
-    context, _, _ = attended(q[:, :1], k[:, :1], v[:, :1], precision(name))
+    context, _, _ = attended(q[:, :1], k[:, :1], v[:, :1], named(name))
     values = np.repeat(v[:, 0], len(q) // len(v), axis=0)  # (H, Dh)
     np.testing.assert_array_equal(context, values.reshape(1, -1))
 
@@ -166,21 +166,21 @@ def test_a_permutation_of_the_groups_permutes_the_output(seed, name):
     q, k, v, rng = draw(seed, name)
     p = rng.permutation(len(k))
     moved = q.reshape(len(k), -1, *q.shape[1:])[p].reshape(q.shape)
-    context, _, _ = attended(q, k, v, precision(name))
+    context, _, _ = attended(q, k, v, named(name))
     groups = by_heads(context, len(k))
-    np.testing.assert_array_equal(by_heads(attended(moved, k[p], v[p], precision(name))[0], len(k)), groups[p])
+    np.testing.assert_array_equal(by_heads(attended(moved, k[p], v[p], named(name))[0], len(k)), groups[p])
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_positions(name, monkeypatch):
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", "1")
     for size, value in (("ROWS", 64), ("KEYS", 64), ("SCORES", 1 << 12)):
-        monkeypatch.setattr(f"qwen3np.attention.BLOCK_{size}", value)
+        monkeypatch.setattr(f"qwen3np.ops.fast.attention.BLOCK_{size}", value)
     rng, peaks = np.random.default_rng(0), []
-    q, keys = (precision(name).round(rng.standard_normal(size, np.float32)) for size in ((4, 32, 8), (2, 8192, 8)))
+    q, keys = (named(name).round(rng.standard_normal(size, np.float32)) for size in ((4, 32, 8), (2, 8192, 8)))
     for total in (1024, 8192):
         tracemalloc.start()
-        attend(q, keys[:, :total], keys[:, :total], precision(name))
+        attend_one(q, keys[:, :total], keys[:, :total], named(name))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # all scores of the longer one are 4 MB, those of a block 16 KB; bfloat16 needs whole rows, but not many of them
@@ -192,10 +192,10 @@ def test_memory_does_not_grow_with_the_positions(name, monkeypatch):
 def test_neither_threads_nor_what_is_recorded_move_a_bit(seed, name):
     q, k, v, _ = draw(seed, name)
     with pytest.MonkeyPatch.context() as patch:
-        contexts = [attended(q, k, v, precision(name))[0]]
+        contexts = [attended(q, k, v, named(name))[0]]
         for threads in "123":
             patch.setenv("QWEN3NP_NUM_THREADS", threads)
-            contexts.append(attend(q, k, v, precision(name)))
+            contexts.append(attend_one(q, k, v, named(name)))
     for context in contexts[1:]:
         np.testing.assert_array_equal(context, contexts[0])
 
@@ -213,7 +213,7 @@ def test_queries_one_by_one_equal_queries_together(seed):
 
 @pytest.mark.parametrize("dh", [6, 16, 128])
 def test_bfloat16_rounds_product_scaling_softmax_and_context(dh):
-    rng, r, numerics = np.random.default_rng(dh), round_bfloat16, precision("bfloat16")
+    rng, r, numerics = np.random.default_rng(dh), round_bfloat16, named("bfloat16")
     # small whole numbers: the sums are exact in any order, so that only the roundings are seen
     q, k = rng.integers(-3, 4, (4, 5, dh)).astype(np.float32), rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)
     v = rng.integers(-3, 4, (2, 9, dh)).astype(np.float32)

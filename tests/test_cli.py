@@ -210,7 +210,7 @@ def test_rope_scaling(run, model, endless):
         ("linear:2", "type 'linear' is not supported; supported: yarn:FACTOR"),
         ("yarn", "no factor; an example: yarn:4"),
         ("yarn:x", "'x' is no number"),
-        ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: numbers from 1"),
+        ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: finite numbers from 1"),
         ("yarn:nan", "rope_scaling.factor = NaN"),
     ):
         assert run("info", "--rope-scaling", wrong) == ""

@@ -191,12 +191,12 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({"num_attention_heads": True}, "num_attention_heads = true", "whole numbers"),
     ({"attention_bias": 1}, "attention_bias = 1", "true and false"),
     ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings = "yes"', "true and false"),
-    ({"eos_token_id": [1, -2]}, "eos_token_id = -2", "whole numbers from 0"),
+    ({"eos_token_id": [1, -2]}, "eos_token_id = [1, -2]", "whole numbers from 0"),
     ({**EXPERTS, "num_experts_per_tok": 5}, "num_experts_per_tok = 5", "1 to num_experts (4)"),
     ({**EXPERTS, "num_experts_per_tok": 0}, "num_experts_per_tok = 0", "whole numbers from 1"),
     ({**EXPERTS, "num_experts": -1}, "num_experts = -1", "whole numbers from 0"),
     ({**EXPERTS, "decoder_sparse_step": 0}, "decoder_sparse_step = 0", "whole numbers from 1"),
-    ({**EXPERTS, "mlp_only_layers": 3}, "mlp_only_layers = 3", "a list"),
+    ({**EXPERTS, "mlp_only_layers": 3}, "mlp_only_layers = 3", "list of whole numbers from 0"),
     ({**EXPERTS, "mlp_only_layers": [0] * 29}, "mlp_only_layers = [0, 0", "some of the 28 layers"),
     ({**EXPERTS, "num_experts": 4000}, "num_experts = 4000", "up to 100,000 in all layers"),
     ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001", "1,000"),
@@ -240,7 +240,9 @@ def test_spellings_of_yarn(d, yarn):
 
 
 def test_yarn_needs_a_factor():
-    with pytest.raises(ConfigError, match=r"rope_scaling.factor is missing: YaRN needs it"):
+    with pytest.raises(
+        ConfigError, match=r"rope_scaling.factor is missing: YaRN needs the ratio of the new context to the original"
+    ):
         Config.from_dict(without(rope_scaling={"rope_type": "yarn"}))
 
 

@@ -70,7 +70,7 @@ def test_what_is_refused_was_never_said(model):
     with pytest.raises(ValueError, match="the context of this model"):
         list(conversation.reply("7" * model.config.max_position_embeddings))
     assert conversation.messages == before
-    with pytest.raises(ValueError, match="no tokenizer: a conversation needs one"):
+    with pytest.raises(ValueError, match="this checkpoint has no tokenizer"):
         list(Conversation(replace(model, tokenizer=None)).reply("Hello"))
 
 

@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
-from qwen3np.numerics import BFLOAT16, precision
-from qwen3np.porting import diagnose, record
+from qwen3np.numerics import BFLOAT16, named
+from qwen3np.porting import record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
+from qwen3np.porting.diagnose import diagnose
 from qwen3np.porting.points import POINTS, Rerun
 
 PROMPT, STEPS_FED = 20, 2
@@ -119,7 +120,7 @@ def test_scores_before_the_mask(config, weights, golden, change):
     mine = {name: np.where(np.isneginf(x), 7, x) for name, x in mine.items()}
     assert diagnose(golden, mine, weights=weights).causes[0].sure
     table = next(bug for bug in CATALOGUE if bug.name == "attention: scores not scaled").planted(POINTS)
-    wrong = Rerun(weights, config, precision("float32"), golden.passes, {}, table)
+    wrong = Rerun(weights, config, named("float32"), golden.passes, {}, table)
     mine = {name: wrong.value(name) for name in golden.points}
     mine = {name: np.where(np.isneginf(x), 7, x) for name, x in mine.items() if not name.endswith("probs")}
     found = diagnose(golden, mine, weights=weights)
@@ -162,7 +163,7 @@ def test_mask_bugs_keep_the_window(config):
     golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT))
     steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(POINTS)
     name = "model.layers.1.self_attn.scores"
-    rerun = Rerun(weights, config, precision("float32"), golden.passes, golden.points, steps)
+    rerun = Rerun(weights, config, named("float32"), golden.passes, golden.points, steps)
     seen = np.isfinite(rerun.made(name)[0, 0])
     i, j = np.indices(seen.shape)
     np.testing.assert_array_equal(seen, j > i - 6)

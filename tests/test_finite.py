@@ -152,7 +152,7 @@ def test_a_cache_of_other_weights_is_refused():
     expected, cache = generate(weights, CONFIG, IDS, max_new_tokens=3)
     longer = [*IDS, *expected]
     message = "^cache: what it holds was made with other weights; use a new one, or set its lengths to 0$"
-    settings = "^cache: what it holds was made with another config or precision; use a new one"
+    settings = "^cache: what it holds was made with another config, other numerics or another engine; use a new one"
     with pytest.raises(ValueError, match=message):
         generate(other, CONFIG, longer, max_new_tokens=3, cache=cache)
     with pytest.raises(ValueError, match=message):

@@ -208,7 +208,7 @@ def test_of_two_calls_that_write_one_file_the_later_one_does(tmp_path):
                 print("half", file=opened, flush=True)
             assert file.read_text() == "whole"
 
-    with pytest.raises(ValueError, match=r"x \[1\]: another call began to write it meanwhile"):
+    with pytest.raises(ValueError, match=r"x \[1\]: another call started writing it in the meantime"):
         both()
     assert (file.read_text(), list(tmp_path.iterdir())) == ("whole", [file])
 

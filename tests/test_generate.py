@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from qwen3np import (
     ContextOverflowError,
     KVCache,
-    SamplingParameters,
     forward,
     generate,
     steps,
@@ -160,7 +159,7 @@ def test_interrupt_leaves_a_usable_cache(weights, config, monkeypatch):
 
         return forward(weights, config, *args, trace=strike, **kwargs)
 
-    monkeypatch.setattr(module, "forward", interrupted)
+    monkeypatch.setattr("qwen3np.guard.forward", interrupted)
     kept = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012  what came before it is kept
         for token in stream(weights, config, ids, max_new_tokens=10, cache=cache):
@@ -209,9 +208,8 @@ def test_bad_input(weights, config):
         stream(weights, config, [[1], [2]], max_new_tokens=1)
     with pytest.raises(ValueError, match="stop_ids must be a collection of ids, got 5"):
         generate(weights, config, [1], max_new_tokens=1, stop_ids=5)
-    greedy = SamplingParameters()
     with pytest.raises(ValueError, match="an empty batch"):
-        steps(weights, config, [], KVCache.allocate(config, 1, 8), max_new_tokens=1, sampling=greedy, stop=bool)
+        steps(weights, config, [], KVCache.allocate(config, 1, 8), max_new_tokens=1, stop=bool)
     for nested in ([[[1, 2]]], [[[1], [2]]]):
         with pytest.raises(ValueError, match="must be a flat list of ids"):
             generate(weights, config, nested, max_new_tokens=1)

@@ -7,22 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import SEEDS, attended, draw_config, draw_ids, relative, trained_like
+from drawing import SEEDS, attended, draw_config, draw_ids, linear, relative, trained_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from qwen3np import forward
 from qwen3np.config import Yarn
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import BFLOAT16, precision, silu
-from qwen3np.ops.fast.linear import linear
-from qwen3np.rope import rotary_tables, rotate
+from qwen3np.numerics import BFLOAT16, named
+from qwen3np.ops.plain import silu
+from qwen3np.qwen3 import rms_norm, rotate
+from qwen3np.rope import rotary_tables
 from qwen3np.training import gradients as backward
 from qwen3np.training.gradients import loss_and_gradients
 from qwen3np.weights import weight_shapes
 
-FLOAT64 = precision("float64")
+FLOAT64 = named("float64")
 STEP = 1e-3
 LIMIT = 5e-9  # of the relative error of a gradient beside finite differences: measured at most 3.1e-9, median 7e-11
 

@@ -7,13 +7,12 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from drawing import SEEDS, round_bfloat16
+from drawing import SEEDS, linear, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from qwen3np.numerics import precision
-from qwen3np.ops.fast.linear import linear
+from qwen3np.numerics import named
 
 STORED = [np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -46,7 +45,7 @@ def test_float64_and_float32_match_exact_sums(seed, stored, biased):
     truth = exact(x, w, bias)
     scale = np.abs(x).sum(-1, keepdims=True, dtype=np.float64) * float(np.abs(w).max()) + 4
     for name in ("float64", "float32"):
-        numerics = precision(name)
+        numerics = named(name)
         y = linear(numerics.widen(x), w, bias, numerics)
         assert y.dtype == numerics.dtype
         assert y.shape == (*lead, outputs)
@@ -61,9 +60,9 @@ def test_cutting_the_weights_changes_nothing_but_rounding(seed, rows, threads):
         patch.setenv("QWEN3NP_NUM_THREADS", str(threads))
         patch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)
         for name in ("TILE_ROWS", "TILE_OUTPUTS", "NEAR"):
-            patch.setattr(f"qwen3np.ops.fast.linear.{name}", int(rng.integers(1, 70)))
-        patch.setattr("qwen3np.ops.fast.linear.BLOCK_ELEMENTS", 24 * int(rng.integers(1, 70)))
-        y = linear(x, w, None, precision("float64"))
+            patch.setattr(f"qwen3np.ops.fast.products.{name}", int(rng.integers(1, 70)))
+        patch.setattr("qwen3np.ops.fast.products.BLOCK_ELEMENTS", 24 * int(rng.integers(1, 70)))
+        y = linear(x, w, None, named("float64"))
     np.testing.assert_allclose(y, x @ w.astype(np.float64).T, rtol=0, atol=1e-13)
 
 
@@ -78,7 +77,7 @@ SIZES += [
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16"])
 def test_bits_do_not_depend_on_how_the_weights_are_stored(rows, inputs, outputs, name):
-    rng, numerics = np.random.default_rng(0), precision(name)
+    rng, numerics = np.random.default_rng(0), named(name)
     x = numerics.widen(rng.standard_normal((rows, inputs), np.float32))
     w = rng.standard_normal((outputs, inputs), np.float32).astype(ml_dtypes.bfloat16)
     y = linear(x, w, None, numerics)
@@ -109,7 +108,7 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(rows, inputs, outputs,
     ],
 )
 def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stored, monkeypatch):
-    rng, numerics = np.random.default_rng(0), precision("float64" if stored is np.float64 else "float32")
+    rng, numerics = np.random.default_rng(0), named("float64" if stored is np.float64 else "float32")
     x = rng.standard_normal((rows, inputs), np.float32).astype(numerics.dtype)
     w = rng.standard_normal((outputs, inputs), np.float32).astype(stored)
     results = []
@@ -123,8 +122,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, inputs, outputs, stor
 
 @pytest.mark.parametrize("outputs", [9, 513, 3073])
 def test_bits_of_a_row_where_the_cuts_of_blas_would_show(outputs, monkeypatch):
-    monkeypatch.setattr("qwen3np.ops.fast.linear.cuts_keep_bits", lambda: False)
-    monkeypatch.setattr("qwen3np.ops.fast.linear._dot_products", None)  # BLAS would cut there by its own threads
+    monkeypatch.setattr("qwen3np.ops.fast.products.cuts_keep_bits", lambda: False)
+    monkeypatch.setattr("qwen3np.ops.fast.products._dot_products", None)  # BLAS would cut there by its own threads
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((1, 1024), np.float32), rng.standard_normal((outputs, 1024)).astype(ml_dtypes.bfloat16)
     expected = linear(x, w)
@@ -157,12 +156,12 @@ def test_bfloat16_rounds_once_the_sum_with_its_bias(seed, biased):
     x = rng.integers(-16, 17, (5, 30)).astype(np.float32)
     w = rng.integers(-16, 17, (11, 30)).astype(ml_dtypes.bfloat16)
     bias = rng.integers(-16, 17, 11).astype(ml_dtypes.bfloat16) if biased else None
-    y = linear(x, w, bias, precision("bfloat16"))
+    y = linear(x, w, bias, named("bfloat16"))
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y, round_bfloat16(exact(x, w, bias)))
 
 
 def test_bfloat16_rounds_weights_that_are_stored_wider():
     w = np.array([[1.001, 1.0]], np.float32)
-    y = linear(np.array([[256, -256]], np.float32), w, None, precision("bfloat16"))
+    y = linear(np.array([[256, -256]], np.float32), w, None, named("bfloat16"))
     np.testing.assert_array_equal(y, [[0]])

@@ -154,7 +154,7 @@ def test_a_float32_copy_is_refused_where_it_does_not_fit(free):
     free(size)
     load(weights_dtype="float32", progress=False)
     free(size - 1)
-    with pytest.raises(ValueError, match=f"{BUILTIN}: a float32 copy .* would take 0.0 GB, .* maps the file as it is"):
+    with pytest.raises(ValueError, match=f"{BUILTIN}: a float32 copy .* would take 0.0 GB, .* uses the file as it is"):
         load(weights_dtype="float32", progress=False)
     load(weights_dtype="bfloat16", progress=False)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from threadpoolctl import threadpool_limits
 
 from qwen3np import KVCache, forward
-from qwen3np.numerics import BFLOAT16, PRECISIONS
+from qwen3np.numerics import BFLOAT16, NUMERICS
 
 
 def naive(weights, config, ids):
@@ -139,7 +139,7 @@ def test_float32_is_as_near_to_float64_as_float32_allows(seed):
     assert relative(logits, forward(weights, config, ids, numerics="float64")) < 6e-6  # measured: 2.3e-6
 
 
-@pytest.mark.parametrize("numerics", PRECISIONS)
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_no_later_token_moves_an_earlier_row(weights, config, numerics):
     ids = draw_ids(np.random.default_rng(0), config, 2, 17)
     before, points = traced(weights, config, ids, numerics=numerics)
@@ -192,7 +192,7 @@ def test_bfloat16_rounds_every_step(config):
     assert np.mean(points["model.norm"] != norm(x, "model.norm")) < 1e-3
 
 
-@pytest.mark.parametrize("numerics", PRECISIONS)
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_recorded_arrays_are_right_for_ragged_sequences_and_stay_as_they_are(weights, config, numerics):
     cache = KVCache.allocate(config, 2, 12, np.float64)
     ids = draw_ids(np.random.default_rng(2), config, 2, 5)
@@ -251,7 +251,7 @@ def either(request, config, weights):
     return trained_like(config, 1), config
 
 
-@pytest.mark.parametrize("numerics", PRECISIONS)
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_bits_do_not_depend_on_how_the_weights_are_stored(either, numerics):
     weights, config = either
     mapped = {name: w.astype(BFLOAT16) for name, w in weights.items()}
@@ -263,7 +263,7 @@ def test_bits_do_not_depend_on_how_the_weights_are_stored(either, numerics):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("numerics", PRECISIONS)
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_bits_do_not_depend_on_the_number_of_threads(either, numerics, monkeypatch):
     weights, config = either
     monkeypatch.setattr("qwen3np.ops.fast.threads.WORTH_SHARING", 1)  # small as the model is, share every product
@@ -280,7 +280,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(either, numerics, monkeypat
             np.testing.assert_array_equal(run[name], array, name)
 
 
-@pytest.mark.parametrize("numerics", PRECISIONS)
+@pytest.mark.parametrize("numerics", NUMERICS)
 def test_blocks_of_rows_move_no_bit(either, numerics, monkeypatch):
     weights, config = either
     ids = draw_ids(np.random.default_rng(9), config, 2, 17)

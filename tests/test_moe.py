@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from qwen3np import forward, load, read_checkpoint, save_checkpoint
 from qwen3np import loading as loading_module
-from qwen3np.mlp import swiglu
-from qwen3np.moe import experts, route
-from qwen3np.numerics import BFLOAT16, ignore, precision
+from qwen3np.numerics import BFLOAT16, named
+from qwen3np.qwen3 import Scope, router_weights, swiglu, top_k
 
-FLOAT64 = precision("float64")
+FLOAT64 = named("float64")
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,28 @@ def sparse(config):
 
 def draw(sparse, seed, tokens, name="float64"):
     """Return x (1, S, D), the matrices of one layer, and the routing: indices and weights (1, S, k)."""
-    rng, numerics = np.random.default_rng(seed), precision(name)
+    rng, numerics = np.random.default_rng(seed), named(name)
     x = numerics.round(rng.standard_normal((1, tokens, sparse.hidden_size)).astype(numerics.dtype))
     weights = trained_like(replace(sparse, num_hidden_layers=1), seed)
     _, indices, shares = route(x, weights["model.layers.0.mlp.gate.weight"], sparse, numerics)
     return x, weights, indices, shares
 
 
+def route(x, gate, config, num):
+    """Return the router's logits, the chosen experts and their weights, as the model makes them."""
+    logits = num.ops.head(x, gate, num)
+    probs = num.ops.softmax(logits)
+    indices = top_k(probs, config.num_experts_per_tok)
+    return logits, indices, router_weights(probs, indices, config, num)
+
+
+def expert_scope(weights, n):
+    return Scope(weights, prefix="model.layers.0.mlp.experts.") / str(n)
+
+
 def mixed(x, weights, indices, shares, name="float64"):
-    return experts(x, weights, "model.layers.0.mlp.experts.", indices, shares, precision(name))
+    num, m = named(name), Scope(weights, prefix="model.layers.0.mlp.experts.")
+    return num.ops.combine(x, indices, shares, lambda n, rows: swiglu(rows, m / str(n), num), m, num)
 
 
 @given(SEEDS, st.integers(1, 40), st.booleans())
@@ -60,7 +72,7 @@ def test_the_router_takes_the_largest_of_a_softmax_over_all(sparse, seed, tokens
 def test_bfloat16_rounds_the_weights_at_the_end(sparse, normalised):
     x, weights, _, _ = draw(sparse, 0, 50, "bfloat16")
     config, gate = replace(sparse, norm_topk_prob=normalised), weights["model.layers.0.mlp.gate.weight"]
-    logits, indices, shares = route(x, gate, config, precision("bfloat16"))
+    logits, indices, shares = route(x, gate, config, named("bfloat16"))
     np.testing.assert_array_equal(logits, round_bfloat16(logits))
     np.testing.assert_array_equal(shares, round_bfloat16(shares))
     p = np.exp(logits.astype(np.float64))
@@ -71,7 +83,7 @@ def test_bfloat16_rounds_the_weights_at_the_end(sparse, normalised):
 
 def test_of_equal_experts_the_lower_ones_are_taken(sparse):
     logits = np.array([[[1, 3, 2, 3, 2, 2, 0]]], np.float32)
-    _, indices, _ = route(logits, np.eye(7, dtype=np.float32), sparse, precision("bfloat16"))
+    _, indices, _ = route(logits, np.eye(7, dtype=np.float32), sparse, named("bfloat16"))
     assert indices.tolist() == [[[1, 3, 2]]]
 
 
@@ -80,10 +92,9 @@ def test_all_experts_alike_are_one_mlp(sparse, seed, tokens):
     """Weights that sum to 1 over equal experts change nothing."""
     config = replace(sparse, norm_topk_prob=True)
     x, weights, _, _ = draw(sparse, seed, tokens)
-    prefix = "model.layers.0.mlp.experts."
     same = {name: weights[re.sub(r"experts\.\d+", "experts.0", name)] for name in weights}
     _, indices, shares = route(x, weights["model.layers.0.mlp.gate.weight"], config, FLOAT64)
-    alone = swiglu(x, weights, f"{prefix}0.", FLOAT64, ignore)
+    alone = swiglu(x, expert_scope(weights, 0), FLOAT64)
     np.testing.assert_allclose(mixed(x, same, indices, shares), alone, rtol=0, atol=1e-13)
 
 
@@ -113,15 +124,13 @@ def test_tokens_alone_equal_tokens_together(sparse, seed, tokens):
 def test_where_bfloat16_rounds_the_sum(sparse, name):
     """From each expert's rounded output alone: rounding after each in ascending order, or once, the largest first."""
     x, weights, indices, shares = draw(sparse, 0, 50, name)
-    r, numerics = round_bfloat16, precision(name)
+    r, numerics = round_bfloat16, named(name)
     truth = np.zeros_like(x)
     for s in range(50):
         chosen = list(zip(indices[0, s].tolist(), shares[0, s], strict=True))
         for expert, share in chosen if name == "bfloat16-grouped" else sorted(chosen):
             same = indices[0] == expert  # all tokens of an expert at once, as its matrix product had them
-            together = swiglu(x[0, same.any(-1)], weights, f"model.layers.0.mlp.experts.{expert}.", numerics, ignore)[
-                np.count_nonzero(same[:s])
-            ]
+            together = swiglu(x[0, same.any(-1)], expert_scope(weights, expert), numerics)[np.count_nonzero(same[:s])]
             truth[0, s] += r(together * share)
             if name == "bfloat16":
                 truth[0, s] = r(truth[0, s])

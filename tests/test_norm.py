@@ -10,10 +10,10 @@ from drawing import SEEDS, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import precision
+from qwen3np.numerics import named
+from qwen3np.qwen3 import rms_norm
 
-FLOAT64, BF16 = precision("float64"), precision("bfloat16")
+FLOAT64, BF16 = named("float64"), named("bfloat16")
 SIZES = st.integers(1, 70)
 NO_EPS = 1e-200
 
@@ -28,7 +28,7 @@ def draw(seed, n):
 def test_formula(seed, n, eps):
     x, weight, _ = draw(seed, n)
     for name, rtol in (("float64", 2e-15), ("float32", 1e-6)):
-        numerics = precision(name)
+        numerics = named(name)
         rounded, w = x.astype(numerics.dtype), weight.astype(np.float32)
         y = rms_norm(rounded, w, eps, numerics)
         assert y.dtype == numerics.dtype

@@ -12,9 +12,10 @@ from drawing import SEEDS, round_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3np.numerics import BFLOAT16, PRECISIONS, precision, silu, softmax
+from qwen3np.numerics import BFLOAT16, NUMERICS, named
+from qwen3np.ops.plain import silu, softmax
 
-BF16 = precision("bfloat16")
+BF16 = named("bfloat16")
 FLOATS = st.floats(width=32, allow_nan=False)
 
 
@@ -61,29 +62,29 @@ def test_rounding_is_idempotent_monotonic_odd_and_near(a, b):
 
 def test_only_bfloat16_rounds():
     x = np.array([1.0, 1.001, 1e-30], np.float32)
-    assert precision("float32").round(x) is x
-    assert precision("float64").round(x) is x
+    assert named("float32").round(x) is x
+    assert named("float64").round(x) is x
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", NUMERICS)
 @pytest.mark.parametrize("stored", [BFLOAT16, np.float16, np.float32, np.float64])
 def test_widen_upcasts_exactly_and_rounds_in_bfloat16_alone(name, stored):
     x = np.array([1, 1 / 3, 1.00390625, -65504, 6e-8]).astype(stored)
-    wide = precision(name).widen(x)
+    wide = named(name).widen(x)
     assert wide.dtype == (np.float64 if name == "float64" else np.float32)
     exact = x.astype(np.float64)
-    if precision(name).rounds:
+    if named(name).rounds:
         exact = round_bfloat16(exact.astype(np.float32))
     elif name == "float32":
         exact = exact.astype(np.float32)
     np.testing.assert_array_equal(wide, exact)
-    if x.dtype == wide.dtype and not precision(name).rounds:
+    if x.dtype == wide.dtype and not named(name).rounds:
         assert wide is x
 
 
 def test_unknown_precision_is_told_with_the_known_ones():
     with pytest.raises(ValueError, match=r"numerics='fp8' is unknown; known: float32, float64, bfloat16"):
-        precision("fp8")
+        named("fp8")
 
 
 @given(SEEDS, st.integers(1, 50), st.floats(0.1, 200))

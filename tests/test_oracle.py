@@ -6,20 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import attended, draw_any_config, draw_ids, relative, round_bfloat16, trained_like
+from drawing import attended, draw_any_config, draw_ids, linear, relative, round_bfloat16, trained_like
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Config, KVCache, forward, read_checkpoint, save_checkpoint
-from qwen3np.mlp import swiglu
-from qwen3np.moe import experts, route
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import BFLOAT16, ignore, precision, silu, softmax
-from qwen3np.ops.fast.linear import linear
-from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
+from qwen3np.numerics import BFLOAT16, named
+from qwen3np.ops.plain import silu, softmax
+from qwen3np.qwen3 import Scope, rms_norm, rotate, router_weights, swiglu, top_k
+from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables
 
 pytestmark = pytest.mark.oracle
 STEPS = 8
-N = precision("bfloat16")
+N = named("bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +146,7 @@ def test_rotary_tables(oracle):
             for start in range(0, end, 16_384):
                 positions = np.arange(start, start + 16_384)[None]
                 theirs = module(torch.zeros(1, dtype=getattr(torch, dtype)), torch.from_numpy(positions))
-                for ours, table in zip(rotary_tables(config, positions, precision(dtype)), theirs, strict=True):
+                for ours, table in zip(rotary_tables(config, positions, named(dtype)), theirs, strict=True):
                     error = np.abs(np.delete(ours[0, 0] - oracle.array(table)[0, :, :64], lanes, axis=1))
                     count, most = count + np.count_nonzero(error), max(most, error.max())
             share = count / (2 * end * (64 - len(lanes)))
@@ -281,7 +279,8 @@ def each_of_experts(theirs, weights, config, name, mlp, numerics):
     """The same for a sparse layer; name is that of its input."""
     x, logits, indices = theirs[name], theirs[f"{mlp}gate"], theirs[f"{mlp}router_indices"].astype(int)
     yield "matrix product", f"{mlp}gate", linear(x, weights[f"{mlp}gate.weight"], None, N), logits
-    _, ours, shares = route(logits, np.eye(config.num_experts, dtype=np.float32), config, N)
+    ours = top_k(softmax(logits), config.num_experts_per_tok)
+    shares = router_weights(softmax(logits), ours, config, N)
     yield "softmax", f"{mlp}router_weights", shares, theirs[f"{mlp}router_weights"]
     # where two logits are equal in bfloat16 torch may choose either, or both in another order
     largest = -np.sort(-logits, axis=-1)[..., : config.num_experts_per_tok + 1]
@@ -290,6 +289,12 @@ def each_of_experts(theirs, weights, config, name, mlp, numerics):
     np.testing.assert_array_equal(np.take_along_axis(logits, ours, -1), np.take_along_axis(logits, indices, -1))
     y = experts(x, weights, f"{mlp}experts.", indices, theirs[f"{mlp}router_weights"], numerics)
     yield "experts", f"{mlp}experts", y, theirs[f"{mlp}experts"]
+
+
+def experts(x, weights, prefix, indices, shares, num):
+    """Return the sum of each token's experts, whose weights stand under this prefix."""
+    m = Scope(weights, prefix=prefix)
+    return num.ops.combine(x, indices, shares, lambda n, rows: swiglu(rows, m / str(n), num), m, num)
 
 
 def each_attended(q, k, v, window):
@@ -303,13 +308,13 @@ def activation(gate, up):
     size = gate.shape[-1]
     gate_proj, up_proj = np.split(np.eye(2 * size, dtype=np.float32), 2)
     matrices = {"gate_proj.weight": gate_proj, "up_proj.weight": up_proj, "down_proj.weight": np.eye(size)}
-    return swiglu(np.concatenate((gate, up), -1), matrices, "", N, ignore)
+    return swiglu(np.concatenate((gate, up), -1), matrices, N)
 
 
 @pytest.mark.parametrize(("name", "how"), [*((name, "eager") for name in MODELS), ("experts", "grouped_mm")])
 def test_bfloat16_steps(oracle, name, how):
     """A prefill and decode steps, each step of the arithmetic fed transformers' own input to it."""
-    numerics = precision("bfloat16" if how == "eager" else "bfloat16-grouped")
+    numerics = named("bfloat16" if how == "eager" else "bfloat16-grouped")
     config, weights = MODELS[name], bfloat16_weights(MODELS[name], 0)
     ids = draw_ids(np.random.default_rng(0), config, 2, config.head_dim)
     points = []
@@ -404,9 +409,9 @@ def test_bfloat16_experts(oracle, how):
         weights[f"{n}.down_proj.weight"] = np.eye(size)[rng.integers(size, size=hidden)] * rng.choice([-1.5, 0.75, 1])
     weights = {name: w.astype(np.float32) for name, w in weights.items()}
     x = rng.integers(-2, 3, (1, 300, hidden)).astype(np.float32)
-    _, indices, shares = route(
-        rng.standard_normal((1, 300, count), np.float32), np.eye(count, dtype=np.float32), config, N
-    )
+    probs = softmax(N.round(rng.standard_normal((1, 300, count), np.float32)))
+    indices = top_k(probs, k)
+    shares = router_weights(probs, indices, config, N)
     changes = {"hidden_size": hidden, "moe_intermediate_size": size, "num_experts_per_tok": k}
     theirs_config = oracle.Qwen3MoeConfig(**(config.to_dict() | changes))
     theirs_config._experts_implementation = how
@@ -424,7 +429,7 @@ def test_bfloat16_experts(oracle, how):
     )
     theirs = oracle.array(module(*arguments))
     for numerics in ("bfloat16", "bfloat16-grouped"):
-        ours = experts(x, weights, "", indices, shares, precision(numerics))[0]
+        ours = experts(x, weights, "", indices, shares, named(numerics))[0]
         differ = np.mean(ours != theirs)
         print(f"\nexperts {how} beside {numerics}: {differ:.1e} of {theirs.size} differ", end="")
         assert (differ == 0) == ((how == "grouped_mm") == (numerics == "bfloat16-grouped"))

@@ -1,16 +1,26 @@
-"""The README's first command and its Python examples run as printed, and print what it says."""
+"""The README's first command, and the Python examples of all guides, run as printed and print what they say."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qwen3np.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ["README.md", "qwen3np/commands/README.md", "qwen3np/study/README.md"]
+
+
+def examples_of(guide):
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    return text, re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_first_command(capsys):
@@ -20,27 +30,51 @@ def test_the_first_command(capsys):
     assert (err.splitlines()[0], out) == (found[2], found[3] + "\n")
 
 
-def test_examples(capsys):
+@pytest.mark.parametrize("guide", GUIDES)
+def test_examples(guide, capsys):
     names = {}
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 4
+    text, examples = examples_of(guide)
+    assert examples
     for example in examples:
         exec(example, names)
         printed = capsys.readouterr().out
         for line in re.findall(r"^ *print\(.*\) +# (.*)$", example, re.MULTILINE):
             assert line in [said.strip() for said in printed.splitlines()]
-        _, _, below = README.partition(example)
-        shown = [[number(word) for word in line.split()] for line in printed.splitlines()]
+        _, _, below = text.partition(example)
+        shown = [line.split() for line in printed.splitlines()]
         for line in re.findall(r"\A```\n+((?:    .*\n)*)", below)[0].splitlines():
-            assert line.strip() == "..." or words(line) in shown, line
+            assert line.strip() == "..." or line.split() in shown, line
 
 
-def number(word):
-    """Return a rounding error (1.3e-06) as a number."""
-    return float(word) if re.fullmatch(r"\d\.\de-\d\d", word) else word
+@pytest.mark.parametrize("guide", GUIDES)
+def test_examples_have_types(guide, tmp_path):
+    """As a user's editor sees them: pyright's own defaults, with the package as it is installed."""
+    pytest.importorskip("pyright", reason="needs the extra: pip install qwen3np[test]")
+    (tmp_path / "example.py").write_text("\n".join(examples_of(guide)[1]), encoding="utf-8")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+    problems = [problem["message"] for problem in json.loads(done.stdout)["generalDiagnostics"]]
+    assert problems == []
 
 
-def words(line):
-    """Split a line. Rounding errors differ a little between the kernels of a BLAS: within half of them is the same."""
-    numbers = [number(word) for word in line.split()]
-    return [pytest.approx(n, rel=0.5) if isinstance(n, float) else n for n in numbers]
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, "qwen3np/porting/README.md"])
+def test_links_lead_to_files(guide):
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert ((ROOT / guide).parent / target).exists(), target
+
+
+def test_lines_are_counted_right():
+    """The numbers of lines that the README and the study guide name are those of the files."""
+    for guide, pattern in (
+        (GUIDES[0], r"`(?:qwen3np/)?([\w/]+\.py)`\]\([^)]*\), (\d+) lines"),
+        (GUIDES[2], r"\| `([\w/]+\.py)` \| (\d+) \|"),
+    ):
+        found = re.findall(pattern, (ROOT / guide).read_text(encoding="utf-8"))
+        assert found
+        for name, count in found:
+            assert len((ROOT / "qwen3np" / name).read_text(encoding="utf-8").splitlines()) == int(count), name

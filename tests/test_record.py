@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from qwen3np import NonFiniteError, forward, save_checkpoint
 from qwen3np.cli import main
-from qwen3np.numerics import precision
+from qwen3np.numerics import named
 from qwen3np.porting import Recording, record
 from qwen3np.porting.fixture import TIED
 from qwen3np.porting.points import Rerun, point_names, point_shape, split_pass
@@ -63,7 +63,7 @@ def test_steps_make_the_points(config, weights, ids, numerics):
     golden = record(weights, config, ids, steps=STEPS, numerics=numerics)
     limit = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2e-2}[numerics]
     for given in (golden.points, {}):
-        rerun = Rerun(weights, config, precision(numerics), golden.passes, given)
+        rerun = Rerun(weights, config, named(numerics), golden.passes, given)
         for name, x in golden.points.items():
             assert distance(rerun.made(name), x, 1)[0] <= limit, name
 
@@ -82,7 +82,7 @@ def test_steps_of_the_family(numerics):
         names = []
         forward(weights, config, golden.ids[:, :PROMPT], trace=lambda name, x, names=names: names.append(name))
         assert point_names(config) == names
-        rerun = Rerun(weights, config, precision(numerics), golden.passes, golden.points)
+        rerun = Rerun(weights, config, named(numerics), golden.passes, golden.points)
         for prefix, ids, positions in golden.passes:
             for name in names:
                 x = golden.points[prefix + name]
@@ -106,7 +106,7 @@ def test_steps_of_a_deep_model(config, ids):
     deep = replace(config, num_hidden_layers=160)
     weights = trained_like(deep, 0)
     golden = record(weights, deep, ids, steps=1, points="lm_head")
-    rerun = Rerun(weights, deep, precision("float32"), golden.passes, {})
+    rerun = Rerun(weights, deep, named("float32"), golden.passes, {})
     assert distance(rerun.made("decode.0.lm_head"), golden.points["decode.0.lm_head"], 1)[0] <= 1e-5
     inner = {name.rpartition(".")[2] for name in rerun.computed if "layers.7." in name}
     assert inner == {"k_rope", "v_proj"}

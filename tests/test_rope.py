@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3np.config import Yarn
-from qwen3np.numerics import precision
-from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
+from qwen3np.numerics import named
+from qwen3np.qwen3 import rotate
+from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables
 
-FLOAT64 = precision("float64")
+FLOAT64 = named("float64")
 POSITIONS = st.integers(0, 40_959)
 ANGLE = 5e-11  # what rounding an angle of 40,959 radians to float64, more than once, can do: 1.3e-11 was measured
 PI = Decimal("3.1415926535897932384626433832795028841971693993751058209749445923078164")
@@ -122,7 +123,7 @@ def test_float32_tables_are_the_correctly_rounded_steps(config, head_dim, theta)
     frequencies, cos, sin = tables_by_hand(head_dim, theta, lambda value: np.float32(float(value)))
     np.testing.assert_array_equal(inverse_frequencies(config), frequencies)
     for name, rounded in (("float32", lambda x: x), ("bfloat16", round_bfloat16)):
-        tables = rotary_tables(config, SOME[None], precision(name))
+        tables = rotary_tables(config, SOME[None], named(name))
         for table, truth in zip(tables, (cos, sin), strict=True):
             assert table.dtype == np.float32
             assert table.shape == (1, 1, len(SOME), head_dim // 2)
@@ -151,7 +152,7 @@ def test_yarn_of_the_released_models(config):
     assert attention_factor(plain.extended(4)) == pytest.approx(1.1386294, abs=5e-8)
     assert attention_factor(plain) == 1
     for numerics in ("float32", "float64", "bfloat16"):
-        cos, _ = rotary_tables(plain.extended(4), np.zeros((1, 1), int), precision(numerics))
+        cos, _ = rotary_tables(plain.extended(4), np.zeros((1, 1), int), named(numerics))
         assert cos.ravel() == pytest.approx(np.full(64, 1.1386294), rel=4e-3 if numerics == "bfloat16" else 1e-7)
 
 
@@ -197,7 +198,7 @@ def test_yarn_of_a_context_in_which_no_lane_turns_once(config):
 def test_bfloat16_rounds_both_products_then_their_sum(seed, position):
     config, x = draw(seed)
     x = round_bfloat16(x)
-    numerics = precision("bfloat16")
+    numerics = named("bfloat16")
     cos, sin = rotary_tables(config, np.array([[position]]), numerics)
     a, b = np.split(x, 2, axis=-1)
     r = round_bfloat16

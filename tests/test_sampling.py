@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -9,10 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3np.sampling import SamplingParameters, log_probabilities, processed_logits, sample
+from qwen3np.sampling import log_probabilities, processed_logits
+from qwen3np.sampling import sample as sample_checked
+from qwen3np.settings import checked
 
 VOCAB_SIZE = 151_936
-PLAIN = SamplingParameters(temperature=1.0)
+PLAIN = {"temperature": 1.0}
+
+
+def sample(logits, settings, *rest, **named):
+    return sample_checked(logits, checked(settings, needed=False), *rest, **named)
+
 
 # Small integers make ties at every boundary; the floats make none.
 logits_lists = st.one_of(
@@ -21,7 +27,7 @@ logits_lists = st.one_of(
 ).map(lambda values: np.array(values, np.float32))
 
 all_parameters = st.builds(
-    SamplingParameters,
+    dict,
     temperature=st.sampled_from([0.0, 0.1, 1.0, 50.0]),
     top_k=st.none() | st.integers(0, 50),
     top_p=st.none() | st.floats(0.01, 1),
@@ -31,7 +37,7 @@ all_parameters = st.builds(
 
 
 def kept(logits, **changes):
-    return set(np.flatnonzero(np.isfinite(processed_logits(logits, replace(PLAIN, **changes)))))
+    return set(np.flatnonzero(np.isfinite(processed_logits(logits, PLAIN | changes))))
 
 
 @pytest.mark.parametrize(
@@ -68,17 +74,17 @@ def test_top_p_of_one_is_off():
 
 
 def test_repetition_penalty_by_hand():
-    parameters = replace(PLAIN, repetition_penalty=2.0)
+    parameters = PLAIN | {"repetition_penalty": 2.0}
     processed = processed_logits([4.0, -4.0, 0.0, 3.0], parameters, previous_ids=[0, 1, 1, 0, 2])
     assert processed.tolist() == [2.0, -8.0, 0.0, 3.0]
-    greedy = replace(parameters, temperature=0.0)
+    greedy = parameters | {"temperature": 0.0}
     assert sample([4.0, -4.0, 0.0, 3.0], greedy, np.random.default_rng(0), [0]) == 3
 
 
 @given(logits_lists, st.floats(1, 3), st.sets(st.integers(0, 39)))
 def test_repetition_penalty_changes_previous_ids_alone(logits, penalty, previous):
     previous = [i for i in previous if i < len(logits)]
-    processed = processed_logits(logits, replace(PLAIN, repetition_penalty=penalty), previous)
+    processed = processed_logits(logits, PLAIN | {"repetition_penalty": penalty}, previous)
     others = np.setdiff1d(np.arange(len(logits)), previous)
     assert np.array_equal(processed[others], logits[others])
     assert np.all(processed[previous] <= logits[previous])
@@ -108,7 +114,7 @@ def test_top_p_keeps_the_smallest_nucleus(logits, p):
 @given(st.lists(st.integers(-6, 6), min_size=1, max_size=40), st.integers(-100, 100), all_parameters)
 def test_a_constant_added_to_the_logits_changes_nothing(logits, constant, parameters):
     # Integers and temperature 1, so that float32 adds exactly.
-    parameters = replace(parameters, temperature=1.0, repetition_penalty=None)
+    parameters = parameters | {"temperature": 1.0, "repetition_penalty": None}
     first, second = (processed_logits(np.add(logits, shift), parameters) for shift in (0, constant))
     assert np.array_equal(first + constant, second)
     draws = [sample(np.add(logits, c), parameters, np.random.default_rng(3)) for c in (0, constant)]
@@ -118,7 +124,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(logits, constant, parame
 @given(logits_lists, st.integers(0, 2**32))
 def test_greedy_is_the_first_of_the_highest(logits, seed):
     expected = logits.tolist().index(max(logits.tolist()))
-    greedy = SamplingParameters(top_k=5, top_p=0.5, min_p=0.1)
+    greedy = {"top_k": 5, "top_p": 0.5, "min_p": 0.1}
     assert sample(logits, greedy, np.random.default_rng(seed)) == expected
     assert np.flatnonzero(np.isfinite(processed_logits(logits, greedy))).tolist() == [expected]
 
@@ -168,7 +174,7 @@ def test_chi_square_of_100_000_draws():
     rng = np.random.default_rng(20)
     logits = rng.normal(0, 2, 40).astype(np.float32)
     previous = np.argsort(logits)[-3:]
-    parameters = SamplingParameters(temperature=0.8, top_k=16, top_p=0.97, min_p=0.01, repetition_penalty=1.2)
+    parameters = {"temperature": 0.8, "top_k": 16, "top_p": 0.97, "min_p": 0.01, "repetition_penalty": 1.2}
     # The definition in float64, id by id from the likeliest.
     scores = [(x if i not in previous else x / 1.2 if x > 0 else x * 1.2) / 0.8 for i, x in enumerate(logits.tolist())]
     likeliest = sorted(range(40), key=lambda i: -scores[i])[:16]
@@ -208,16 +214,16 @@ def test_log_probabilities(logits):
 )
 def test_parameters_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be ") as error:
-        SamplingParameters(**{name: value})
+        checked({name: value}, needed=False)
     assert repr(value) in str(error.value)
 
 
 def test_parameters_in_range():
-    SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
-    SamplingParameters(temperature=np.float32(0.6), top_k=np.int64(20), top_p=1e-9, min_p=1)
+    checked({"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}, needed=False)
+    checked({"temperature": np.float32(0.6), "top_k": np.int64(20), "top_p": 1e-9, "min_p": 1}, needed=False)
 
 
-@pytest.mark.parametrize("parameters", [PLAIN, SamplingParameters(), SamplingParameters(temperature=0.6, top_k=2)])
+@pytest.mark.parametrize("parameters", [PLAIN, {}, {"temperature": 0.6, "top_k": 2}])
 @pytest.mark.parametrize("bad", [[1, np.nan, 2], [1, np.inf, 2], [-np.inf] * 3])
 def test_logits_without_a_finite_maximum(bad, parameters):
     for function in (processed_logits, lambda *a: sample(*a, np.random.default_rng(0))):
@@ -233,10 +239,10 @@ def test_other_bad_inputs():
     with pytest.raises(ValueError, match=r"shape \(V,\), got \(0,\)"):
         processed_logits([], PLAIN)
     with pytest.raises(ValueError, match=r"float32 under .*temperature=1e-40"):
-        processed_logits([5, 6], replace(PLAIN, temperature=1e-40))
+        processed_logits([5, 6], PLAIN | {"temperature": 1e-40})
     for previous in ([-1, 0], [0, 2]):
         with pytest.raises(ValueError, match=r"previous_ids must be in \[0, 2\)"):
-            processed_logits([5, 6], replace(PLAIN, repetition_penalty=1.1), previous)
+            processed_logits([5, 6], PLAIN | {"repetition_penalty": 1.1}, previous)
 
 
 def drawn_case(rng):
@@ -261,7 +267,7 @@ def drawn_case(rng):
     on = {name: value for name, value in maybe.items() if rng.random() < 0.5}
     temperature = float(rng.choice([0.001, 0.1, 0.6, 1.0, 1.5, 1000.0]))
     previous = rng.integers(0, size, rng.integers(1, 50))
-    return logits, SamplingParameters(temperature=temperature, **on), previous
+    return logits, dict(temperature=temperature, **on), previous
 
 
 @pytest.mark.oracle
@@ -283,7 +289,7 @@ def test_agrees_with_transformers():
     rounded = 0
     for _ in range(1000):
         logits, parameters, previous = drawn_case(rng)
-        config = GenerationConfig(do_sample=True, **vars(parameters))
+        config = GenerationConfig(do_sample=True, **parameters)
         ids, scores, boundary = torch.tensor(previous)[None], torch.tensor(logits)[None], None
         for processor in model._get_logits_processor(config, len(previous)):
             if isinstance(processor, TopPLogitsWarper):
@@ -307,7 +313,7 @@ def test_agrees_with_transformers():
         error = (ordered.softmax(-1).cumsum(-1) - exact).abs().max().item()
         stay = sorted(np.isfinite(scores).sum() for scores in (ours, expected))
         doubtful = exact.numpy()[len(logits) - stay[1] : len(logits) - stay[0]]
-        assert np.abs(doubtful - (1 - parameters.top_p)).max() <= error < 1e-4  # (2)
+        assert np.abs(doubtful - (1 - parameters["top_p"])).max() <= error < 1e-4  # (2)
     assert rounded <= 10  # 3 with AVX-512, 7 with AVX2
 
 

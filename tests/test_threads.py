@@ -13,7 +13,7 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from qwen3np.ops.fast import threads
-from qwen3np.ops.fast.threads import blas_threads, in_blocks, num_threads, share, threads_for
+from qwen3np.ops.fast.threads import blas_threads, num_threads, rowwise, share, threads_for
 
 
 def now():
@@ -293,5 +293,5 @@ def test_blocks_of_rows_are_put_together_again(shape, monkeypatch):
     x = np.random.default_rng(0).standard_normal(shape)
     y = np.moveaxis(x[None] ** 2, 0, -1)[..., 0]
     np.testing.assert_array_equal(
-        in_blocks(lambda x, y: x * np.sum(y, -1, keepdims=True), x, y), x * y.sum(-1, keepdims=True)
+        rowwise(lambda x, y: x * np.sum(y, -1, keepdims=True), x, y), x * y.sum(-1, keepdims=True)
     )

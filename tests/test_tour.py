@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import qwen3np
-from qwen3np.numerics import softmax
+from qwen3np.ops.plain import softmax
 from qwen3np.study.tour import NOTEBOOK, execute, is_picture, plain_formula, read_steps, run_step, source
 
 STEPS = read_steps()

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from qwen3np import NonFiniteError, SamplingParameters, forward
+from qwen3np import NonFiniteError, forward
 from qwen3np.cli import main
 from qwen3np.sampling import processed_logits
 from qwen3np.study.view import CANDIDATES, MAX_TOKENS, Observation, observe, page, visible
@@ -277,7 +277,7 @@ def test_the_sliders_sample_as_the_package_does(opened, seen, temperature, top_k
     """
     values = {"temperature": temperature, "top-k": top_k or CANDIDATES + 1, "top-p": top_p}
     found = browser.execute_script(script, token, values)
-    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     scores = processed_logits(seen.logits[token], parameters).astype(np.float64)
     truth = softmax(scores)[np.argsort(-seen.logits[token], kind="stable")]
     # four decimals of two logits at temperature 0.6, and at 2 what the groups lose

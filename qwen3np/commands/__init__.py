@@ -12,10 +12,10 @@ from typing import Any
 
 from qwen3np.config import Config
 from qwen3np.errors import ConfigError
-from qwen3np.generate import stop_at
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
-from qwen3np.numerics import PRECISIONS
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.numerics import ENGINES, NUMERICS
+from qwen3np.settings import GenerationSettings
+from qwen3np.tokenizer import Tokenizer, stop_at
 
 
 def add_model(
@@ -60,12 +60,14 @@ def named(arguments: argparse.Namespace) -> str | None:
 def add_computation(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how to compute."""
     group = parser.add_argument_group("computation")
-    group.add_argument("--numerics", choices=tuple(PRECISIONS), default="float32", help="the precision (float32)")
+    group.add_argument("--numerics", choices=tuple(NUMERICS), default="float32", help="where numbers are rounded")
+    engine = "fast, plain (the formulas) or exact (correctly rounded: the same bits on every machine)"
+    group.add_argument("--engine", choices=ENGINES, default="fast", help=engine)
     group.add_argument(
         "--weights-dtype",
-        choices=("auto", "bfloat16", "float32"),
+        choices=("auto", "mapped", "bfloat16", "float32"),
         default="auto",
-        help="bfloat16 maps the file, float32 makes a faster copy, auto looks at the free memory",
+        help="mapped uses the file as it is (bfloat16: its old name), float32 makes a faster copy, auto decides",
     )
     add_threads(group)
 
@@ -90,14 +92,18 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that make up P")
     group.add_argument("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="above 0: no token of the answer twice")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="above 0: tokens of the answer less often")
     group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text, for each prompt anew")
 
 
 def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of qwen3np.generate: the flags over the checkpoint's defaults."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "numerics")
-    given = {name: getattr(arguments, name) for name in names}
-    options = model.generation_defaults() | {name: value for name, value in given.items() if value is not None}
+    given = {
+        name: getattr(arguments, name, None) for name in (*GenerationSettings.__annotations__, "numerics", "engine")
+    }
+    given["stop"] = None  # the flag means strings; see Ends
+    options = {**model.generation_defaults(), **{name: value for name, value in given.items() if value is not None}}
     return options | ({"stop_ids": tuple(arguments.stop_id)} if arguments.stop_id else {})
 
 
@@ -110,15 +116,13 @@ def load_named(arguments: argparse.Namespace) -> Model:
 def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     """Return the model that the flags name, and its tokenizer. Raises ValueError where it has none."""
     model = load_named(arguments)
-    if model.tokenizer is None:
-        raise ValueError(f"{arguments.model}: has no tokenizer.json (nor vocab.json with merges.txt); text needs one")
-    size, stops = model.tokenizer.vocab_size, model.generation_defaults()["stop_ids"]
+    size, stops = model.text.vocab_size, model.generation_defaults().get("stop_ids") or ()
     if any(token >= size for token in stops):
         raise ValueError(
             f"{arguments.model}: the tokenizer has {size} entries, but the model ends its answers with {stops}: "
             "they do not belong together"
         )
-    return model, model.tokenizer
+    return model, model.text
 
 
 def text(argument: str) -> str:

@@ -20,8 +20,8 @@ from qwen3np.cache import KVCache
 from qwen3np.commands import add_computation, add_model, load_named, table
 from qwen3np.config import Config
 from qwen3np.generate import new_cache, stream
+from qwen3np.guard import forward
 from qwen3np.loading import Model
-from qwen3np.model import forward
 from qwen3np.ops.fast.threads import num_threads
 
 EXAMPLE = "qwen3np bench --model Qwen/Qwen3-0.6B --weights-dtype bfloat16"
@@ -38,24 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print medians of a few repetitions, with the machine they hold for."""
-    name, numerics = arguments.model, arguments.numerics
+    name, numerics, engine = arguments.model, arguments.numerics, arguments.engine
     began = time.perf_counter()
     model = load_named(arguments)
     loaded = time.perf_counter() - began
     context = model.config.max_position_embeddings
     prompt, positions = min(PROMPT, context), sorted({min(position, context - 1) for position in POSITIONS})
     print(f"[measuring a prompt of {prompt} tokens]", file=sys.stderr)
-    prefill = prompt / median(prefill_seconds(model, prompt, numerics))
+    prefill = prompt / median(prefill_seconds(model, prompt, numerics, engine))
     decode: dict[int, float] = {}
     for position in positions:
         print(f"[measuring decoding at {position} positions]", file=sys.stderr)
-        decode[position] = 1000 * median(decode_seconds(model, position, numerics=numerics))
+        decode[position] = 1000 * median(decode_seconds(model, position, numerics=numerics, engine=engine))
     stored, used = str(model.weights["model.embed_tokens.weight"].dtype), memory()
     if arguments.json:
         result = {
             "model": name,
             "weights_dtype": stored,
             "numerics": numerics,
+            "engine": engine,
             "load_seconds": loaded,
             "prefill_tokens_per_second": {prompt: prefill},
             "decode_ms_per_token": decode,
@@ -88,20 +89,24 @@ def seconds(run: Callable[[], object], budget: float = 5.0, most: int = 20) -> l
     return times[1:] or times
 
 
-def prefill_seconds(model: Model, length: int, numerics: str = "float32") -> list[float]:
+def prefill_seconds(model: Model, length: int, numerics: str = "float32", engine: str = "fast") -> list[float]:
     """Return the times from a prompt of random ids to its first token."""
     ids: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
-    return seconds(lambda: next(stream(model.weights, model.config, ids, max_new_tokens=1, numerics=numerics)))
+    return seconds(
+        lambda: next(stream(model.weights, model.config, ids, max_new_tokens=1, numerics=numerics, engine=engine))
+    )
 
 
-def decode_seconds(model: Model, position: int, batch: int = 1, numerics: str = "float32") -> list[float]:
+def decode_seconds(
+    model: Model, position: int, batch: int = 1, numerics: str = "float32", engine: str = "fast"
+) -> list[float]:
     """Return the times of one step of a batch whose cache holds `position` positions."""
     cache = filled_cache(model.config, position, batch, numerics)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 1))
 
     def step() -> None:
         cache.lengths[:] = position
-        forward(model.weights, model.config, ids, cache, numerics=numerics, last_only=True)
+        forward(model.weights, model.config, ids, cache, numerics=numerics, engine=engine, last_only=True)
 
     return seconds(step)
 

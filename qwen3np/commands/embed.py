@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.instruction,
             arguments.dimensions,
             numerics=arguments.numerics,
+            engine=arguments.engine,
             progress=bar.update,
         )
     rows = ({"text": text, "embedding": row.tolist()} for text, row in zip(texts, embeddings, strict=True))

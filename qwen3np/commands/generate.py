@@ -25,8 +25,8 @@ from qwen3np.commands import (
     read_text,
     text,
 )
-from qwen3np.generate import Step, new_cache, steps
-from qwen3np.sampling import SamplingParameters, log_probabilities
+from qwen3np.generate import Step, steps
+from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
 EXAMPLE = 'qwen3np generate --model Qwen/Qwen3-0.6B "The capital of France is"'
@@ -58,20 +58,15 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = [tokenizer.encode(prompt) for prompt in inputs]
     options = generation_options(model, arguments)
     ends = Ends(tokenizer, options["stop_ids"], arguments.stop)
-    filters = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options["stop"] = ends.reached
     loaded = time.perf_counter()
     with progress_bar(sum(map(len, prompts)), "prompt") as bar:
         found = steps(
             model.weights,
             model.config,
             prompts,
-            new_cache(model.config, prompts, options["max_new_tokens"], arguments.numerics),
-            max_new_tokens=options["max_new_tokens"],
-            sampling=SamplingParameters(**{name: options[name] for name in filters if name in options}),
-            stop=ends.reached,
-            seed=arguments.seed,
-            numerics=arguments.numerics,
             progress=bar.update,
+            **options,
         )
         first = next(found)
     prefilled = time.perf_counter()

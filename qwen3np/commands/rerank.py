@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             documents,
             arguments.instruction,
             numerics=arguments.numerics,
+            engine=arguments.engine,
             progress=bar.update,
         )
     order: list[int] = np.argsort(-scores, kind="stable").tolist()

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             window=window,
             stride=stride,
             numerics=arguments.numerics,
+            engine=arguments.engine,
             progress=bar.update,
         )
     total = float(logprobs.sum())

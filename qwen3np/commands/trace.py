@@ -60,9 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_named(arguments)
     ids = arguments.ids
     if ids is None:
-        if model.tokenizer is None:
-            raise ValueError(f"{arguments.model}: has no tokenizer; give --ids")
-        ids = model.tokenizer.encode(arguments.prompt)
+        ids = model.text.encode(arguments.prompt)
     names = ("steps", "numerics", "points", "layers", "tokens", "heads")
     chosen: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"fed": arguments.feed}
     if arguments.output is None:

@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments)
     ids = tokenizer.encode(arguments.prompt)
     with progress_bar(len(ids) * (model.config.num_hidden_layers + 1), "guesses") as bar:
-        seen = observe(model.weights, model.config, ids, numerics=arguments.numerics, progress=bar.update)
+        seen = observe(
+            model.weights, model.config, ids, numerics=arguments.numerics, engine=arguments.engine, progress=bar.update
+        )
     content = page(seen, tokenizer, arguments.model or "the small built-in checkpoint").encode()
     with written_aside(out) as part:
         part.write_bytes(content)

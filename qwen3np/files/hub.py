@@ -1,4 +1,4 @@
-"""A name -> a folder: a checkpoint on this disk, or one of the Hugging Face Hub."""
+"""A name -> a folder: a checkpoint on this disk or on the Hugging Face Hub."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.limits import read_json
 
-# All that is read of a checkpoint. Repositories may hold the same weights in other formats beside them
+# All that is read of a checkpoint. Repositories may hold the same weights in other formats as well
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
 FILES = [
     "config.json",
@@ -24,10 +24,10 @@ FILES = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
-# The older form of tokenizer.json, needed only where that is missing.
+# The older form of tokenizer.json, needed only if that is missing.
 VOCABULARY_FILES = ["vocab.json", "merges.txt"]
 
-# What cannot be a Hub id: it starts like a path, or has a second slash, a backslash or a colon.
+# Not a Hub id: it starts like a path, or contains a second slash, a backslash or a colon.
 _PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -43,16 +43,15 @@ def resolve(
 ) -> Path:
     """Return the folder of a checkpoint; a Hub id is downloaded first, None is the built-in checkpoint.
 
-    An existing folder is returned as it is, and `revision` means nothing then. A Hub id (`Qwen/Qwen3-0.6B`)
-    is fetched by huggingface_hub into its cache: only `FILES`, at `revision` (a branch, tag or commit; None
-    is `main`). What the cache holds is not transferred again, and serves alone where the Hub does not answer.
-    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are obeyed by huggingface_hub itself.
+    An existing folder is returned as it is, whatever `revision` says. A Hub id (`Qwen/Qwen3-0.6B`) is fetched by
+    huggingface_hub into its cache: only `FILES`, at `revision` (a branch, tag or commit; None is `main`). Files in the
+    cache are not transferred again, and a complete copy there is enough if the Hub does not answer. huggingface_hub
+    obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 
-    Without `weights` their files, which may have many gigabytes, are left where they are.
+    With weights=False the weights, often many gigabytes, are not downloaded. With progress=True bars are shown on
+    stderr if that is a terminal.
 
-    `progress` shows bars on stderr if that is a terminal.
-
-    Raises CheckpointError: one line that says why there is no folder, and what to do.
+    Raises CheckpointError, one line that says why there is no folder, and what to do.
     """
     if name_or_path is None:
         if revision is not None:
@@ -69,7 +68,7 @@ def resolve(
         return _download(name, revision, weights, quiet=not (progress and sys.stderr.isatty()))
     except CheckpointError:
         raise
-    except Exception as error:  # its HTTP client differs between versions, and hf_xet has its own errors
+    except Exception as error:  # the HTTP client differs between versions, and hf_xet has errors of its own
         raise CheckpointError(_explain(error, name, revision)) from error
 
 
@@ -83,7 +82,7 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
 
     wanted = [pattern for pattern in FILES if weights or not pattern.endswith(".safetensors")]
     try:
-        # snapshot_download asks this too, but without a timeout.
+        # snapshot_download asks for this as well, but without a timeout.
         info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:
         with suppress(LocalEntryNotFoundError):
@@ -104,7 +103,7 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
 
 @contextmanager
 def _no_bars() -> Generator[None]:
-    """Keep the client from drawing bars, some of which it would draw into files too."""
+    """Keep the client from drawing progress bars, some of which would also go into files."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -118,7 +117,7 @@ def _no_bars() -> Generator[None]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all files of weights are in a folder. What its index does not say readably is left to the loader."""
+    """Whether a folder holds all files of weights. An index that cannot be read is left to the loader to report."""
     if (folder / "model.safetensors").exists():
         return True
     try:
@@ -129,7 +128,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _missing(files: Collection[str], weights: bool) -> str | None:
-    """Name a file without which `files` are no checkpoint."""
+    """Return the name of a file that `files` need to be a checkpoint, or None."""
     if "config.json" not in files:
         return "config.json"
     if weights and "model.safetensors" not in files and "model.safetensors.index.json" not in files:
@@ -138,7 +137,7 @@ def _missing(files: Collection[str], weights: bool) -> str | None:
 
 
 def _explain(error: BaseException, name: str, revision: str | None) -> str:
-    """Put an error of huggingface_hub into one line that says what to do."""
+    """Return one line for an error of huggingface_hub: the cause, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -150,7 +149,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # the reason why it had to be in the cache
+        error = error.__cause__  # why it had to be in the cache
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     log_in = "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(error, "response", None), "status_code", None)

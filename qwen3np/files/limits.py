@@ -1,4 +1,4 @@
-"""Files that strangers wrote are read within limits."""
+"""Files are treated as untrusted input: what is read of them has limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from qwen3np.errors import ConfigError
+from qwen3np.errors import CheckpointError, ConfigError
 
 MOST_BYTES = 1 << 24  # of a JSON file, a header or a template; the largest index of a released model has 3.5 million
 _MOST_NAMES = 200_000  # of a JSON object; that index has 37,000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
+    """Return the object in a JSON file. Raises ConfigError, which says what is wrong, and where in the file."""
     try:
         value = parse_json(readable(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,9 +31,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def readable(path: Path, most: int = MOST_BYTES) -> Path:
-    """Return the path of a file that is read whole. Raises OSError for more bytes, and for what is no regular file."""
+    """Return the path of a file that will be read whole. Raises OSError for a larger one, or for no regular file."""
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
+    if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device would never end
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if found.st_size > most:
         raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read", str(path))
@@ -41,7 +41,7 @@ def readable(path: Path, most: int = MOST_BYTES) -> Path:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError for bad ones: a name given twice, half a surrogate pair."""
+    """Return the value of a JSON text. Raises ValueError for malformed ones, repeated names and half surrogates."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > _MOST_NAMES:
@@ -56,3 +56,18 @@ def parse_json(text: str) -> Any:
     if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which is no character
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def check_links(folder: Path) -> None:
+    """Raise CheckpointError for a file that is a link out of the folder. The Hub's cache may link to its own blobs."""
+    root = folder.resolve()
+    blobs = (root.parent.parent / "blobs").resolve() if root.parent.name == "snapshots" else root
+    for pattern in ("*.safetensors", "*.json", "*.jinja", "merges.txt", "additional_chat_templates", "*/*.jinja"):
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                try:
+                    target = path.resolve()
+                except (OSError, RuntimeError) as error:  # a loop
+                    raise CheckpointError(f"{path}: a link that leads nowhere: {error}") from None
+                if not {root, blobs} & set(target.parents):
+                    raise CheckpointError(f"{path}: leads to {target}, outside the checkpoint's folder; copy that file")

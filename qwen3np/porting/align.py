@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import BFLOAT16, Array, position_axis, precision
+from qwen3np.guard import position_axis
+from qwen3np.numerics import BFLOAT16, Array, named
 from qwen3np.porting.dumps import namer
 from qwen3np.porting.floors import LEAST, MARGIN
 from qwen3np.porting.logprobs import VIEWS, View, view_of
@@ -138,7 +139,7 @@ def reroute(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -
     if not any(name in given for name in other_choices(golden, aligned.found)):
         return aligned
     chosen: dict[str, Array] = {}
-    run = Rerun(weights, golden.config, precision(golden.numerics), golden.passes, chosen)
+    run = Rerun(weights, golden.config, named(golden.numerics), golden.passes, chosen)
     found = dict(aligned.found)
     for prefix, _, _ in golden.passes:
         for name in (prefix + point for point in point_names(golden.config)):

@@ -9,11 +9,12 @@ from itertools import takewhile
 
 import numpy as np
 
-from qwen3np.numerics import FLOAT64, Array, position_axis
+from qwen3np.guard import position_axis
+from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, settle, tolerance
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.judge import PointReport
 from qwen3np.porting.floors import limit, numerics_of
+from qwen3np.porting.judge import PointReport
 from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
 from qwen3np.porting.shapes import UNMASKED
@@ -69,7 +70,9 @@ class Bench:
     @cached_property
     def seen(self) -> list[str]:
         """The points of the dump that hold numbers, in the order of computation."""
-        return [n for n in self.names if n in self.reports and n in self.aligned.found and n not in self.aligned.misread]
+        return [
+            n for n in self.names if n in self.reports and n in self.aligned.found and n not in self.aligned.misread
+        ]
 
     @cached_property
     def adding(self) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwen3np.numerics import silu
+from qwen3np.ops.plain import silu
 from qwen3np.porting.changes import (
     Bug,
     activated,
@@ -94,7 +94,9 @@ BUGS = (
     Bug("norm: rms_norm_eps is 1e-5", {NORMS: configured(rms_norm_eps=1e-5)}, EPS_LOOK),
     Bug("norm: rms_norm_eps is 1e-5", {HEAD_NORMS: configured(rms_norm_eps=1e-5)}, EPS_LOOK),
     Bug("norm: rms_norm_eps is 1e-5", {LAYER_NORMS: configured(rms_norm_eps=1e-5)}, EPS_LOOK),
-    Bug("norm: eps outside of the root", {NORMS: outside_the_root}, "x / sqrt(mean(x²) + eps): eps is added to the mean"),
+    Bug(
+        "norm: eps outside of the root", {NORMS: outside_the_root}, "x / sqrt(mean(x²) + eps): eps is added to the mean"
+    ),
     Bug(
         "rotary: rope_theta is 10,000",
         {ROPE: configured(rope_theta=1e4)},
@@ -105,7 +107,11 @@ BUGS = (
         {ROPE: interleaved},
         "lane i is paired with lane i + head_dim / 2, unless the rows of q_proj and k_proj are permuted",
     ),
-    Bug("rotary: cos and sin in bfloat16", {ROPE: rotated(tables=to_bfloat16)}, "the tables are made and kept in float32"),
+    Bug(
+        "rotary: cos and sin in bfloat16",
+        {ROPE: rotated(tables=to_bfloat16)},
+        "the tables are made and kept in float32",
+    ),
     Bug(
         "rotary: angles in bfloat16",
         {ROPE: rotated(angles=to_bfloat16)},

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from qwen3np.config import Config, Yarn
-from qwen3np.norm import rms_norm
 from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.ops.fast.linear import linear
-from qwen3np.porting.points import POINTS, Place, Point, split_layer, split_pass
-from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
+from qwen3np.porting.points import POINTS, Place, Point, project, split_layer, split_pass
+from qwen3np.qwen3 import rms_norm, rotate
+from qwen3np.rope import attention_factor, inverse_frequencies, rotary_tables
 
 Change = Callable[..., Array]  # (run, place, *inputs) -> the point
 
@@ -303,13 +302,13 @@ def within_experts(activate: Callable[[Array, Array], Array]) -> Change:
         n, y = at.numerics, np.zeros_like(x)
         for expert in np.unique(indices):
 
-            def project(x: Array, name: str, expert: int = expert) -> Array:
-                return linear(x, at.weights[f"{at.name}.{expert}.{name}_proj.weight"], None, n)
+            def projected(x: Array, name: str, expert: int = expert) -> Array:
+                return project(x, at.weights[f"{at.name}.{expert}.{name}_proj.weight"], None, n)
 
             here = indices == expert
             rows = here.any(-1)
-            act = n.round(activate(project(x[rows], "gate"), project(x[rows], "up")))
-            y[rows] = n.round(y[rows] + n.round(project(act, "down") * shares[here][:, None]))
+            act = n.round(activate(projected(x[rows], "gate"), projected(x[rows], "up")))
+            y[rows] = n.round(y[rows] + n.round(projected(act, "down") * shares[here][:, None]))
         return y
 
     return change

@@ -171,7 +171,9 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
         comparison = replace(now, points=shown, settings=settings, meaning=f"{now.meaning}. Besides, {told}")
     else:
         meaning = f"{aligned.precision} rounding, but for what was chosen: {told}; {coverage(golden, aligned)}"
-        comparison = replace(first, verdict="rounding", first_point=None, meaning=meaning, points=shown, settings=settings)
+        comparison = replace(
+            first, verdict="rounding", first_point=None, meaning=meaning, points=shown, settings=settings
+        )
     return replace(result, comparison=comparison)
 
 

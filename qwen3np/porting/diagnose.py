@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3np.numerics import Array
-from qwen3np.porting.bench import SURE, TINY, Bench, Trial, by_rank, told_apart, usable
+from qwen3np.porting.bench import TINY, Bench, Trial, by_rank, told_apart, usable
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug
 from qwen3np.porting.compare import Compared, compared, share
@@ -226,5 +226,3 @@ def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -
             cause = Cause(best.bug.name, best.bug.points[0], best.amount, False, best.bug.look, "", alike, best.point)
             return Diagnosis("different", best.point, meaning, [cause], [], [comparison.meaning])
     return Diagnosis(comparison.verdict, first, comparison.meaning, causes)
-
-

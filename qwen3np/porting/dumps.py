@@ -136,14 +136,19 @@ def read_map(path: str | Path) -> dict[str, str]:
     for mine, point in cast("dict[str, str]", names).items():
         if mine.count("{N}") > 1 or ("{N}" in point) != ("{N}" in mine):
             raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} stands once in both names, or in none")
-        if split_layer(point.replace("{N}", "0"))[1] not in POINTS:
+        if split_layer(_whole(point).replace("{N}", "0"))[1] not in POINTS:
             raise ValueError(f"{path}: {mine!r} -> {point!r}: there is no such point")
     return cast("dict[str, str]", names)
 
 
+def _whole(point: str) -> str:
+    """Return the name of a point that may lack its "model."."""
+    return re.sub(r"^(decode\.(?:\d+|\{N\})\.)?(?=(embed_tokens|layers|norm)($|\.))", r"\1model.", point)
+
+
 def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[str], str]:
     """Return a function from a dump's name to a point's, or to itself where it is unknown; names come first."""
-    table = {**(names or {}), **LLAMA_CPP, **MODULES}
+    table = {**{mine: _whole(point) for mine, point in (names or {}).items()}, **LLAMA_CPP, **MODULES}
     patterns = {re.compile(re.escape(mine).replace(r"\{N\}", r"(?P<N>\d+)")): point for mine, point in table.items()}
 
     def translate(name: str) -> str | None:

@@ -108,7 +108,9 @@ def _step(bench: Bench, family: Family, pattern: str, value: float) -> float:
     h = 1e-3
     here = bench.aligned.found[bench.point]
     at, beside = (
-        kept(bench.golden, here, bench.point, bench.wrong([family.bug(pattern, v)]).made(bench.point)).astype(np.float64)
+        kept(bench.golden, here, bench.point, bench.wrong([family.bug(pattern, v)]).made(bench.point)).astype(
+            np.float64
+        )
         for v in (value, value * np.exp(h))
     )
     seen = np.isfinite(at) & np.isfinite(beside) & np.isfinite(here.part)
@@ -134,5 +136,3 @@ def _read_out(bench: Bench) -> list[float]:
         return []
     lanes = np.arange(half)[good] * 2 / bench.golden.config.head_dim
     return [float(np.exp(-(lanes @ np.log(angle[good])) / (lanes @ lanes)))]
-
-

@@ -17,9 +17,10 @@ from functools import partial
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import FLOAT32, FLOAT64, Array, Numerics, precision
+from qwen3np.numerics import FLOAT32, FLOAT64, Array, Numerics, named
 from qwen3np.porting.points import POINTS, Place, Point, Rerun
-from qwen3np.rope import attention_factor, inverse_frequencies, rotate
+from qwen3np.qwen3 import rotate
+from qwen3np.rope import attention_factor, inverse_frequencies
 
 U = 2.0**-24  # half a unit in the last place of float32
 MARGIN = 4.0  # how many floors are still rounding: another order of summation, or another place to round
@@ -47,7 +48,7 @@ HALF = _Half("float16", np.dtype(np.float32), np.dtype(np.float16), rounds=True)
 
 def numerics_of(name: str) -> Numerics:
     """Return the numerics of this name, float16 among them. Raises ValueError for an unknown one."""
-    return HALF if name == HALF.name else precision(name)
+    return HALF if name == HALF.name else named(name)
 
 
 def limit(floor: float, size: int) -> float:
@@ -131,7 +132,7 @@ def _norm(x: Array) -> Array:
 
 
 def _project(draws: Draws, run: Change, at: Place, x: Array) -> Array:
-    """n sums in sequence of a random walk's steps are off by U/3 |x| |w|, whatever n is: |x| |w| has it in it."""
+    """N sums in sequence of a random walk's steps are off by U/3 |x| |w|, whatever n is: |x| |w| has it in it."""
     y = run(at, x)
     name = "model.embed_tokens" if at.name == "lm_head" and at.config.tie_word_embeddings else at.name
     spread = _norm(x) * draws.row_norms(at, f"{name}.weight") * np.float32(U / 3)
@@ -161,7 +162,7 @@ def _scores(draws: Draws, run: Change, at: Place, q: Array, k: Array) -> Array:
 
 
 def _probs(draws: Draws, run: Change, at: Place, scores: Array) -> Array:
-    """exp is off by the rounding of its argument, and all of a row by that of their sum."""
+    """Exp is off by the rounding of its argument, and all of a row by that of their sum."""
     y = run(at, scores)
     below = np.where(np.isfinite(scores), scores - scores.max(-1, keepdims=True), 0)
     row = math.sqrt(y.shape[-1]) / 3 * draws.normal(replace(at, name=f"{at.name} row"), (*y.shape[:-1], 1))

@@ -12,7 +12,8 @@ from qwen3np.porting.align import Found, tolerance
 from qwen3np.porting.floors import MARGIN, U
 from qwen3np.porting.points import POINTS, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
-from qwen3np.rope import inverse_frequencies, rotary_tables, rotate
+from qwen3np.qwen3 import rotate
+from qwen3np.rope import inverse_frequencies, rotary_tables
 
 FARTHEST = 1 << 16  # constant shifts of the positions that are tried
 CLEARLY = {"float32": 0.05, "float16": 0.5, "bfloat16": 0.5}  # distances that successors could not overlook

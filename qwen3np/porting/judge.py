@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qwen3np.errors import one_line
-from qwen3np.numerics import FLOAT64, Array, position_axis
+from qwen3np.guard import position_axis
+from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, other_choices, settle, tolerance
 from qwen3np.porting.floors import DIGITS, LEAST, MARGIN, limit, noisy_runs, numerics_of, root_mean
 from qwen3np.porting.harmless import follows, misread, said, shifted
@@ -87,7 +88,9 @@ def judge(
     shown = any(r.name in right and r.name.rpartition(".")[2].endswith(later) for r in reports)
     if agree and shifts and shown:
         reports = [
-            replace(r, verdict="rounding", adds=False, notes=(*r.notes, said(shifts[r.name]))) if r.name in shifts else r
+            replace(r, verdict="rounding", adds=False, notes=(*r.notes, said(shifts[r.name])))
+            if r.name in shifts
+            else r
             for r in reports
         ]
         reports = _inherited(reports, weights is not None)
@@ -104,7 +107,9 @@ def coverage(golden: Recording, aligned: Aligned) -> str:
     """Return what was compared of a recording, and what was not, in words."""
     count, total = len(aligned.found) - len(aligned.misread), len(golden.points)
     passes = [prefix for prefix, _, _ in golden.passes if any(split_pass(name)[0] == prefix for name in golden.points)]
-    none = [p.rstrip(".") or "the prompt" for p in passes if not any(split_pass(name)[0] == p for name in aligned.found)]
+    none = [
+        p.rstrip(".") or "the prompt" for p in passes if not any(split_pass(name)[0] == p for name in aligned.found)
+    ]
     text = f"{'all' if count == total else f'{count} of'} {total} recorded points compared"
     if none:
         text += f", none of {', '.join(none)}"
@@ -272,7 +277,9 @@ def _verdict(
             alike.append(f"{said(next(iter(shifts.values())))}, for queries and keys alike: this changes no score")
         if aligned.misread:
             names = ", ".join(sorted(aligned.misread, key=list(found).index))
-            alike.append(f"{names}: not what its successors were computed from, so another tensor or layout, and no bug")
+            alike.append(
+                f"{names}: not what its successors were computed from, so another tensor or layout, and no bug"
+            )
         if alike:
             return "rounding", None, "; ".join(alike)
         if all(report.verdict == "equal" for report in reports):
@@ -302,5 +309,3 @@ def _verdict(
     if port == "float32" and coarse:
         why += "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
     return "different", first.name, f"a bug at {first.name}{why}"
-
-

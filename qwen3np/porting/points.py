@@ -1,4 +1,4 @@
-"""Every recorded point as a function of earlier points: the forward pass of model.py, cut at each of them.
+"""Every recorded point as a function of earlier points: the forward pass of qwen3.py, cut at each of them.
 
 `Rerun` computes a point from the points that somebody else's implementation had, so that the error it adds can be told
 from the error that it was given. A table of points with one function changed is an implementation with one bug.
@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwen3np.attention import attend
 from qwen3np.config import Config
-from qwen3np.moe import choose, experts, weigh
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import Array, Numerics, position_axis, silu, softmax
-from qwen3np.ops.fast.linear import linear
-from qwen3np.rope import rotary_tables, rotate
+from qwen3np.guard import position_axis
+from qwen3np.numerics import Array, Numerics
+from qwen3np.qwen3 import Scope, rms_norm, rotate, router_weights, swiglu, top_k
+from qwen3np.rope import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,25 @@ class Point:
     inputs: tuple[str, ...] = ()
 
 
+def project(x: Array, w: Array, bias: Array | None, num: Numerics) -> Array:
+    """Return R(x Wᵀ + b). x (..., in), w (out, in), bias (out,) or None -> (..., out)."""
+    if bias is None:
+        return num.ops.head(x, w, num)
+    return num.ops.linear(x, Scope({"y.weight": w, "y.bias": bias}), ("y",), num, True)[0]
+
+
 def _embed(at: Place) -> Array:
     return at.numerics.widen(at.weight[at.ids])
 
 
 def _project(at: Place, x: Array) -> Array:
     bias = at.weights.get(f"{at.name}.bias") if at.config.attention_bias else None
-    return linear(x, at.weight, bias, at.numerics)
+    return project(x, at.weight, bias, at.numerics)
 
 
 def _head(at: Place, x: Array) -> Array:
     name = "model.embed_tokens" if at.config.tie_word_embeddings else "lm_head"
-    return linear(x, at.weights[f"{name}.weight"], None, at.numerics)
+    return project(x, at.weights[f"{name}.weight"], None, at.numerics)
 
 
 def _normalise(at: Place, x: Array) -> Array:
@@ -81,15 +86,13 @@ def _rotate(at: Place, x: Array) -> Array:  # (B, S, heads, Dh) -> (B, heads, S,
 
 
 def _scores(at: Place, q: Array, k: Array) -> Array:  # (B, H, S, Dh), (B, K, T, Dh) -> (B, H, S, T)
-    shape = (*q.shape[:3], k.shape[2])
-    scores, probs = np.full(shape, -np.inf, at.numerics.dtype), np.zeros(shape, at.numerics.dtype)
-    for b in range(len(q)):
-        attend(q[b], k[b], k[b], at.numerics, (scores[b], probs[b]), at.config.window(at.layer))
-    return scores
+    seen: dict[str, Array] = {}
+    at.numerics.ops.attend(q, k, k, at.config.window(at.layer), Scope({}, seen.__setitem__), at.numerics)
+    return seen["scores"]
 
 
 def _probs(at: Place, scores: Array) -> Array:
-    return at.numerics.round(softmax(scores))
+    return at.numerics.round(at.numerics.ops.softmax(scores))
 
 
 def _context(at: Place, probs: Array, v: Array) -> Array:  # (B, H, S, T), (B, T, K * Dh) -> (B, S, H * Dh)
@@ -105,19 +108,20 @@ def _add(at: Place, x: Array, h: Array) -> Array:
 
 
 def _activate(at: Place, gate: Array, up: Array) -> Array:
-    return at.numerics.round(at.numerics.round(silu(gate)) * up)
+    return at.numerics.round(at.numerics.round(at.numerics.ops.silu(gate)) * up)
 
 
 def _choose(at: Place, logits: Array) -> Array:  # (B, S, E) -> (B, S, k)
-    return choose(softmax(logits), at.config)
+    return top_k(at.numerics.ops.softmax(logits), at.config.num_experts_per_tok)
 
 
 def _weigh(at: Place, logits: Array, indices: Array) -> Array:  # (B, S, E), (B, S, k) -> (B, S, k)
-    return weigh(softmax(logits), indices, at.config, at.numerics)
+    return router_weights(at.numerics.ops.softmax(logits), indices, at.config, at.numerics)
 
 
-def _mix(at: Place, x: Array, indices: Array, shares: Array) -> Array:  # (B, S, D), twice (B, S, k) -> (B, S, D)
-    return experts(x, at.weights, f"{at.name}.", indices, shares, at.numerics)
+def _mix(at: Place, x: Array, indices: Array, p: Array) -> Array:  # (B, S, D), twice (B, S, k) -> (B, S, D)
+    m, num = Scope(at.weights, prefix=f"{at.name}."), at.numerics
+    return num.ops.combine(x, indices, p, lambda n, rows: swiglu(rows, m / str(n), num), m, num)
 
 
 CHOICE = "mlp.router_indices"  # the one point of integers

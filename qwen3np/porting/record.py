@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,8 @@ import qwen3np
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.files.writing import written_aside
-from qwen3np.guard import checked_ids, require_finite, require_finite_point
-from qwen3np.model import forward
-from qwen3np.numerics import FLOAT64, Array, position_axis, precision
+from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
+from qwen3np.numerics import FLOAT64, Array, named
 from qwen3np.porting.floors import HALF, noisy_runs
 from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
 
@@ -44,6 +44,7 @@ class Recording:
     floors: dict[str, dict[str, tuple[float, float]]]
     tokens: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    fingerprint: str | None = None  # of the weights; None in recordings made before it was kept
 
     @property
     def passes(self) -> list[tuple[str, Array, Array]]:
@@ -68,6 +69,7 @@ class Recording:
             "floors": self.floors,
             "tokens": self.tokens,
             "heads": self.heads,
+            "fingerprint": self.fingerprint,
         }
         path = output_path(path)
         points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
@@ -83,7 +85,10 @@ class Recording:
     @classmethod
     def load(cls, path: str | Path) -> Recording:
         """Read a file that save wrote. Raises ValueError for any other, and for one that is not whole."""
-        found, metadata = read_safetensors(Path(path))
+        path = Path(path)
+        if path.is_dir() or path.suffix in (".npz", ".npy"):
+            raise ValueError(f"{path}: not a recording but bare arrays; give the .safetensors that qwen3np trace wrote")
+        found, metadata = read_safetensors(path)
         if METADATA not in metadata:
             raise ValueError(f"{path}: not a recording: make one with qwen3np trace -o")
         try:
@@ -92,7 +97,7 @@ class Recording:
             floors = {
                 p: {name: (float(a), float(b)) for name, (a, b) in of.items()} for p, of in about["floors"].items()
             }
-            ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], precision(about["numerics"]).name
+            ids, steps, numerics = checked_ids(about["ids"], config), about["steps"], named(about["numerics"]).name
             if type(steps) is not int or steps not in range(ids.shape[1]):
                 raise ValueError(f"steps={steps}")
             cut = {key: None if about[key] is None else tuple(about[key]) for key in ("tokens", "heads")}
@@ -103,11 +108,25 @@ class Recording:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
-        return cls(points, config, ids, steps, numerics, floors, **cut)
+        return cls(points, config, ids, steps, numerics, floors, **cut, fingerprint=about.get("fingerprint"))
 
     def cut(self, name: str, x: Array) -> Array:
         """Return what this recording keeps of a whole point."""
         return cut(name, x, self.config, self.tokens, self.heads)
+
+
+def fingerprint(weights: Mapping[str, Array]) -> str:
+    """Return a hash of the tensors' names, shapes and of up to 1,024 numbers of each, whatever type holds them."""
+    seen = hashlib.sha256()
+    for name in sorted(weights):
+        w = weights[name]
+        # rows and columns at even distances, so that a mapped file is not read as a whole
+        rows = w[:: -(-len(w) // 32)] if w.ndim > 1 else w
+        sample = rows.reshape(len(rows), -1) if w.ndim > 1 else rows
+        sample = sample[..., :: -(-sample.shape[-1] // 32)] if w.ndim > 1 else sample[:: -(-len(w) // 1024)]
+        seen.update(f"{name} {w.shape}".encode())
+        seen.update(np.ascontiguousarray(sample, np.float32).tobytes())
+    return seen.hexdigest()
 
 
 def passes_of(ids: Array, steps: int) -> list[tuple[str, Array, Array]]:
@@ -187,7 +206,7 @@ def record(
                     measure(point, cut(point, x, config, *kept))
                 if point == last:
                     break
-    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
+    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept, fingerprint(weights))
 
 
 def trace(
@@ -209,7 +228,7 @@ def trace(
     Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
     """
     prompt = checked_ids(ids, config)
-    n = precision(numerics)
+    n = named(numerics)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
     later = prompt[:, :0] if fed is None else checked_ids(fed, config, "fed")

@@ -135,7 +135,7 @@ class _Shortened(Mapping[str, Array]):
             self.made[name] = self.short(w.astype(np.float32))
         return self.made[name]
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self.weights)
 
     def __len__(self) -> int:
@@ -167,8 +167,7 @@ def _products(change: Change, attention: Change | None = None) -> dict[str, Chan
 
 def _settings() -> list[Bug]:
     found = [
-        Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}")
-        for name, short in SHORT.items()
+        Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}") for name, short in SHORT.items()
     ]
     look = "rms_norm gives bfloat16, whatever the port computes in"
     found += [Bug("norms in bfloat16", {"*norm": short_norm(twice)}, look) for twice in (False, True)]

@@ -104,7 +104,7 @@ def _lengths(
         if length > sizes[axis] or (axis == "T" and slides(config)):
             yield (), sizes | {axis: length}
     if "T" in sizes:  # a padded prefill has square scores
-        square = int(round((x.size / max(sizes["B"] * sizes["h"], 1)) ** 0.5))
+        square = round((x.size / max(sizes["B"] * sizes["h"], 1)) ** 0.5)
         if square > sizes["T"] and square * square * sizes["B"] * sizes["h"] == x.size:
             yield (), sizes | {"S": square, "T": square}
         if sizes["S"] > 1 and x.size % (sizes["B"] * sizes["h"]) == 0:

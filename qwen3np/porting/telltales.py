@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwen3np.numerics import Array, position_axis
+from qwen3np.guard import position_axis
+from qwen3np.numerics import Array
 from qwen3np.porting.align import kept
 from qwen3np.porting.bench import SURE, TINY, Bench
 from qwen3np.porting.floors import limit
@@ -68,7 +69,7 @@ def _places(bench: Bench, mine: Array, right: Array, floor: float) -> Iterator[s
 def _sources(bench: Bench, mine: Array) -> list[str]:
     """Return what the numbers are instead: what another tensor makes, the input, a point moved by one position."""
     name = bench.point
-    (prefix, point), (layer, kind) = split_pass(name), split_layer(name)
+    prefix, (layer, kind) = split_pass(name)[0], split_layer(name)
     right = bench.right.made(name).astype(np.float64)
     limit_here = max(bench.rounding(name), 1e-4 * bench.error(name))
 
@@ -77,7 +78,8 @@ def _sources(bench: Bench, mine: Array) -> list[str]:
             return False
         y = y.reshape(mine.shape).astype(np.float64)
         seen = np.isfinite(mine) & np.isfinite(y)
-        return bool(np.sum((mine - y)[seen] ** 2) <= limit_here * max(np.sum(mine[seen] ** 2), TINY)) and bool(seen.any())
+        left = np.sum((mine - y)[seen] ** 2) / max(np.sum(mine[seen] ** 2), TINY)
+        return bool(seen.any() and left <= limit_here)
 
     found: list[str] = []
     if not mine.any():
@@ -123,5 +125,3 @@ def _other_tensor(bench: Bench, mine: Array, is_it: object) -> Iterator[str]:
         swapped = replace(place, weights={**bench.weights, f"{point}.weight": np.ascontiguousarray(own.T)})
         if is_it(bench.table[kind].run(swapped, *values)):
             yield f"this is what {point}.weight makes when it is transposed"
-
-

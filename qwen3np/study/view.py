@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.guard import checked_sequence, require_finite
-from qwen3np.model import forward
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import Array, precision
-from qwen3np.ops.fast.linear import linear
+from qwen3np.guard import checked_sequence, forward, require_finite
+from qwen3np.numerics import Array, named
+from qwen3np.qwen3 import rms_norm
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -80,6 +78,7 @@ def observe(
     input_ids: ArrayLike,
     *,
     numerics: str = "float32",
+    engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Observation:
     """Run one sequence of ids (S,) and look at the recorded points. Calls progress(S) after each layer's guesses.
@@ -89,7 +88,7 @@ def observe(
 
     Raises ValueError as forward does, and for more than MAX_TOKENS ids; NonFiniteError as generate.
     """
-    ids, n = checked_sequence(input_ids, config), precision(numerics)
+    ids, n = checked_sequence(input_ids, config), named(numerics, engine)
     if len(ids) > MAX_TOKENS:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, and a view shows at most {MAX_TOKENS}: what heads attend to grows with "
@@ -114,7 +113,7 @@ def observe(
             else:
                 sizes[name] = _sizes(point, x)
 
-    logits = forward(weights, config, ids, numerics=numerics, trace=record)[0]
+    logits = forward(weights, config, ids, numerics=numerics, engine=engine, trace=record)[0]
     require_finite(logits, weights, config, ids, numerics)
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     guesses: list[Array] = []
@@ -123,7 +122,7 @@ def observe(
         if x is states[-1]:
             early = logits
         else:
-            early = linear(rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n), head, None, n)[0]
+            early = n.ops.head(rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps, n), head, n)[0]
         best = _largest(early, GUESSES)
         guesses.append(best)
         probabilities.append(np.exp(np.take_along_axis(log_probabilities(early), best, axis=-1)))

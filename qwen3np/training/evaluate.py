@@ -85,7 +85,7 @@ def _answers(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | list[Me
         temperature=0.0,
     )
     end = tokenizer.token_to_id("<|im_end|>")
-    return [(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == end) for ids in cast("list[list[int]]", new)]
+    return [(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == end) for ids in new]
 
 
 def report(outcomes: Sequence[Outcome]) -> str:

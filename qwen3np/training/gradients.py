@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qwen3np.config import Config
-from qwen3np.guard import checked_ids
-from qwen3np.model import forward
-from qwen3np.numerics import FLOAT32, Array, Numerics, precision
+from qwen3np.guard import checked_ids, forward
+from qwen3np.numerics import FLOAT32, Array, Numerics, named
 from qwen3np.ops.fast.threads import share
-from qwen3np.rope import rotary_tables, rotate
+from qwen3np.qwen3 import rotate
+from qwen3np.rope import rotary_tables
 
 # Sequences that one thread takes at a time. Parts are added in their order, so the number of threads changes no bit.
 ROWS = 4
@@ -42,7 +42,7 @@ def loss_and_gradients(
     """
     if config.num_experts:
         raise ValueError(f"config: num_experts = {config.num_experts}: gradients are computed for dense models only")
-    n = precision(numerics)
+    n = named(numerics)
     if n.rounds:
         raise ValueError(f"numerics={numerics!r}: gradients are computed in float32 or float64")
     ids, wanted, counts = (

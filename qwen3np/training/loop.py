@@ -20,8 +20,8 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.files.writing import written_aside
+from qwen3np.guard import forward
 from qwen3np.memory import require_memory
-from qwen3np.model import forward
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer

@@ -1,4 +1,4 @@
-"""What the system is told about the pages of mapped weights.
+"""Hints to the system about the pages of mapped weights.
 
 For arrays that are not part of a mapped file, and on platforms without madvise, these functions do nothing.
 """
@@ -17,17 +17,17 @@ AHEAD = 1 << 19
 
 
 def will_need(tensor: Array) -> None:
-    """Let the system begin to read a tensor from its file, and nothing around it."""
+    """Start reading a tensor from its file, and nothing around it."""
     _advise(tensor, "MADV_WILLNEED", AHEAD)
 
 
 def release(tensor: Array) -> None:
-    """Let go of the memory of a tensor, which is read from its file again when it is next used."""
+    """Release the memory of a tensor; it is read from its file again when it is next used."""
     _advise(tensor, "MADV_DONTNEED", tensor.nbytes + mmap.PAGESIZE)
 
 
 def _advise(tensor: Array, advice: str, size: int) -> None:
-    """Give this advice for the pages of a tensor, so many bytes at a time."""
+    """Give this advice for the pages of a tensor, `size` bytes at a time."""
     owner: Any = tensor
     while isinstance(owner, np.ndarray):
         owner = cast("Any", owner).base

@@ -1,8 +1,8 @@
-"""Threads for the parts of a layer. How many there are never changes a bit of the result.
+"""Threads for the parts of a layer. Their number never changes a bit of the result.
 
-A BLAS with threads of its own cuts a product where its number of threads says, and some kernels round differently
-beside a cut. So BLAS runs on one thread here, and the cuts are ours: the same whatever the number of threads. Only
-where it cannot matter does BLAS use its threads, which begin sooner than Python's.
+A multithreaded BLAS splits a product according to its thread count, and some kernels round differently next to a cut.
+So BLAS runs on one thread here and the cuts are ours, the same for any number of threads. BLAS uses its own threads,
+which start faster than Python's, only where that cannot matter.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from qwen3np.numerics import Array
 
 Part = TypeVar("Part")
 
-# Threads that are used at most: an OpenBLAS of the usual builds has no more, and cuts elsewhere if asked for them.
+# The most threads to use: the usual builds of OpenBLAS have no more, and cut elsewhere when asked for more.
 MOST = 64
-# Multiply-adds below which handing parts to other threads (about 0.1 ms) costs more than it saves.
+# Below this many multiply-adds, handing parts to other threads (about 0.1 ms) costs more than it saves.
 WORTH_SHARING = 3 << 19
-# What an element of a layer without products costs, in multiply-adds.
+# The cost of an element in a layer without products, in multiply-adds.
 ELEMENT = 16
-# Elements of a block of rows, which stays in the cache with what is computed from it on the way.
+# Elements in a block of rows: it stays in the cache together with its intermediate results.
 IN_CACHE = 1 << 18
 
 
 def num_threads() -> int:
-    """Return how many threads are used: QWEN3NP_NUM_THREADS, or the cores this process may run on; at most MOST.
+    """Return the number of threads: QWEN3NP_NUM_THREADS, or the cores this process may run on; at most MOST.
 
     Raises ValueError where the variable is not a whole number from 1.
     """
     return _threads_of(os.environ.get("QWEN3NP_NUM_THREADS", ""))
 
 
-@cache  # asked many times for each token
+@cache  # called many times for each token
 def _threads_of(setting: str) -> int:
     if not setting:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -55,15 +55,15 @@ def check_threads(setting: str, name: str) -> None:
 
 
 def threads_for(work: int) -> int:
-    """Return how many threads it pays to use for this work (multiply-adds): one inside a part that is shared."""
+    """Return how many threads pay off for this work (multiply-adds): one inside a part that runs in parallel."""
     return num_threads() if work >= WORTH_SHARING and not _here.sharing else 1
 
 
 def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> None:
-    """Run task on every part, on all threads where the work (multiply-adds of all parts together) is worth it.
+    """Run task on every part, on all threads if the work (multiply-adds of all parts together) is worth it.
 
-    A task that shares in turn runs its parts itself: the threads have their work already. After an error no further
-    part begins, and the error comes out when those that had begun are done.
+    A task that calls this in turn runs its parts itself, since the threads are busy already. After an error no further
+    part starts, and the error is raised once those that had started are done.
     """
     threads = min(threads_for(work), len(parts))
     if threads <= 1:
@@ -82,7 +82,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
                     part = next(left, None)
                 if part is None:
                     return
-                if not held:  # a thread of the pool: in MKL and with OpenMP each has a number of its own
+                if not held:  # a thread of the pool: with MKL and OpenMP each has its own setting
                     for library in _blas():
                         _set_threads(library, 1)
                     held = True
@@ -96,7 +96,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
     with blas_threads():
         others: list[Future[None]] = []
         try:
-            with suppress(RuntimeError):  # no more threads, or the main one has ended: this one does all
+            with suppress(RuntimeError):  # no more threads, or the main one has ended: this thread does it all
                 for _ in range(threads - 1):
                     others.append(_pool(os.getpid()).submit(run))
             run()
@@ -109,7 +109,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             other.result()
 
 
-def in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
+def rowwise(f: Callable[..., Array], *arrays: Array) -> Array:
     """Return f(*arrays), computed block by block along the last axis but one, in the cache and over the threads.
 
     For an f that treats every row by itself. The result has shape and dtype of the first array; the others have as
@@ -129,10 +129,10 @@ def in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def _keep_what_is_freed() -> None:
-    """Let glibc keep up to 64 MB that is freed; it gives more back, and gets it anew page by page at the next call.
+    """Let glibc keep up to 64 MB of freed memory; otherwise it returns it, and faults it in again at the next call.
 
-    It does so when a block of this size has come and gone (mallopt(3), M_MMAP_THRESHOLD), of which nothing is touched.
-    A prompt of 512 tokens then takes a tenth less time: its arrays come back without 170,000 page faults.
+    It starts to do so once a block of this size has been allocated and freed (mallopt(3), M_MMAP_THRESHOLD), untouched.
+    A prompt of 512 tokens then takes a tenth less time, without its 170,000 page faults.
     """
     np.empty((1 << 25) - (1 << 14), np.uint8)
 
@@ -142,12 +142,12 @@ _keep_what_is_freed()
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; a child made by fork has its own, since those of its parent are not in it."""
+    """Return the threads of this process. A forked child needs its own: it does not inherit the parent's threads."""
     return ThreadPoolExecutor(max_workers=MOST, thread_name_prefix=f"qwen3np-{process}")
 
 
 class _Here(threading.local):
-    """What this thread is doing: whether it runs a shared part, and what it holds BLAS to (0: nothing)."""
+    """What this thread is doing: whether it runs a part for others, and its limit on BLAS threads (0: none)."""
 
     sharing = False
     limit = 0
@@ -155,23 +155,23 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()
-_held: dict[int, int] = {}  # a thread -> what it holds BLAS to
+_held: dict[int, int] = {}  # a thread -> its limit on BLAS threads
 _before: list[int] = []
 
 
-class blas_threads:  # a generator would take longer than a small product
-    """Hold BLAS to `limit` threads, and give it back what it had when the last caller, in any thread, is done.
+class blas_threads:  # a class: a generator would take longer than a small product
+    """Limit BLAS to `limit` threads, and restore the previous setting once the last holder, in any thread, exits.
 
-    More than one is for products whose bits do not depend on it; while several threads are inside, BLAS has one. (In
-    MKL, and with OpenMP, each thread has a number of its own: one that leaves while others are inside keeps one.)
+    More than one is for products whose bits do not depend on it; while several threads are inside, BLAS has one. (With
+    MKL and OpenMP each thread has its own setting: one that leaves while others are inside keeps one thread.)
     """
 
     def __init__(self, limit: int = 1) -> None:
-        """Take the limit; it holds from __enter__ to __exit__."""
+        """Take the limit; it applies from __enter__ to __exit__."""
         self.limit = limit
 
     def __enter__(self) -> None:
-        """Begin to hold."""
+        """Set the limit."""
         self.outside = _here.limit
         if self.limit != self.outside:
             try:
@@ -181,27 +181,27 @@ class blas_threads:  # a generator would take longer than a small product
                 raise
 
     def __exit__(self, *error: object) -> None:
-        """Hold as before."""
+        """Restore the limit that this thread had before."""
         if self.limit != self.outside:
             _hold(self.outside)
 
 
 def blas_limit() -> int:
-    """Return what this thread holds BLAS to, 0 if to nothing."""
+    """Return this thread's limit on BLAS threads, 0 if it has none."""
     return _here.limit
 
 
 @cache
 def cuts_keep_bits() -> bool:
-    """Whether a matrix times one row has the same bits wherever BLAS cuts the matrix, by fours of its rows.
+    """Whether a matrix-vector product has the same bits wherever BLAS cuts the matrix, at multiples of four rows.
 
-    OpenBLAS is so; BLIS and ATLAS are not, and of others it is not known.
+    It does in OpenBLAS, it does not in BLIS and ATLAS; of others it is not known.
     """
     return bool(_blas()) and all(library.internal_api == "openblas" for library in _blas())
 
 
 def _hold(limit: int) -> None:
-    """Let this thread hold BLAS to `limit` threads, or no longer (0)."""
+    """Set this thread's limit on BLAS threads, or lift it (0)."""
     global _before
     with _lock:
         if not _held:
@@ -217,7 +217,7 @@ def _hold(limit: int) -> None:
 
 
 def _set_threads(library: Any, threads: int) -> None:
-    """Let a BLAS have so many threads, if it has others."""
+    """Set the number of threads of a BLAS, if it has another."""
     if library.get_num_threads() != threads:
         _clear(library)
         library.set_num_threads(threads)
@@ -225,13 +225,13 @@ def _set_threads(library: Any, threads: int) -> None:
 
 
 def _clear(library: Any) -> None:
-    """Let any thread set the library: newer versions of threadpoolctl obey only the first one that does."""
+    """Allow any thread to set the library: newer versions of threadpoolctl obey only the first one that does."""
     if hasattr(library, "clear_controlling_thread"):
         library.clear_controlling_thread(force=True)
 
 
 def _forget() -> None:
-    """Begin anew in a child made by fork: the threads that were inside are not in it."""
+    """Reset in a forked child, which does not inherit the parent's threads."""
     global _lock
     _lock = threading.Lock()
     _held.clear()

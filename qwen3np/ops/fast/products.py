@@ -1,8 +1,8 @@
 """y = x Wᵀ + b: the matrix products behind every projection, the MLP and the head.
 
-The formula is one line; the rest cuts it into blocks that stay in the processor's cache and go to the threads (Goto and
-van de Geijn, 2008, https://doi.org/10.1145/1356052.1356053, say how a BLAS multiplies one), always at the same places,
-so that neither the threads nor the way the weights are stored changes a bit.
+The formula is one line; the rest cuts it into blocks that stay in the processor's cache and go to the threads, always
+at the same places, so that neither the number of threads nor the storage of the weights changes a bit (how a BLAS
+multiplies one block: Goto and van de Geijn, 2008, https://doi.org/10.1145/1356052.1356053).
 """
 
 from __future__ import annotations
@@ -13,56 +13,65 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from qwen3np.numerics import BFLOAT16, FLOAT32, Array, Numerics
+from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
+from qwen3np.qwen3 import Scope
 
-# Rows of x up to which each is multiplied by itself: a product of matrices would first copy W into an order of its own,
-# which costs more than these rows do.
+# At or below this many rows of x, use one matrix-vector product per row: a matrix product would first copy W into an
+# order of its own, which costs more than these rows do.
 FEW_ROWS = 8
-# Rows of W that such rows are multiplied by in turn while they are near, in the cache.
+# Rows of W that all of these rows are multiplied by while they are in the cache.
 NEAR = 64
-# Rows of x and of W in one product of many rows. A BLAS rounds differently beside the edges of a product, so they are
-# the same for every way to store W and every number of threads.
+# Rows of x and of W in one product of many rows. A BLAS rounds differently next to the edges of a product, so they are
+# the same for every storage of W and every number of threads.
 TILE_ROWS, TILE_OUTPUTS = 512, 256
 # Elements of W that a thread takes at a time otherwise: they are applied from the cache once they are upcast.
 BLOCK_ELEMENTS = 1 << 20
 
 
-def linear(x: Array, w: Array, bias: Array | None = None, numerics: Numerics = FLOAT32) -> Array:
-    """Return R(x Wᵀ + b), accumulated in float32 (float64). x (..., in), w (out, in), bias (out,) -> (..., out).
+def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool = False) -> list[Array]:
+    """Return R(x Wᵀ + b) for each name, as the points of these names. x (..., in), W (out, in) -> (..., out)."""
+    ys = products(x, [(m[f"{name}.weight"], m[f"{name}.bias"] if bias else None) for name in names], num)
+    return [m.out(name, y) for name, y in zip(names, ys, strict=True)]
 
-    The layout of torch.nn.Linear: a row of W for each output. W is used where it lies, mapped or in memory.
+
+def head(x: Array, w: Array, num: Numerics) -> Array:
+    """Return R(x wᵀ). x (..., D), w (V, D) -> (..., V)."""
+    with blas_threads(threads_for(w.size) if x.size == x.shape[-1] else 1):
+        return products(x, [(w, None)], num)[0]
+
+
+def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numerics) -> list[Array]:
+    """Return R(x Wᵀ + b) for each (W, b), accumulated in num.dtype. They start together, which saves waiting.
+
+    x (..., in), W (out, in) as in torch.nn.Linear, used where it lies, mapped or in memory; b (out,) or None.
     """
-    return linears(x, [(w, bias)], numerics)[0]
-
-
-def linears(x: Array, layers: Sequence[tuple[Array, Array | None]], numerics: Numerics = FLOAT32) -> list[Array]:
-    """Return linear(x, w, bias) for each (w, bias): they start together, which saves waiting between them."""
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
     ws = [w for w, _ in layers]
     threads = threads_for(sum([w.size for w in ws]))
     whole = len(rows) == 1 and (threads == 1 or blas_limit() != 1) and cuts_keep_bits()
-    if whole and all(is_ready(w, numerics) for w in ws):
+    if whole and all(is_ready(w, num) for w in ws):
         ys = _dot_products(rows[0], ws, threads)
     else:
-        ys = _share_products(rows, ws, numerics)
+        ys = _share_products(rows, ws, num)
     found: list[Array] = []
     for y, (w, bias) in zip(ys, layers, strict=True):
         if bias is not None:
-            y += numerics.widen(bias)
-        found.append(numerics.round(y).reshape(*x.shape[:-1], len(w)))
+            y += num.widen(bias)
+        found.append(num.round(y).reshape(*x.shape[:-1], len(w)))
     return found
 
 
 def is_ready(w: Array, numerics: Numerics) -> bool:
-    """Whether BLAS can take W from where it lies: neither upcast nor rounded nor copied before."""
+    """Whether BLAS can use W in place, without an upcast, rounding or a copy."""
     return w.dtype == numerics.dtype == numerics.storage and w.flags.c_contiguous and w.flags.aligned
 
 
 def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
-    """Return W x (out,) for each W. It is bound by memory, and BLAS's own threads begin the soonest.
+    """Return W x (out,) for each W. Memory is the limit, and BLAS's own threads start fastest.
 
-    OpenBLAS gives each an equal part of the rows. Where the parts are multiples of four the bits stay the same.
+    OpenBLAS gives each thread an equal part of the rows. As long as the parts are multiples of four, the bits stay the
+    same.
     """
 
     def apply(w: Array) -> Array:
@@ -76,19 +85,19 @@ def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
 
 
 def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> list[Array]:
-    """Return rows Wᵀ (N, out) for each W, made in blocks, over the threads."""
+    """Return rows Wᵀ (N, out) for each W, computed in blocks on all threads."""
     count = len(rows)
     ys = [np.empty((count, len(w)), numerics.dtype) for w in ws]
 
     def step(w: Array) -> int:
         if count > FEW_ROWS:
             return TILE_OUTPUTS
-        blocks = max(-(-w.size // (BLOCK_ELEMENTS * num_threads())), 1) * num_threads()  # as many for each thread
+        blocks = max(-(-w.size // (BLOCK_ELEMENTS * num_threads())), 1) * num_threads()  # the same number per thread
         return max(-(-len(w) // (blocks * NEAR)), 1) * NEAR
 
     def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
         n, (start, stop), (a, b) = part
-        # other layouts would not reach BLAS, or would have other bits
+        # other layouts would not reach BLAS, or give other bits
         w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
         y = ys[n][start:stop, a:b]
         if count <= FEW_ROWS:
@@ -106,7 +115,7 @@ def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> lis
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
-    """Put x Wᵀ into y, row by row of x: dot products, with the bits of one row alone."""
+    """Write x Wᵀ to y, one row of x at a time: dot products, with the bits of a single row."""
     cut = _multiple(len(w), NEAR)
     for start, stop, near in ((0, cut, NEAR), (cut, len(w), len(w) - cut)):
         if start < stop:
@@ -116,12 +125,15 @@ def _few_rows(x: Array, w: Array, y: Array) -> None:
 
 
 def _multiple(length: int, size: int) -> int:
-    """Return the largest multiple of size that leaves nothing or more than one, which would have bits of its own."""
+    """Return the largest multiple of size that does not leave a remainder of 1.
+
+    BLAS handles single rows with another kernel, whose rounding differs.
+    """
     return max(length - 2, 0) // size * size if length % size == 1 else length // size * size
 
 
 def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Cut into pieces of this size; a last piece of one, which would have bits of its own, is joined."""
+    """Cut start to stop into pieces of this size; a last piece of 1 joins the one before it, see _multiple."""
     edges = [*range(start, stop, size), stop]
     if len(edges) > 2 and edges[-1] - edges[-2] == 1:
         del edges[-2]
@@ -129,7 +141,7 @@ def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 
 
 class _Scratch(threading.local):
-    """Memory for what a thread upcasts, kept from call to call: to get it anew costs more than the upcast itself."""
+    """Memory for the tiles a thread upcasts, kept between calls: allocating it again costs more than the upcast."""
 
     memory: Array = np.empty(0, np.uint8)
 
@@ -138,7 +150,7 @@ _scratch = _Scratch()
 
 
 def _ready(w: Array, numerics: Numerics) -> Array:
-    """Return numerics.widen(w), in this thread's scratch memory if it is an upcast: good until the next one."""
+    """Return numerics.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
     if w.dtype == numerics.dtype or (numerics.rounds and w.dtype != BFLOAT16):
         return numerics.widen(w)
     size = w.size * numerics.dtype.itemsize

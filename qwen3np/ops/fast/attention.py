@@ -1,84 +1,57 @@
-"""Grouped-query attention with normalised queries and keys.
-
-Attention: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; groups of query heads that share a key and value
-head: Ainslie et al., 2023, https://arxiv.org/abs/2305.13245; norms on queries and keys: Qwen3 technical report, 2025,
-https://arxiv.org/abs/2505.09388; windows: Beltagy et al., 2020, https://arxiv.org/abs/2004.05150.
-"""
+"""Causal attention in blocks of scores that stay in the processor's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3np.cache import KVCache
-from qwen3np.config import Config
-from qwen3np.norm import rms_norm
-from qwen3np.numerics import FLOAT32, Array, Numerics, Record, ignore, softmax
-from qwen3np.ops.fast.linear import FEW_ROWS, linears
+from qwen3np.numerics import FLOAT32, Array, Numerics
+from qwen3np.ops.fast.products import FEW_ROWS
 from qwen3np.ops.fast.threads import share, threads_for
-from qwen3np.rope import rotate
+from qwen3np.ops.plain import softmax
+from qwen3np.qwen3 import Scope
 
-# A block of scores stays in the cache beside its keys and values. Its rows: the G queries of each of some positions.
+# A block of scores stays in the cache next to its keys and values. Its rows: the G queries of each of some positions.
 BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18
 
 
-def self_attention(
-    x: Array,
-    weights: Mapping[str, Array],
-    prefix: str,
-    config: Config,
-    tables: tuple[Array, Array],
-    cache: tuple[KVCache, int] | None,
-    window: int | None,
-    numerics: Numerics,
-    record: Record,
-) -> Array:
-    """Project, normalise, rotate, attend, project back. x (B, S, D) -> (B, S, D).
-
-    prefix is the layer's ("model.layers.0.self_attn."), tables come from rotary_tables, cache is the KVCache with the
-    layer's number, or None when nothing comes before x and nothing shall follow it, window is config.window(layer).
-    """
-
-    def project(y: Array, *names: str) -> list[Array]:
-        of = [f"{prefix}{name}" for name in names]
-        biases = [weights[f"{name}.bias"] if config.attention_bias else None for name in of]
-        ys = linears(y, [(weights[f"{name}.weight"], bias) for name, bias in zip(of, biases, strict=True)], numerics)
-        for name, projected in zip(of, ys, strict=True):
-            record(name, projected)
-        return ys
-
-    def heads(y: Array) -> Array:  # (B, S, heads * Dh) -> (B, S, heads, Dh)
-        return y.reshape(*y.shape[:2], -1, config.head_dim)
-
-    def normalise(y: Array, name: str) -> Array:
-        y = rms_norm(heads(y), weights[f"{prefix}{name}.weight"], config.rms_norm_eps, numerics)
-        record(f"{prefix}{name}", y)
-        return np.swapaxes(y, 1, 2)  # (B, heads, S, Dh)
-
-    q, k, v = project(x, "q_proj", "k_proj", "v_proj")
-    q, k, v = normalise(q, "q_norm"), normalise(k, "k_norm"), np.swapaxes(heads(v), 1, 2)
-    q, k = rotate(q, tables, numerics), rotate(k, tables, numerics)
-    record(f"{prefix}q_rope", q)
-    record(f"{prefix}k_rope", k)
-
-    contexts: list[Array] = []
-    steps: list[tuple[Array, Array]] = []
-    for b in range(len(x)):  # sequences may have different lengths
-        keys, values = (k[b], v[b]) if cache is None else cache[0].write(cache[1], b, k[b], v[b])
-        if record is not ignore:  # one sequence's scores alone are large; they are kept only for a trace
-            shape = (*q[b].shape[:2], keys.shape[1])
-            steps.append((np.full(shape, -np.inf, numerics.dtype), np.zeros(shape, numerics.dtype)))
-        contexts.append(attend(q[b], keys, values, numerics, steps[b] if steps else None, window))
-    if steps:
-        record(f"{prefix}scores", _stack([scores for scores, _ in steps], -np.inf))
-        record(f"{prefix}probs", _stack([probs for _, probs in steps], 0))
-    context = contexts[0][None] if len(x) == 1 else np.stack(contexts)
-    record(f"{prefix}context", context)
-    return project(context, "o_proj")[0]
-
-
 def attend(
+    q: Array, keys: Sequence[Array], values: Sequence[Array], window: int | None, m: Scope, num: Numerics
+) -> Array:
+    """Return softmax(q kᵀ / sqrt(Dh)) v, causal: (B, S, H * Dh). See plain.attend for the arguments.
+
+    Sequences may have different lengths, so each is computed separately. Scores and probabilities are kept only where
+    somebody watches; what an edit of them changes is computed again from there.
+    """
+    if m.trace is None and m.edit is None:
+        contexts = [attend_one(*qkv, num, None, window) for qkv in zip(q, keys, values, strict=True)]
+        return contexts[0][None] if len(q) == 1 else np.stack(contexts)
+
+    shape = (*q.shape[:3], max(k.shape[1] for k in keys))
+    scores, probs = np.full(shape, -np.inf, num.dtype), np.zeros(shape, num.dtype)
+    context = np.empty((len(q), q.shape[2], q.shape[1] * q.shape[3]), num.dtype)
+    for b, (k, v) in enumerate(zip(keys, values, strict=True)):
+        seen = scores[b, ..., : k.shape[1]], probs[b, ..., : k.shape[1]]
+        context[b] = attend_one(q[b], k, v, num, seen, window)
+    if m.edit is None:
+        m.out("scores", scores)
+        m.out("probs", probs)
+        return context
+    edited = m.out("scores", scores.copy())
+    if not np.array_equal(edited, scores):
+        probs = num.round(softmax(edited))
+    edited = m.out("probs", probs.copy())
+    if np.array_equal(edited, probs) and np.array_equal(probs, num.round(softmax(scores))):
+        return context
+    group = q.shape[1] // keys[0].shape[0]
+    for b, v in enumerate(values):
+        mixed = edited[b, ..., : v.shape[1]] @ np.repeat(num.widen(v), group, axis=0)  # (H, S, Dh)
+        context[b] = num.round(np.swapaxes(mixed, 0, 1)).reshape(q.shape[2], -1)
+    return context
+
+
+def attend_one(
     q: Array,
     k: Array,
     v: Array,
@@ -99,7 +72,7 @@ def attend(
     query_heads, new, head_dim = q.shape
     kv_heads, total, _ = k.shape
     group = query_heads // kv_heads
-    # the G = H / K queries of a KV head lie side by side, so that K and V are never repeated
+    # the G = H / K queries of a KV head are adjacent, so K and V are never repeated
     q = q.reshape(kv_heads, group, new, head_dim)
     context = np.empty((new, kv_heads, group, head_dim), numerics.dtype)
     if steps:
@@ -121,7 +94,7 @@ def attend(
         mixed = _attend_block(q[heads, :, queries], keys, values, width, numerics, part_steps, window)
         context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
 
-    starts = reversed(range(0, new, step))  # the last queries see most, and come first
+    starts = reversed(range(0, new, step))  # the last queries see the most keys, so they start first
     parts = [(head, start) for start in starts for head in range(0, kv_heads, together)]
     share(parts, q.size * reach, attend_part)
     return context.reshape(new, -1)
@@ -159,7 +132,7 @@ def _attend_block(
         if steps:
             steps[0][..., a : a + width] = in_groups
 
-        # a window may hide a whole block from a query: a finite largest score then makes each exp 0
+        # a window may hide a whole block from a query: then a finite largest score makes each exp 0
         before, largest = largest, scores.max(axis=-1, keepdims=True, initial=np.finfo(scores.dtype).min)
         if a:
             np.maximum(largest, before, out=largest)
@@ -184,12 +157,3 @@ def _product(x: Array, m: Array) -> Array:
     if x.shape[-2] > FEW_ROWS:
         return x @ m
     return np.matmul(x[..., None, :], m[..., None, :, :])[..., 0, :]
-
-
-def _stack(arrays: Sequence[Array], fill: float) -> Array:
-    """Stack (H, S, T) arrays of different T to (B, H, S, max T)."""
-    stacked = np.empty((len(arrays), *arrays[0].shape[:-1], max(a.shape[-1] for a in arrays)), arrays[0].dtype)
-    for row, array in zip(stacked, arrays, strict=True):
-        row[..., : array.shape[-1]] = array
-        row[..., array.shape[-1] :] = fill
-    return stacked

@@ -1,0 +1,122 @@
+"""A safetensors file <-> tensors: mapped when read, written a piece at a time.
+
+The format: https://huggingface.co/docs/safetensors. Eight bytes give the length of a JSON header, which gives the
+dtype, shape and place of each tensor in the bytes after it. The safetensors library reads and checks the header; it
+accepts neither gaps nor overlaps, so the order of the tensors and their sizes give their places. The library would copy
+the tensors into memory, though, and gather all bytes of a file before writing it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from qwen3np.errors import CheckpointError
+from qwen3np.files.limits import MOST_BYTES
+from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.weights import Weights
+
+if sys.byteorder == "big":
+    raise ImportError("qwen3np: checkpoints are little-endian, and bfloat16 has no other form: this machine is not")
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind.upper()}{bits}": np.dtype(f"<{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+}
+_PIECE = 1 << 22  # elements that are rounded and written at a time: saving takes hardly any memory
+
+
+def map_tensors(path: Path) -> dict[str, Array]:
+    """Return the tensors of a file as read-only views of it. Not one of them is read.
+
+    Raises CheckpointError, which names the file, what is wrong with it and what to do, and OSError where the system
+    cannot read it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise CheckpointError(f"{path.name}: truncated: {size} bytes, too few for its header; download it again")
+        if length > MOST_BYTES:
+            raise CheckpointError(f"{path.name}: its header has {length} bytes; at most {MOST_BYTES} are read")
+        header = file.read(length)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    end = 8 + length
+    try:
+        with cast("Any", safe_open)(path, "np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except SafetensorError as error:
+        cause = f"damaged: {str(error).removeprefix('Error while deserializing header: ')}"
+        if (whole := _described(header)) > size:
+            cause = f"truncated: {size} bytes of {whole}"
+        raise CheckpointError(f"{path.name}: {cause}; download it again") from None
+    replaced = CheckpointError(f"{path.name}: was replaced while its header was read; load it again")
+    tensors: dict[str, Array] = {}
+    for name, (dtype, shape) in found.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{name}: dtype {dtype} in {path.name}, a type that NumPy does not have")
+        try:
+            tensors[name] = np.ndarray(shape, _DTYPES[dtype], mapped, end)
+        except ValueError as error:  # more dimensions than NumPy has, or more elements next to a dimension of 0
+            raise CheckpointError(f"{name}: no array of {path.name} can have its shape: {error}") from None
+        except TypeError:  # it ends after the file that was mapped
+            raise replaced from None
+        end += tensors[name].nbytes
+    if end != size:
+        raise replaced
+    return tensors
+
+
+def _described(header: bytes) -> int:
+    """Return how many bytes a file with this header must have, or 0 if the header does not say."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        whole = 8 + len(header) + max(entry["data_offsets"][1] for entry in entries.values())
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return 0
+    return whole if type(whole) is int and whole < 2**63 else 0
+
+
+def write_tensors(path: Path, tensors: Weights, names: Collection[str], dtype: DTypeLike | None = None) -> None:
+    """Write these tensors, rounded to `dtype` (None: as they are), in this order. The file is on the disk on return.
+
+    Raises FloatingPointError for a number that is too large for float16, OSError for a full disk.
+    """
+    spelled = {stored: name for name, stored in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks whose layout it is
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        stored = np.dtype(dtype or tensor.dtype)
+        begin, end = end, end + tensor.size * stored.itemsize
+        header[name] = {"dtype": spelled[stored], "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].reshape(-1)
+            for start in range(0, flat.size, _PIECE):
+                with np.errstate(over="raise"):
+                    piece = flat[start : start + _PIECE].astype(dtype or flat.dtype, copy=False)
+                # a view as bytes: NumPy's buffer protocol has no format for bfloat16
+                file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
