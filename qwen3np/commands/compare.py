@@ -109,8 +109,15 @@ def read_weights(arguments: argparse.Namespace, golden: Recording) -> tuple[Reco
         path = Path(arguments.weights_from)
         weights = read_dump(path)[0] if path.suffix == ".safetensors" else load(arguments.weights_from).weights
         prompt, fed = np.split(golden.ids, [golden.ids.shape[1] - golden.steps], 1)
-        cut = {"tokens": golden.tokens, "heads": golden.heads, "numerics": golden.numerics}
-        other = record(weights, golden.config, prompt, fed=fed if golden.steps else None, **cut)
+        other = record(
+            weights,
+            golden.config,
+            prompt,
+            fed=fed if golden.steps else None,
+            numerics=golden.numerics,
+            tokens=golden.tokens,
+            heads=golden.heads,
+        )
         return replace(other, points={name: other.points[name] for name in golden.points}), weights
     model = load(arguments.model, revision=arguments.revision)
     named = arguments.model or "the built-in checkpoint"

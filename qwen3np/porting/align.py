@@ -395,7 +395,7 @@ def _permuted(name: str, x: Array, order: list[int], config: Config) -> Array:
 
 def _precision(found: Mapping[str, Found]) -> str:
     """Return the precision that most points have the digits of. Numbers that are not finite have none."""
-    votes = dict.fromkeys(PRECISIONS, 0)
+    votes: dict[str, int] = dict.fromkeys(PRECISIONS, 0)
     for name, here in found.items():
         if name.endswith(("embed_tokens", "probs", "scores", CHOICE)):  # gathered, zeros, integers
             continue

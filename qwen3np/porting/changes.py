@@ -30,7 +30,10 @@ def always(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Bug:
-    """Changes of points, by their names or patterns of names. A pattern stands for places that one port may have apart."""
+    """Changes of points, by their names or patterns of names.
+
+    A pattern stands for places that one port may have apart.
+    """
 
     name: str
     changes: Mapping[str, Change]
@@ -101,22 +104,28 @@ def placed(move: Callable[[Place], Place]) -> Change:
 
 
 def configured(**values: Any) -> Change:
+    """Run the right formula with other values in the config."""
     return placed(lambda at: replace(at, config=replace(at.config, **values)))
 
 
 def reconfigured(change: Callable[[Config], Config]) -> Change:
+    """Run the right formula with another config."""
     return placed(lambda at: replace(at, config=change(at.config)))
 
 
 def with_weights_of(own: str, other: str) -> Change:
+    """Run the right formula with the weights of another module."""
     return placed(lambda at: replace(at, name=at.name.replace(own, other)))
 
 
 def moved(move: Callable[[Array], Array]) -> Change:
+    """Run the right formula at other positions."""
     return placed(lambda at: replace(at, positions=move(at.positions)))
 
 
 def scaled(factor: Callable[[Config], float]) -> Change:
+    """Multiply what the right formula gives."""
+
     def change(run: Change, at: Place, *x: Array) -> Array:
         return at.numerics.round(run(at, *x) * at.numerics.dtype.type(factor(at.config)))
 
@@ -124,10 +133,12 @@ def scaled(factor: Callable[[Config], float]) -> Change:
 
 
 def unchanged(x: Array) -> Array:
+    """Return x."""
     return x
 
 
 def to_bfloat16(x: Array) -> Array:
+    """Return x with the digits of bfloat16."""
     return x.astype(BFLOAT16).astype(x.dtype)
 
 
@@ -152,25 +163,30 @@ def rotated(
 
 
 def not_normalised(run: Change, at: Place, x: Array) -> Array:
+    """Leave the norm out; heads are apart after it."""
     return x.reshape(*x.shape[:2], -1, at.config.head_dim) if "self_attn" in at.name else x
 
 
 def one_plus_weight(at: Place) -> Place:
+    """Return the place with 1 added to its weight."""
     return replace(at, weights={**at.weights, f"{at.name}.weight": at.numerics.widen(at.weight) + 1})
 
 
 def over_all_heads(run: Change, at: Place, x: Array) -> Array:
+    """Normalise q or k by the mean over all heads."""
     heads = not_normalised(run, at, x)
     weight = np.tile(at.weight, heads.shape[2])
     return rms_norm(x, weight, at.config.rms_norm_eps, at.numerics).reshape(heads.shape)
 
 
 def normalised_after(run: Change, at: Place, x: Array) -> Array:
+    """Normalise heads after they are rotated."""
     weight = at.weights[f"{at.name.replace('rope', 'norm')}.weight"]
     return rms_norm(run(at, x), weight, at.config.rms_norm_eps, at.numerics)
 
 
 def rotated_before(run: Change, at: Place, x: Array) -> Array:
+    """Rotate heads before they are normalised."""
     tables = rotary_tables(at.config, at.positions, at.numerics)
     turned = rotate(np.swapaxes(not_normalised(run, at, x), 1, 2), tables, at.numerics)
     return run(at, np.swapaxes(turned, 1, 2).reshape(x.shape))
@@ -180,12 +196,14 @@ def rotated_before(run: Change, at: Place, x: Array) -> Array:
 
 
 def interleaved(run: Change, at: Place, x: Array) -> Array:
+    """Turn pairs of neighbouring lanes."""
     halves = np.swapaxes(x.reshape(*x.shape[:-1], -1, 2), -1, -2).reshape(x.shape)
     y = run(at, halves)
     return np.swapaxes(y.reshape(*y.shape[:-1], 2, -1), -1, -2).reshape(y.shape)
 
 
 def not_rotated(run: Change, at: Place, x: Array) -> Array:
+    """Leave the rotation out."""
     return np.swapaxes(x, 1, 2)
 
 
@@ -226,14 +244,17 @@ def slid_elsewhere(config: Config) -> Config:
 
 
 def wider(by: int) -> Change:
+    """Let the window be longer."""
     return reconfigured(lambda config: replace(config, sliding_window=max((config.sliding_window or 0) + by, 1)))
 
 
 def slides(config: Config) -> bool:
+    """Whether any layer has a window."""
     return any(config.window(i) is not None for i in range(config.num_hidden_layers))
 
 
 def slides_in_part(config: Config) -> bool:
+    """Whether some layers have a window and others have none."""
     return slides(config) and any(config.window(i) is None for i in range(config.num_hidden_layers))
 
 
@@ -241,6 +262,7 @@ def slides_in_part(config: Config) -> bool:
 
 
 def has_yarn(config: Config) -> bool:
+    """Whether the rotation is scaled by YaRN."""
     return config.rope_scaling is not None
 
 
@@ -277,14 +299,18 @@ def erf(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
+    """Return x Φ(x)."""
     return x * (1 + erf(x * math.sqrt(0.5))) / 2
 
 
 def gelu_tanh(x: Array) -> Array:
+    """Return the approximation of x Φ(x) by tanh."""
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def activated(by: Callable[[Array], Array]) -> Change:
+    """Activate the gate by another function."""
+
     def change(run: Change, at: Place, gate: Array, up: Array) -> Array:
         return at.numerics.round(at.numerics.round(by(gate)) * up)
 
@@ -292,6 +318,7 @@ def activated(by: Callable[[Array], Array]) -> Change:
 
 
 def exchanged(run: Change, at: Place, x: Array, y: Array) -> Array:
+    """Exchange the two inputs."""
     return run(at, y, x)
 
 
@@ -318,14 +345,17 @@ def within_experts(activate: Callable[[Array, Array], Array]) -> Change:
 
 
 def is_sparse(config: Config) -> bool:
+    """Whether any layer has experts."""
     return any(config.is_sparse(i) for i in range(config.num_hidden_layers))
 
 
 def logits_as_weights(run: Change, at: Place, logits: Array, indices: Array) -> Array:
+    """Weigh experts by the router's logits."""
     return np.take_along_axis(logits, indices, -1)
 
 
 def logits_normalised(run: Change, at: Place, logits: Array, indices: Array) -> Array:
+    """Weigh experts by the router's logits, divided by their sum."""
     chosen = np.take_along_axis(logits, indices, -1)
     return at.numerics.round(chosen / chosen.sum(-1, keepdims=True))
 

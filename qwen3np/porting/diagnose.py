@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from qwen3np.numerics import Array
@@ -83,33 +84,24 @@ def _found(golden: Recording, result: Compared, weights: Mapping[str, Array], mo
         return Diagnosis("different", first, f"{comparison.meaning}: nothing can be tried on such numbers")
     known = [comparison.meaning]
     causes: list[Cause] = []
-    unexplained: list[str] = []
+    unexplained: list[str] = []  # by the first cause
     sentences: list[str] = []
-    table = result.table
-    bench = Bench(golden, aligned, weights, result.reports, point, table)
-    for _ in range(ROUNDS):
+    bench = Bench(golden, aligned, weights, result.reports, point, result.table)
+    while True:
         known += telltales(bench)
         trials = _tried(bench, more)
         own = _causes(bench, trials)
-        best = own[0] if own else None
-        causes += own[:SHOWN] if not causes else own[:1]
-        sentences.append(_said(bench, trials, best))
-        if best is None or not best.sure:
+        causes += own[: 1 if sentences else SHOWN]
+        sentences.append(_said(bench, trials, own[0] if own else None))
+        if not own or not own[0].sure or len(sentences) == ROUNDS:
             break
-        unexplained = list(trials[0].rest)
-        usable_rest = [name for name in unexplained if usable(aligned.found[name])]
-        if not usable_rest:
+        unexplained = unexplained or list(trials[0].rest)
+        rest = next((name for name in trials[0].rest if usable(aligned.found[name])), None)
+        if rest is None:
             break
-        for bug in trials[0].bugs:
-            table = bug.planted(table)
-        bench = Bench(golden, aligned, weights, result.reports, usable_rest[0], table)
-        if len(causes) and len(sentences) == 1:
-            first_rest = list(unexplained)
-            rest_all = first_rest
-    if len(sentences) > 1:
-        unexplained = rest_all
-    elif unexplained:
-        sentences[0] += f". It does not explain the error that {unexplained[0]} adds"
+        bench = replace(
+            bench, point=rest, table=reduce(lambda table, bug: bug.planted(table), trials[0].bugs, bench.table)
+        )
     meaning = ". Besides: ".join(sentences)
     return Diagnosis("different", first, meaning, causes, unexplained, known)
 
@@ -184,7 +176,7 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
 
 
 def _without_neighbours(trials: list[Trial], fits: list[Trial], bench: Bench) -> list[Trial]:
-    """Return trials and fits, a number of the catalogue before a fitted one unless that is better by more than noise."""
+    """Return trials and fits: a number of the catalogue, unless a fitted one is better by more than noise."""
     kept = list[Trial]()
     for fit in fits:
         known = next((t for t in trials if neighbours(t, fit)), None)
@@ -218,7 +210,7 @@ def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -
             best = found[0]
             meaning = (
                 f"{best.bug.name}: its pattern is in the errors with {best.amount:.2f} of its size, "
-                f"{best.significance:.0f} standard deviations from none, though rounding hides it at every single point; "
+                f"{best.significance:.0f} standard deviations from none, though rounding hides it at each single point; "
                 f"look at: {best.bug.look}"
             )
             alike = tuple(dict.fromkeys(m.bug.name for m in found[1:] if m.significance > 0.97 * best.significance))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qwen3np.config import Config
-from qwen3np.numerics import Array
+from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import kept
 from qwen3np.porting.bench import Bench, Trial
 from qwen3np.porting.catalogue import EPS_LOOK, HEAD_NORMS, LAYER_NORMS, NORMS, ROPE
@@ -105,16 +105,17 @@ def _fit(bench: Bench, family: Family, pattern: str) -> Trial | None:
 
 
 def _step(bench: Bench, family: Family, pattern: str, value: float) -> float:
+    """Return by how much the logarithm of the number should change, in float64: rounding has no slope."""
     h = 1e-3
     here = bench.aligned.found[bench.point]
-    at, beside = (
-        kept(bench.golden, here, bench.point, bench.wrong([family.bug(pattern, v)]).made(bench.point)).astype(
-            np.float64
-        )
-        for v in (value, value * np.exp(h))
-    )
+
+    def made(value: float) -> Array:
+        rerun = replace(bench.wrong([family.bug(pattern, value)]), numerics=FLOAT64, computed={})
+        return kept(bench.golden, here, bench.point, rerun.made(bench.point)).astype(np.float64)
+
+    at, beside = made(value), made(value * float(np.exp(h)))
     seen = np.isfinite(at) & np.isfinite(beside) & np.isfinite(here.part)
-    slope, error = (beside - at)[seen] / h, (here.part.astype(np.float64) - at)[seen]
+    slope, error = (beside - at)[seen] / h, here.part.astype(np.float64)[seen] - at[seen]
     return float(np.clip(slope @ error / max(slope @ slope, 1e-300), -2, 2))
 
 

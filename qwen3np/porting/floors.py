@@ -110,6 +110,7 @@ class Draws:
     """Random numbers for the points by their names, and the norms of weights, which are asked for in every pass."""
 
     def __init__(self, seed: int) -> None:
+        """Draw other numbers for another seed."""
         self.seed, self.norms = seed, dict[str, Array]()
 
     def normal(self, at: Place, shape: tuple[int, ...]) -> Array:

@@ -41,7 +41,7 @@ class PointReport:
 
 @dataclass(frozen=True)
 class Setting:
-    """Something a port's author chose, such as a cache in 16 bits, and the share of the squared error that it explains."""
+    """What a port's author chose, such as a cache in 16 bits, and the share of the squared error that it explains."""
 
     name: str
     explained: float

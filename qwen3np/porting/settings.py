@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,12 +19,12 @@ from qwen3np.porting.points import Place
 Short = Callable[[Array], Array]  # an array as it is kept
 
 
-def typed(dtype: object) -> Short:
+def typed(dtype: Any) -> Short:
     """Keep numbers in a type."""
 
     def short(x: Array) -> Array:
         with np.errstate(over="ignore"):
-            return x.astype(np.dtype(dtype)).astype(x.dtype)  # pyright: ignore[reportArgumentType]  # ml_dtypes' types
+            return x.astype(dtype).astype(x.dtype)
 
     return short
 
@@ -38,7 +39,7 @@ def mantissa(bits: int) -> Short:
     return short
 
 
-def blocks(size: int, bits: int, scale: object = np.float32) -> Short:
+def blocks(size: int, bits: int, scale: Any = np.float32) -> Short:
     """Keep integers of blocks along the last axis, with one scale each; size 0: of the whole axis."""
     most = 2 ** (bits - 1) - 1
 
@@ -47,7 +48,7 @@ def blocks(size: int, bits: int, scale: object = np.float32) -> Short:
         width = size or length
         padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % width)])
         parts = padded.reshape(*x.shape[:-1], -1, width)
-        step = (np.abs(parts).max(-1, keepdims=True) / most).astype(np.dtype(scale)).astype(x.dtype)  # pyright: ignore
+        step = (np.abs(parts).max(-1, keepdims=True) / most).astype(scale).astype(x.dtype)
         kept = np.round(parts / np.where(step > 0, step, 1)) * step
         return kept.reshape(padded.shape)[..., :length].astype(x.dtype)
 

@@ -125,9 +125,10 @@ def _arranged(kind: str, x: Array, sizes: dict[str, int]) -> Iterator[tuple[tupl
             continue
         plain = list(order) == axes
         # with the reference's own shape another order is no layout, unless two axes are as long as each other
-        if not plain and natural is not None and all(len(part) == 1 for part in natural if part != ["h", "d"]):
-            if [sizes[a] for a in order] != [sizes[a] for a in axes] or any(len(part) > 1 for part in joined):
-                continue
+        as_long = [sizes[a] for a in order] == [sizes[a] for a in axes] and all(len(part) == 1 for part in joined)
+        is_own = natural is not None and all(len(part) == 1 for part in natural if part != ["h", "d"])
+        if not plain and is_own and not as_long:
+            continue
         y = x.reshape([sizes[a] for a in order])
         y = np.transpose(y, [order.index(a) for a in axes]).reshape([sizes[a] for a in of])
         notes: list[str] = []
