@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
@@ -22,12 +23,15 @@ from qwen3np.guard import (
     require_unchanged,
 )
 from qwen3np.numerics import Array, Edit, named
+from qwen3np.padding import unpadded
 from qwen3np.sampling import sample
 from qwen3np.settings import GenerationSettings, checked, lists_settings
 from qwen3np.weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from qwen3np.tokenizer import Tokenizer
 
 Ids: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
 Batch: TypeAlias = "Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]]"
@@ -57,6 +61,8 @@ def generate(
     engine: str = "fast",
     progress: Progress | None = None,
     edit: Edit | None = None,
+    attention_mask: ArrayLike | None = None,
+    num_return_sequences: int = 1,
     **settings: Unpack[GenerationSettings],
 ) -> tuple[list[int], KVCache]: ...
 @overload
@@ -70,6 +76,8 @@ def generate(
     engine: str = "fast",
     progress: Progress | None = None,
     edit: Edit | None = None,
+    attention_mask: ArrayLike | None = None,
+    num_return_sequences: int = 1,
     **settings: Unpack[GenerationSettings],
 ) -> tuple[list[list[int]], KVCache]: ...
 @lists_settings
@@ -83,6 +91,8 @@ def generate(
     engine: str = "fast",
     progress: Progress | None = None,
     edit: Edit | None = None,
+    attention_mask: ArrayLike | None = None,
+    num_return_sequences: int = 1,
     **settings: Unpack[GenerationSettings],
 ) -> tuple[list[int] | list[list[int]], KVCache]:
     """Generate the ids that follow input_ids.
@@ -94,11 +104,14 @@ def generate(
     input_ids
         The whole sequence so far, or a list of sequences: a ragged batch, in which each ends separately and then costs
         nothing.
-    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, \
-logits_processors, seed, stop_ids, stop
-        The generation settings; settings.GenerationSettings has their ranges. temperature 0 is greedy. Each sequence
-        draws from its own generator with this seed, so the rest of its batch makes no difference. stop_ids=None stops
-        at the config's eos_token_id.
+    max_new_tokens and other settings
+        The generation settings; settings.GenerationSettings has their ranges. temperature 0 is greedy. Each row draws
+        from its own stream of the seed, whatever else is in the batch: row 0 as alone with that seed, row r as alone
+        with seed=(seed, r). stop_ids=None stops at the config's eos_token_id.
+    attention_mask
+        For padded ids (B, S), which may be padded on the left or on the right: 1 for tokens, 0 for padding.
+    num_return_sequences
+        How many answers to each prompt: a list of them all is returned, those to the first prompt first.
     cache
         The cache of an earlier call: only what follows the longest common prefix is computed. It grows when it must.
     numerics, engine, edit
@@ -129,7 +142,11 @@ logits_processors, seed, stop_ids, stop
     [1592, 256, 13, 2022]
 
     """
-    batch, single = _as_batch(input_ids)
+    batch, single = _as_batch(input_ids if attention_mask is None else unpadded(input_ids, attention_mask))
+    if num_return_sequences != 1:
+        if not (isinstance(num_return_sequences, int) and num_return_sequences > 1):
+            raise ValueError(f"num_return_sequences must be a whole number from 1, got {num_return_sequences!r}")
+        batch, single = [prompt for prompt in batch for _ in range(num_return_sequences)], False
     if cache is None:
         cache = new_cache(config, batch, checked(settings)["max_new_tokens"], numerics)
     new: list[list[int]] = [[] for _ in batch]
@@ -196,6 +213,7 @@ def steps(
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
     if cache is None:
         cache = new_cache(config, batch, chosen["max_new_tokens"], numerics)
+    _check_ids(chosen, config)
     context = config.max_position_embeddings
     prompts = [checked_sequence(prompt, config) for prompt in batch]
     for row, prompt in enumerate(prompts):
@@ -204,16 +222,18 @@ def steps(
                 f"input_ids: prompt {row} has {len(prompt)} tokens; the context of this model is {context}"
             )
     # the last new token is never an input, so it needs no room
-    most = [min(chosen["max_new_tokens"], context + 1 - len(prompt)) for prompt in prompts]
+    longest = min(context + 1, chosen["max_length"] or context + 1)
+    most = [min(chosen["max_new_tokens"], longest - len(prompt)) for prompt in prompts]
+    if min(most) < 1:
+        raise ValueError(f"max_length={longest}: prompt {most.index(min(most))} is that long, or longer, already")
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
     check_cache(cache, weights, config, named(numerics, engine), len(batch), 0)
     require_unchanged(weights)
     require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-    stop_ids = frozenset(config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])
     computation: dict[str, Any] = {"numerics": numerics, "engine": engine, "edit": edit}
-    return _run(weights, config, prompts, cache, most, room, stop_ids, chosen, computation, progress)
+    return _run(weights, config, prompts, cache, most, room, chosen, computation, progress)
 
 
 def _run(
@@ -223,18 +243,19 @@ def _run(
     cache: KVCache,
     most: list[int],
     room: int,
-    stop_ids: frozenset[int],
     settings: dict[str, Any],
     computation: dict[str, Any],
     progress: Progress | None,
 ) -> Iterator[Step]:
     """Yield the steps of prompts that were checked, each at most `most` long; the cache has `room` positions."""
-    numerics, stop = computation["numerics"], settings["stop"]
-    generators = [np.random.default_rng(settings["seed"]) for _ in prompts]
-    logits = [
-        _prefill(weights, config, prompt, cache.select([row]), computation, progress)
-        for row, prompt in enumerate(prompts)
-    ]
+    numerics, stop, stop_ids = computation["numerics"], settings["stop"], settings["stop_ids"]
+    generators = _generators(settings["seed"], len(prompts))
+    began = time.monotonic()
+    logits: list[Array] = []
+    for row, prompt in enumerate(prompts):
+        if row and prompt == prompts[row - 1] and computation["edit"] is None:  # one of several answers to a prompt
+            _copy(cache, row - 1, row, len(prompt))
+        logits.append(_prefill(weights, config, prompt, cache.select([row]), computation, progress))
     new: list[list[int]] = [[] for _ in prompts]
     ids = np.zeros((len(prompts), room + 1), np.int64)  # of prompts and answers, to be compared with the cache's
     for row, prompt in enumerate(prompts):
@@ -244,11 +265,13 @@ def _run(
         going_on: list[int] = []
         for row, row_logits in zip(active, logits, strict=True):
             end = len(prompts[row]) + len(new[row])
-            require_finite(row_logits, weights, config, ids[row, :end], numerics)
+            if not settings["remove_invalid_values"]:
+                require_finite(row_logits, weights, config, ids[row, :end], numerics)
             chosen = sample(row_logits, settings, generators[row], ids[row, :end], len(new[row]))
             ids[row, end] = chosen
             new[row].append(chosen)
             done = len(new[row]) == most[row] or chosen in stop_ids or (stop is not None and stop(new[row]))
+            done = done or (settings["max_time"] is not None and time.monotonic() - began > settings["max_time"])
             if not done:
                 going_on.append(row)
             yield Step(row, chosen, row_logits, done)
@@ -259,6 +282,39 @@ def _run(
                     raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
             newest = [[new[row][-1]] for row in active]
             logits = list(forward(weights, config, newest, cache.select(active), last_only=True, **computation)[:, 0])
+
+
+def _copy(cache: KVCache, source: int, target: int, length: int) -> None:
+    """Copy the first positions of one sequence of a cache to another."""
+    a, b = cache.rows[[source, target]]
+    for held in (cache.k, cache.v):
+        held[:, b, :, :length] = held[:, a, :, :length]
+    cache.ids[b, :length], cache.lengths[b] = cache.ids[a, :length], length
+
+
+def _generators(seed: int | Sequence[int] | None, rows: int) -> list[np.random.Generator]:
+    """Return a generator for each row: of (seed, row), for row 0 of seed itself."""
+    if seed is None:
+        return [np.random.default_rng() for _ in range(rows)]
+    parts = [*seed] if isinstance(seed, Sequence) else [seed]
+    return [np.random.default_rng([*parts, row] if row else parts) for row in range(rows)]
+
+
+def _check_ids(chosen: dict[str, Any], config: Config) -> None:
+    """Make the stop ids a set. Raises ValueError for ids of settings that the vocabulary does not have."""
+    if chosen["stop_strings"]:
+        raise ValueError("stop_strings need a tokenizer: Model.generate has one; here stop= takes a callable")
+    end, biases = chosen["forced_eos_token_id"], chosen["sequence_bias"] or ()
+    given: dict[str, Any] = {
+        "stop_ids": chosen["stop_ids"] or (),
+        "bad_words_ids": [i for word in chosen["bad_words_ids"] or () for i in word],
+        "sequence_bias": [i for ids, *_ in (biases.items() if isinstance(biases, dict) else biases) for i in ids],
+        "forced_eos_token_id": end if isinstance(end, Collection) else () if end is None else [end],
+    }
+    for name, ids in given.items():
+        if beyond := [i for i in ids if not 0 <= i < config.vocab_size]:
+            raise ValueError(f"{name}: the vocabulary has no id {beyond[0]}; its ids are 0 to {config.vocab_size - 1}")
+    chosen["stop_ids"] = frozenset(config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])
 
 
 def _without_sampling(settings: GenerationSettings) -> dict[str, Any]:
@@ -313,6 +369,18 @@ def stop_at(pieces: Iterable[str], stop_strings: Collection[str]) -> Iterator[st
             held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def said_in(tokenizer: Tokenizer, strings: Collection[str]) -> Callable[[list[int]], bool]:
+    """Return a rule `stop` for generate: whether the text of the newest ids ends, or goes past, one of the strings."""
+    # every token that says something is a byte or more, so a stop string lies within this many tokens
+    width = 4 + max((len(string.encode()) for string in strings), default=0)
+
+    def ended(new: list[int]) -> bool:
+        tail = tokenizer.decode(new[-width:], skip_special_tokens=True) if strings else ""
+        return any(string in tail for string in strings)
+
+    return ended
 
 
 def _as_batch(input_ids: Ids | Batch) -> tuple[Batch, bool]:

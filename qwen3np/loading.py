@@ -20,14 +20,15 @@ from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
-from qwen3np.generate import Batch, Ids, Progress, generate, stream
+from qwen3np.generate import Batch, Ids, Progress, generate, said_in, stream
 from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
 from qwen3np.numerics import Array, Edit, Trace
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
+from qwen3np.rules import rules
 from qwen3np.scoring import score
-from qwen3np.settings import GenerationSettings, lists_settings
+from qwen3np.settings import GenerationSettings, from_file, lists_settings
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.weights import Weights, count_parameters
 
@@ -48,6 +49,7 @@ class ForwardOptions(TypedDict, total=False):
     head: bool
     trace: Trace | None
     edit: Edit | None
+    attention_mask: ArrayLike | None
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -109,6 +111,8 @@ class Model:
         engine: str = "fast",
         progress: Progress | None = None,
         edit: Edit | None = None,
+        attention_mask: ArrayLike | None = None,
+        num_return_sequences: int = 1,
         **settings: Unpack[GenerationSettings],
     ) -> tuple[list[int], KVCache]: ...
     @overload
@@ -121,6 +125,8 @@ class Model:
         engine: str = "fast",
         progress: Progress | None = None,
         edit: Edit | None = None,
+        attention_mask: ArrayLike | None = None,
+        num_return_sequences: int = 1,
         **settings: Unpack[GenerationSettings],
     ) -> tuple[list[list[int]], KVCache]: ...
     @lists_settings
@@ -133,11 +139,14 @@ class Model:
         engine: str = "fast",
         progress: Progress | None = None,
         edit: Edit | None = None,
+        attention_mask: ArrayLike | None = None,
+        num_return_sequences: int = 1,
         **settings: Unpack[GenerationSettings],
     ) -> tuple[Any, KVCache]:
         """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
         options: dict[str, Any] = {"cache": cache, "numerics": numerics, "engine": engine, "progress": progress}
-        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        options |= {"attention_mask": attention_mask, "num_return_sequences": num_return_sequences}
+        chosen = self.generation_settings(settings)
         return generate(self.weights, self.config, input_ids, edit=edit, **options, **chosen)
 
     @lists_settings
@@ -154,7 +163,7 @@ class Model:
     ) -> Iterator[int]:
         """Yield new ids; see qwen3np.stream. Settings left out come from generation_config.json."""
         options: dict[str, Any] = {"cache": cache, "numerics": numerics, "engine": engine, "progress": progress}
-        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        chosen = self.generation_settings(settings)
         return stream(self.weights, self.config, input_ids, edit=edit, **options, **chosen)
 
     @lists_settings
@@ -242,24 +251,34 @@ class Model:
     def _ids(self, text: str | Ids) -> Any:
         return self.text.encode(text) if isinstance(text, str) else text
 
+    def generation_settings(self, settings: Mapping[str, Any]) -> GenerationSettings:
+        """Return these settings over generation_defaults, and stop_strings, which need the tokenizer, as `stop`."""
+        defaults = self.generation_defaults()
+        if "max_new_tokens" in settings:  # wins over the file's max_length, as in transformers
+            defaults.pop("max_length", None)
+        chosen = cast("dict[str, Any]", {**defaults, **settings})
+        strings, stop = chosen.pop("stop_strings", None), chosen.get("stop")
+        if strings:
+            ended = said_in(self.text, [strings] if isinstance(strings, str) else strings)
+            chosen["stop"] = ended if stop is None else lambda new: stop(new) or ended(new)
+        return cast("GenerationSettings", chosen)
+
     def generation_defaults(self) -> GenerationSettings:
         """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
 
-        Its filters count only with do_sample, as in transformers, and those it leaves out are off; without do_sample
-        decoding is greedy. The stop ids come from config.json where generation_config.json has none.
+        Everything that is a logits processor or a stopping rule counts, as in transformers: see settings.from_file. The
+        stop ids come from config.json where generation_config.json has none. What asks for another algorithm, such as
+        num_beams, is passed on too, and refused when something is generated unless an argument overrides it.
         """
-        given = {key: value for key, value in self.generation_config.items() if value is not None}
-        eos: int | list[int] | tuple[int, ...] = given.get("eos_token_id", self.config.eos_token_id)
+        given = self.generation_config
+        eos: Any = given.get("eos_token_id")
+        eos = self.config.eos_token_id if eos is None else eos
+        ends: list[int] = [eos] if isinstance(eos, int) else list(eos)
         defaults: GenerationSettings = {
-            "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
-            "stop_ids": (eos,) if isinstance(eos, int) else tuple(eos),
-            "temperature": 0.0,
+            "max_new_tokens": given.get("max_length") or DEFAULT_MAX_NEW_TOKENS,
+            "stop_ids": tuple(i for i in ends if 0 <= i < self.config.vocab_size),
         }
-        if given.get("do_sample"):
-            defaults["temperature"] = given.get("temperature", 1.0)
-            defaults |= cast("GenerationSettings", {k: given[k] for k in ("top_k", "top_p", "min_p") if k in given})
-        if "repetition_penalty" in given:
-            defaults["repetition_penalty"] = given["repetition_penalty"]
+        defaults |= from_file(given)
         return defaults
 
 
@@ -307,20 +326,19 @@ def load(
 
 def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
     """Return generation_config if what is read of it is of the right type. Raises ConfigError, which names the key."""
-    numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    known = rules(GenerationSettings)
     for key, value in generation_config.items():
         if value is None:
             continue
-        if key in numbers and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
-            raise ConfigError(f"{key} = {value!r} is not a finite number")
-        if key == "max_new_tokens" and type(value) is not int:
-            raise ConfigError(f"{key} = {value!r} is not a whole number")
         if key == "do_sample" and type(value) is not bool:
             raise ConfigError(f"{key} = {value!r} is neither true nor false")
         if key == "eos_token_id":
             ids: list[Any] = cast("list[Any]", value) if type(value) is list else [value]
             if not all(type(token) is int for token in ids):
                 raise ConfigError(f"{key} = {value!r} is neither a token id nor a list of them")
+    for key, value in from_file(generation_config).items():
+        if key in known and not known[key].holds(value):
+            raise ConfigError(f"{key} = {value!r} must be {known[key].supported}")
     return generation_config
 
 
