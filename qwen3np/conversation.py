@@ -93,7 +93,7 @@ class Conversation:
     ) -> Generator[int]:
         """Add a user's message and yield the ids of the answer as they come; both stay in the conversation.
 
-        text may also be a message, or several, of any role: results of tools, for example. The calls of the answer are
+        text may also be a message, or several, of any role: a tool's result, for example. The calls of an answer are
         then in messages[-1]["tool_calls"]. options are those of qwen3np.generate, over the checkpoint's own defaults; an
         answer also ends where the chat template ends a turn. template_options: tools=..., enable_thinking=...
 
@@ -151,3 +151,22 @@ class Conversation:
     def reset(self) -> None:
         """Forget all messages but the system message. What the cache holds of that stays useful."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def drop(self, turns: int) -> int:
+        """Forget the oldest turns, each a user's message with what followed; return how many there were to forget."""
+        starts = self._turns()[: turns + 1]
+        system = len(self.messages[:1]) if self.messages and self.messages[0]["role"] == "system" else 0
+        end = starts[turns] if len(starts) > turns else len(self.messages)
+        self.messages = self.messages[:system] + self.messages[end:]
+        return min(turns, len(starts))
+
+    def undo(self) -> str | None:
+        """Take back the last turn; return its user's message, or None where there is none."""
+        if not (starts := self._turns()):
+            return None
+        message = self.messages[starts[-1]]
+        del self.messages[starts[-1] :]
+        return message["content"]
+
+    def _turns(self) -> list[int]:
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]

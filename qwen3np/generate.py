@@ -144,9 +144,9 @@ def generate(
     """
     batch, single = _as_batch(input_ids if attention_mask is None else unpadded(input_ids, attention_mask))
     if num_return_sequences != 1:
-        if not (isinstance(num_return_sequences, int) and num_return_sequences > 1):
+        if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be a whole number from 1, got {num_return_sequences!r}")
-        batch, single = [prompt for prompt in batch for _ in range(num_return_sequences)], False
+        batch, single = cast("Batch", [prompt for prompt in batch for _ in range(num_return_sequences)]), False
     if cache is None:
         cache = new_cache(config, batch, checked(settings)["max_new_tokens"], numerics)
     new: list[list[int]] = [[] for _ in batch]

@@ -31,11 +31,11 @@ def _number(holds: Callable[[Any], bool], supported: str, default: Any = None, k
 
 def _is_seed(x: Any) -> bool:
     parts: list[Any] = list(x) if isinstance(x, Sequence) and not isinstance(x, str) else [x]
-    return bool(parts) and all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in parts)
+    return bool(parts) and all(map(_COUNT.holds, parts))
 
 
 def _is_ids(x: Any) -> bool:
-    return isinstance(x, Collection) and all(isinstance(i, Integral) and i >= 0 for i in x)
+    return isinstance(x, Collection) and all(map(_COUNT.holds, x))
 
 
 def _is_words(x: Any) -> bool:
@@ -45,7 +45,7 @@ def _is_words(x: Any) -> bool:
 def _is_biases(x: Any) -> bool:
     pairs: Any = x.items() if isinstance(x, Mapping) else x
     try:
-        return all(_is_words([list(ids)]) and isinstance(bias, Real) and -inf < bias < inf for ids, bias in pairs)
+        return all(_is_words([list(ids)]) and _FINITE.holds(bias) for ids, bias in pairs)
     except (TypeError, ValueError):
         return False
 
@@ -56,6 +56,7 @@ def _is_decay(x: Any) -> bool:
     )
 
 
+_FINITE = _number(lambda x: -inf < x < inf, "a finite number")
 _COUNT = _number(lambda n: n >= 0, "a whole number from 0", kind=Integral)
 _POSITIVE = _number(lambda r: 0 < r < inf, "a finite number > 0")
 _SHARE = _number(lambda p: 0 < p <= 1, "a number in (0, 1]")
@@ -77,8 +78,8 @@ class GenerationSettings(TypedDict, total=False):
     ]
     encoder_repetition_penalty: Annotated[float | None, _POSITIVE]
     repetition_penalty: Annotated[float | None, _POSITIVE]  # Keskar et al. 2019, arXiv:1909.05858
-    presence_penalty: Annotated[float | None, _number(lambda p: -inf < p < inf, "a finite number")]
-    frequency_penalty: Annotated[float | None, _number(lambda p: -inf < p < inf, "a finite number")]
+    presence_penalty: Annotated[float | None, _FINITE]
+    frequency_penalty: Annotated[float | None, _FINITE]
     no_repeat_ngram_size: Annotated[int | None, _COUNT]
     encoder_no_repeat_ngram_size: Annotated[int | None, _COUNT]
     bad_words_ids: Annotated[Sequence[Sequence[int]] | None, Rule(_is_words, "a list of lists of ids", None)]

@@ -150,6 +150,11 @@ class Tokenizer:
             text = text.replace(token, f"{token[:1]}{_APART}{token[1:]}")
         return text
 
+    @staticmethod
+    def unescaped(text: str) -> str:
+        """`text` as it was before `escaped`."""
+        return text.replace(_APART, "")
+
     def encode_escaped(self, text: str) -> list[int]:
         """The ids of a text with parts that are `escaped`; decoded, they give these parts as they were."""
         return [i for part in text.split(_APART) for i in self.encode(part)]

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from qwen3np import Conversation
+from qwen3np import Conversation, terminal
 from qwen3np.commands import chat as module
 
 
@@ -38,7 +38,8 @@ ANSWER = "<think>\nHm.\n</think>\n\nBlue — really."
 def test_reasoning_is_dimmed_on_a_terminal_and_plain_elsewhere(chat, capsys, monkeypatch):
     chat(ANSWER).take("Why?")
     assert capsys.readouterr().out == ANSWER + "\n"
-    monkeypatch.setattr(module, "_style", lambda code: f"<{code}>")
+    monkeypatch.setattr(module, "style", lambda code: f"<{code}>")
+    monkeypatch.setattr(terminal, "style", lambda code: f"<{code}>")
     chat(ANSWER).take("Why?")
     assert capsys.readouterr().out == "<2><think>\nHm.\n</think><0>\n\nBlue — really.<0>\n"
 
@@ -66,7 +67,7 @@ def test_commands(chat, capsys, tmp_path):
         "/reset",
         "Again",
         f"/save {tmp_path}/c.json",
-        "/system",
+        "/system none",
         "Bye",
         "/think on",
     ):
@@ -111,7 +112,7 @@ def test_the_line_of_costs(chat, capsys):
 @pytest.mark.parametrize("content", ['{"messages": ""}', '{"messages": {}}', "[" * 200_000, "{}", '{"messages": [1]}'])
 def test_what_is_no_saved_conversation(chat, tmp_path, content):
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match="not a saved conversation"):
+    with pytest.raises(ValueError, match=r"bad.json: (not JSON|needs a list of messages)"):
         chat().take(f"/load {tmp_path}/bad.json")
 
 

@@ -40,7 +40,7 @@ def model(builtin):
 @pytest.fixture(scope="module")
 def endless(model):
     """Flags without which the greedy text could end: instead of the usual tokens, one that it never says ends it."""
-    return "--stop-id", str(model.tokenizer.token_to_id("<|video_pad|>"))
+    return "--set", f"stop_ids=[{model.tokenizer.token_to_id('<|video_pad|>')}]"
 
 
 @pytest.fixture
@@ -260,16 +260,16 @@ def test_errors_of_threads(run, command, count, monkeypatch):
         (("generate", "--temperature", "-1", "x"), "temperature must be a finite number >= 0 (0 is greedy), got -1.0"),
         (("generate", "--file", "nowhere", "x"), "a prompt and --file are given; one of them is enough"),
         (("generate", "--file", "nowhere"), "No such file or directory"),
-        (("generate", "--think", "on", "x"), "--system and --think belong to --chat"),
+        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools belong to --chat"),
         (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
         (("generate", "--stop", "", "x"), "stop strings must not be empty"),
-        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, got -1"),
+        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, or several, got -1"),
         (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
         (("embed", "--file", "nowhere"), "No such file or directory"),
-        (("embed", "--file", "nowhere", "x"), "texts and --file are given; one of them is enough"),
+        (("embed", "--file", "nowhere", "x"), "a text and --file are given; one of them is enough"),
         (("embed", "--dimensions", "0", "x"), "dimensions must be a whole number from 1 to 160"),
         (("embed", "--out", "x.csv", "x"), "--out x.csv: the name must end with one of .npy, .npz, .jsonl"),
         (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
@@ -290,7 +290,7 @@ def test_errors_are_one_line(run, arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), (), ("embed", "x"), ("rerank", "q", "x")],
+    [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), ("embed", "x"), ("rerank", "q", "x")],
 )
 def test_errors_of_arguments_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as end:
