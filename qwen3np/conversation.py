@@ -56,6 +56,19 @@ class Conversation:
     The answers go back into the next prompt as the ids that the model chose, not as their text encoded anew (which
     can give other ids), as long as the chat template repeats them unchanged: then nothing is computed twice. Where it
     does not (Qwen3's hybrid models drop earlier reasoning), the cache serves up to the first difference.
+
+    A model that calls functions, gets their results and goes on:
+
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
+            "a": {"type": "number"}, "b": {"type": "number"}}}}}]
+        functions = {"add": lambda a, b: a + b}
+        conversation = Conversation(model)
+        answer = conversation.say("What is 17 + 25?", tools=tools)
+        while calls := answer.get("tool_calls"):
+            called = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+            results = [json.dumps(functions[name](**arguments)) for name, arguments in called]
+            answer = conversation.say([{"role": "tool", "content": result} for result in results], tools=tools)
+        print(answer["content"])
     """
 
     model: Model
@@ -93,8 +106,8 @@ class Conversation:
     ) -> Generator[int]:
         """Add a user's message and yield the ids of the answer as they come; both stay in the conversation.
 
-        text may also be a message, or several, of any role: a tool's result, for example. The calls of an answer are
-        then in messages[-1]["tool_calls"]. options are those of qwen3np.generate, over the checkpoint's own defaults; an
+        text may also be a message, or several, of any role: a tool's result, for example. The calls of an answer are in
+        messages[-1]["tool_calls"] then. options are those of qwen3np.generate, over the checkpoint's own defaults; an
         answer also ends where the chat template ends a turn. template_options: tools=..., enable_thinking=...
 
         An answer that is cut off (the caller stops listening, or interrupts) stays as far as it came; without one the

@@ -195,6 +195,7 @@ class Model:
         instruction: str | None = None,
         dimensions: int | None = None,
         *,
+        attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
         progress: Progress | None = None,
@@ -203,7 +204,8 @@ class Model:
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        vectors = embed(self, many, instruction, dimensions, numerics=numerics, engine=engine, progress=progress)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "progress": progress}
+        vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(
@@ -237,6 +239,20 @@ class Model:
 
         self.forward(self._ids(text), numerics=numerics, engine=engine, trace=keep)
         return seen
+
+    def hidden_states(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
+        """Return the state of each token of a text, or of ids, after the embedding and after each layer: (L + 1, S, D).
+
+        As the hidden states of transformers, but that these have the final norm on the last.
+        """
+        points = self.trace(text, numerics=numerics, engine=engine, points="model.embed_tokens,model.layers.*")
+        names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(self.config.num_hidden_layers))]
+        return np.stack([points[name][0] for name in names])
+
+    def attention_maps(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
+        """Return how much each token of a text, or of ids, looks at each one, by layer and head: (L, H, S, S)."""
+        points = self.trace(text, numerics=numerics, engine=engine, points="*.self_attn.probs")
+        return np.stack([points[f"model.layers.{n}.self_attn.probs"][0] for n in range(self.config.num_hidden_layers)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, config, tokenizer and generation_config.json to a new folder, which loads as this model."""
@@ -302,6 +318,8 @@ def load(
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
     folder = resolve(name_or_path, revision=revision, progress=progress)
+    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     config, weights = read_checkpoint(folder)
     generation_config: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
@@ -355,7 +373,7 @@ def _copy_fits(size: int, progress: bool) -> bool:
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, which all threads make."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
     pairs = [(copies[name].reshape(-1), tensor.reshape(-1)) for name, tensor in weights.items()]

@@ -176,7 +176,11 @@ class Chat:
     def answer(self, message: str) -> None:
         """Print the answer to a message as it comes, and on stderr what it cost. In a terminal, Ctrl-C ends it."""
         conversation, context = self.conversation, self.conversation.model.config.max_position_embeddings
-        ends = Ends(conversation.tokenizer, conversation.tokenizer.turn_ends.union(self.options["stop_ids"]), self.stop)
+        ends = Ends(
+            conversation.tokenizer,
+            conversation.tokenizer.turn_ends | frozenset[int](self.options["stop_ids"]),
+            self.stop,
+        )
         bar = progress_bar(None, "prompt")
         began = time.perf_counter()
         times: list[float] = []
