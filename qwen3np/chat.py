@@ -90,7 +90,7 @@ def render_chat(
         text = _render(template, json.loads(job)["variables"])
     else:
         text = _render_apart(job)
-    return _cut(text) if continue_final_message else text
+    return _cut(text, _text_of(checked[-1])) if continue_final_message else text
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
@@ -109,10 +109,10 @@ def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*messages[:-1], last]
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, final: str) -> str:
     """The rendered text up to the mark; a template that strips its space strips what stands before it, too."""
     before, mark, after = text.rpartition(_MARK.strip())
-    if not mark:
+    if not mark or final.strip() not in text.replace(mark, ""):
         raise ValueError("continue_final_message: the chat template does not repeat the last message's content")
     return before if after.startswith(" ") else before.rstrip()
 

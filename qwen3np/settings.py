@@ -51,9 +51,8 @@ def _is_biases(x: Any) -> bool:
 
 
 def _is_decay(x: Any) -> bool:
-    return (
-        isinstance(x, Sequence) and len(x) == 2 and isinstance(x[0], Integral) and isinstance(x[1], Real) and x[1] > 0
-    )
+    pair: list[Any] = list(x) if isinstance(x, Sequence) else []
+    return len(pair) == 2 and _COUNT.holds(pair[0]) and _POSITIVE.holds(pair[1])
 
 
 _FINITE = _number(lambda x: -inf < x < inf, "a finite number")

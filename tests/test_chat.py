@@ -360,3 +360,15 @@ def test_transformers_renders_the_same_of_other_templates(messages, tools):
     """
     theirs = transformers_renders(template, messages, tools=tools, color="blue")
     assert ours_renders(template, messages, tools=tools, add_generation_prompt=False, color="blue") == theirs
+
+
+@pytest.mark.oracle
+@needs_data
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+@settings(max_examples=200, deadline=None)
+@given(messages=messages, text=st.text("ab \n</>", min_size=1, max_size=8).filter(str.strip))
+def test_transformers_continues_the_same(file, messages, text):
+    template = file.read_text(encoding="utf-8")
+    messages = [*messages, {"role": "assistant", "content": text}]
+    theirs = transformers_renders(template, messages, continue_final_message=True)
+    assert ours_renders(template, messages, continue_final_message=True) == theirs

@@ -407,10 +407,12 @@ def test_files_of_messages_and_tools(run, tmp_path, model):
     result = json.loads(run("generate", "--json", "--messages", str(tmp_path / "m.json")))
     template = model.tokenizer.apply_chat_template
     assert result["prompt"] == template(messages, continue_final_message=True)
-    more = ("--messages", str(tmp_path / "m.json"), "--tools", str(tmp_path / "t.json"), "--system", "Be short.")
+    more = ("--messages", str(tmp_path / "m.json"), "--system", "Be short.")
     result = json.loads(run("generate", "--json", *more, "And?"))
     system, asked = {"role": "system", "content": "Be short."}, {"role": "user", "content": "And?"}
-    assert result["prompt"] == template([system, *messages, asked], tools=json.loads((tmp_path / "t.json").read_text()))
+    assert result["prompt"] == template([system, *messages, asked])
+    assert run("generate", "--chat", "--tools", str(tmp_path / "t.json"), "x") == ""
+    assert "this model knows no tools" in run.stderr  # the words of its template, which got them
     assert run("generate", "--messages", str(tmp_path / "t.json")) == ""
     assert "has the role None" in run.stderr
 
@@ -566,3 +568,38 @@ def test_rope_scaling_of_recordings(run, tmp_path):
     run("compare", golden, golden, "--model", model)
     assert run.status == 2
     assert "its config is not that of" in run.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_is_shown_what_a_pipe_gets_raw():
+    import pty
+
+    said = "\x1b]0;title\x07\x1b[2J"
+    code = (
+        "import sys, qwen3np.terminal as t\n"
+        f"with t.guarded():\n    print({said!r} + 'x')\n    sys.stdout.writelines([{said!r}])"
+    )
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=theirs, check=True)
+    os.close(theirs)
+    seen = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert seen == r"\x1b]0;title\x07\x1b[2J" + "x\n" + r"\x1b]0;title\x07\x1b[2J"
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
+    assert piped.decode().replace("\r\n", "\n") == f"{said}x\n{said}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_ctrl_c_while_all_is_imported_gives_no_traceback(folder):
+    """Whenever it comes: the same for each of these moments, whatever the machine's speed."""
+    for delay in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0):
+        with subprocess.Popen(
+            [sys.executable, "-m", "qwen3np", "chat", "--lines", "--model", str(folder)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as started:
+            time.sleep(delay)
+            started.send_signal(signal.SIGINT)
+            _, err = started.communicate()
+        # before `import qwen3np` is reached, Python itself is starting, and says what it says
+        assert b"qwen3np" not in err or b"Traceback" not in err

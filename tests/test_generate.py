@@ -436,3 +436,38 @@ def test_the_repetition_penalty_counts_the_prompt(weights, config):
         assert new == [int(np.argmax(penalised))]
         differ += new != [int(np.argmax(logits))]
     assert differ
+
+
+def test_hidden_states_and_attention_maps(builtin):
+    ids = builtin.text.encode("The capital of France is")
+    states, maps = builtin.hidden_states("The capital of France is"), builtin.attention_maps(ids)
+    w, eps = builtin.weights, builtin.config.rms_norm_eps
+    np.testing.assert_array_equal(states[0], np.float32(w["model.embed_tokens.weight"][ids]))
+    x = states[-1] / np.sqrt((states[-1] ** 2).mean(-1, keepdims=True) + eps) * np.float32(w["model.norm.weight"])
+    logits = x @ np.float32(w["model.embed_tokens.weight"]).T  # tied
+    np.testing.assert_allclose(logits, builtin(ids)[0], rtol=0, atol=1e-3)
+    assert maps.shape == (4, 4, len(ids), len(ids))
+    np.testing.assert_allclose(maps.sum(-1), 1, rtol=0, atol=1e-5)
+    assert not np.triu(maps, 1).any()
+
+
+def test_a_state_of_another_prompt_changes_the_answer(builtin):
+    """Activation patching and steering, through generate."""
+    france, spain = ("What is the capital of France? It is", "What is the capital of Spain? It is")
+    there = builtin.hidden_states(spain)
+    ids = builtin.text.encode(france)
+    last = builtin.config.num_hidden_layers - 1
+
+    def patch(name, x):
+        if name == f"model.layers.{last}" and x.shape[1] == len(ids):
+            return np.concatenate([x[:, :-1], there[None, -1, -1:]], axis=1)
+        return None
+
+    patched = builtin.generate(ids, max_new_tokens=1, edit=patch)[0]
+    assert patched == builtin.generate(builtin.text.encode(spain), max_new_tokens=1)[0]
+    direction = np.float32(builtin.weights["model.embed_tokens.weight"][5])
+
+    def steer(name, x):
+        return x + 1e3 * direction if name == f"model.layers.{last}" else None
+
+    assert builtin.generate(ids, max_new_tokens=1, edit=steer)[0] == [5]

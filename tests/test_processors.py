@@ -77,7 +77,8 @@ def both(rng, names):
     try:
         return processed_logits(logits, settings, ids, new), scores[0].numpy()
     except ValueError as error:
-        assert "no id is left" in str(error) or "no finite maximum" in str(error)
+        if "no id is left" not in str(error) and "no finite maximum" not in str(error):
+            raise
         return None, scores[0].numpy()
 
 

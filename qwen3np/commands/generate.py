@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     prefilled = time.perf_counter()
 
     rows = _by_row(chain([first], found), tokenizer, len(prompts), arguments.top_logprobs if arguments.json else None)
-    count, cut = 0, 0
+    count, cut = 0, list[str]()
     for given_text, prompt, tokens in zip(inputs, prompts, rows, strict=True):
         answer: list[_Token] = []
         inside = given is not None and given_text.rstrip().endswith("<think>")
@@ -115,11 +115,12 @@ def run(arguments: argparse.Namespace) -> None:
                 sys.stdout.flush()
             print()
         count += len(answer)
-        cut += not options["stop"]([token.id for token in answer])
+        if not options["stop"]([token.id for token in answer]):
+            cut.append("--max-new-tokens" if len(answer) == options["max_new_tokens"] else "the end of the context")
     seconds = time.perf_counter() - prefilled
     rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 else "one token"
-    ended = "" if not cut else "; cut at --max-new-tokens, or the end of the context"
-    ended = ended if len(prompts) == 1 or not cut else f"{ended} ({cut} of {len(prompts)})"
+    ended = f"; cut at {' and '.join(sorted(set(cut)))}" if cut else ""
+    ended += f" ({len(cut)} of {len(prompts)})" if cut and len(prompts) > 1 else ""
     print(
         f"[prompt {sum(map(len, prompts))} tokens in {prefilled - loaded:.2f} s; answer {count} tokens, {rate}{ended}]",
         file=sys.stderr,
