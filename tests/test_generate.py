@@ -465,9 +465,11 @@ def test_a_state_of_another_prompt_changes_the_answer(builtin):
 
     patched = builtin.generate(ids, max_new_tokens=1, edit=patch)[0]
     assert patched == builtin.generate(builtin.text.encode(spain), max_new_tokens=1)[0]
-    direction = np.float32(builtin.weights["model.embed_tokens.weight"][5])
+    embedding, scale = (np.float32(builtin.weights[f"model.{name}.weight"]) for name in ("embed_tokens", "norm"))
+    direction = embedding[5]
 
     def steer(name, x):
         return x + 1e3 * direction if name == f"model.layers.{last}" else None
 
-    assert builtin.generate(ids, max_new_tokens=1, edit=steer)[0] == [5]
+    loudest = (embedding @ (scale * direction)).argmax()  # what that direction says once nothing else is heard
+    assert builtin.generate(ids, max_new_tokens=1, edit=steer)[0] == [loudest]

@@ -360,7 +360,8 @@ def test_broken_chat_template_entry(tmp_path, config):
         tokenizer.apply_chat_template(USER)
 
 
-def test_a_batch_of_texts(small):
+def test_a_batch_of_texts(builtin):
+    small = builtin.tokenizer
     assert small.encode(["a b", "c"]) == [small.encode("a b"), small.encode("c")]
     with pytest.raises(TypeError, match="a str or a list of str is needed, not int"):
         small.encode(3)
