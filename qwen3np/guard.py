@@ -20,7 +20,8 @@ from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ContextOverflowError, NonFiniteError
 from qwen3np.memory import require_cache, require_memory
 from qwen3np.numerics import Array, Edit, Numerics, Trace, named
-from qwen3np.weights import LoadedWeights, identity
+from qwen3np.padding import on_the_right, padded, unpadded
+from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
 LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
 CHUNK = 16  # positions that are searched together for numbers that are not finite: their scores are in memory at once
@@ -38,6 +39,7 @@ def forward(
     head: bool = True,
     trace: Trace | None = None,
     edit: Edit | None = None,
+    attention_mask: ArrayLike | None = None,
 ) -> Array:
     """Compute the logits of the next token after each position.
 
@@ -65,6 +67,9 @@ def forward(
         A callable (name, array), called once for each recorded point, in order. It may keep the array, not change it.
     edit
         A callable (name, array) -> array or None; an array takes the place of that point.
+    attention_mask
+        For padded ids (B, S): 1 for tokens, 0 for padding, on the left or on the right. Logits at padding are 0. Points
+        are those of the rows moved to the left.
 
     Returns
     -------
@@ -85,6 +90,12 @@ def forward(
     (1, 5, 2048)
 
     """
+    if attention_mask is not None:
+        if cache is not None:
+            raise ValueError("attention_mask: not with a cache, which knows where each of its sequences ends")
+        rows = unpadded(input_ids, attention_mask)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
+        return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)
     num = named(numerics, engine)
     require_unchanged(weights)
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
@@ -98,17 +109,32 @@ def forward(
         last += int(cache.lengths[cache.rows].max())
         _note(cache, weights, config, num, ids.shape[1])
     with num.ops.session(weights, config, ids.size, last, num):
-        return qwen3.forward(
-            weights,
-            config,
-            ids,
-            cache,
-            num,
-            last_only=last_only,
-            head=head,
-            trace=trace,
-            edit=None if edit is None else _checked_edit(edit),
-        )
+        try:
+            return qwen3.forward(
+                weights,
+                config,
+                ids,
+                cache,
+                num,
+                last_only=last_only,
+                head=head,
+                trace=trace,
+                edit=None if edit is None else _checked_edit(edit),
+            )
+        except (KeyError, ValueError):
+            require_tensors(weights, config)  # says which tensor is missing or of another shape
+            raise
+
+
+def require_tensors(weights: Mapping[str, Array], config: Config) -> None:
+    """Raise ValueError, with both shapes, for the first tensor of the model that is missing or of another shape."""
+    for name, shape in weight_shapes(config).items():
+        if name not in weights:
+            if name == "lm_head.weight":  # a model without a head still gives hidden states
+                continue
+            raise ValueError(f"weights: there is no {name}, which must be {shape}")
+        if np.shape(weights[name]) != shape:
+            raise ValueError(f"weights: {name} is {np.shape(weights[name])}, and must be {shape} (out, in)")
 
 
 def _checked_edit(edit: Edit) -> Edit:
