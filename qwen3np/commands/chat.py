@@ -153,7 +153,7 @@ class Chat:
     ) -> None:
         """Take the switches from the command line."""
         self.conversation = conversation
-        self.options = options
+        self.options: dict[str, Any] = options
         self.tools = tools
         self.stop: list[str] = arguments.stop
         self.hide_thinking: bool = arguments.hide_thinking
