@@ -32,7 +32,8 @@ Progress: TypeAlias = Callable[[int], object]
 
 def _number(holds: Callable[[Any], bool], supported: str, default: Any = None, kind: type = Real) -> Rule:
     def held(x: Any) -> bool:
-        return isinstance(x, kind) and not isinstance(x, bool) and abs(x) <= sys.float_info.max and holds(x)
+        too_large = isinstance(x, int) and abs(x) > sys.float_info.max
+        return isinstance(x, kind) and not isinstance(x, bool) and not too_large and holds(x)
 
     return Rule(held, supported, default)
 

@@ -8,10 +8,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen3np.commands import (
     Ends,
@@ -153,7 +153,7 @@ class Chat:
     ) -> None:
         """Take the switches from the command line."""
         self.conversation = conversation
-        self.options = options
+        self.options: dict[str, Any] = options
         self.tools = tools
         self.stop: list[str] = arguments.stop
         self.hide_thinking: bool = arguments.hide_thinking
