@@ -226,8 +226,9 @@ def _note(cache: KVCache, weights: Mapping[str, Array], config: Config, num: Num
     """Note with what an empty cache is filled, and how far memory is taken."""
     if not cache.lengths.any():
         cache.notes["origin"] = _Origin(weights, config, num)
-    filled = cache.notes.setdefault("filled", np.zeros_like(cache.lengths))  # the largest that each length has been
-    filled[cache.rows] = np.maximum(filled[cache.rows], cache.lengths[cache.rows] + new)
+    if "filled" not in cache.notes:
+        cache.notes["filled"] = np.zeros_like(cache.lengths)  # the largest that each length has been
+    np.maximum(cache.notes["filled"], cache.lengths + new, out=cache.notes["filled"])  # at most `new` too many
 
 
 # The fields of a config that keys and values do not depend on.
