@@ -954,7 +954,7 @@ GROUPS = [
         },
     ),
     (
-        "porting/compare.py",
+        "porting/judge.py",
         "compare",
         {
             "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
@@ -1175,7 +1175,7 @@ def main() -> int:
             print(f"without a bug, too, this fails: {by}")
             return 1
         for mutant, (found, line) in zip(chosen, pool.map(tried, chosen, repeat(project)), strict=True):
-            print(f"{mutant.name:50} {line}", flush=True)
+            print(f"{mutant.name:64} {line}", flush=True)
             caught += found
     print(f"{caught} of {len(chosen)} planted bugs caught")
     return int(caught < len(chosen))
