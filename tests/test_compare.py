@@ -16,7 +16,8 @@ from qwen3np import save_checkpoint
 from qwen3np.cli import main
 from qwen3np.numerics import BFLOAT16
 from qwen3np.porting import compare, read_dump, record
-from qwen3np.porting.dumps import LANES, LAST, namer, read_map
+from qwen3np.porting.dumps import namer, read_map
+from qwen3np.porting.shapes import LANES, LAST
 
 PROMPT, STEPS = 20, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"
@@ -51,7 +52,7 @@ def test_other_precisions_are_rounding(config, weights, golden, numerics):
     prefill = record(weights, config, golden.ids)
     found = compare(prefill, other, weights=weights)
     assert found.verdict == "rounding"
-    assert found.meaning == f"{found.precision} rounding only"
+    assert found.meaning == f"{found.precision} rounding only; all 41 recorded points compared"
     assert found.precision == ("bfloat16" if numerics == "bfloat16" else "float32")
 
 
@@ -141,6 +142,8 @@ def test_shifted_positions(config, golden, dump, shift):
     assert found.meaning.startswith(f"positions shifted by {shift},")
 
     dump["lm_head"] = dump["lm_head"] * 1.1
+    assert compare(golden, dump).first_point == "lm_head"
+    dump["decode.0.model.layers.1.self_attn.k_rope"] = golden.points["decode.0.model.layers.1.self_attn.k_rope"]
     found = compare(golden, dump)
     assert (found.verdict, found.first_point) == ("different", Q_ROPE)
     assert found.meaning == f"a bug at {Q_ROPE}: positions shifted by {shift}"
@@ -170,7 +173,7 @@ def test_permuted_lanes(config, weights, golden, dump):
             dump[name] = interleaved(dump[name], config)
     found = compare(golden, dump, weights=weights)
     assert found.verdict == "rounding"
-    assert found.meaning == "the same up to a permutation of the RoPE layout"
+    assert found.meaning.startswith("the same up to a permutation of the RoPE layout; all ")
     assert LANES in report(found, Q_ROPE).notes
 
 
@@ -250,7 +253,7 @@ def test_a_choice_between_equals_is_rounding(sparse):
     weights, golden, dump = other_choice(sparse, 3e-6)
     assert np.abs(dump[f"{MLP}experts"] - golden.points[f"{MLP}experts"])[0, 7].max() > 0.1
     found = compare(golden, dump, weights=weights)
-    assert (found.verdict, found.meaning) == ("rounding", "float32 rounding only")
+    assert (found.verdict, found.meaning) == ("rounding", "float32 rounding only; all 123 recorded points compared")
     blind = compare(golden, dump)
     assert blind.first_point == f"{MLP}experts"
     assert "other experts of nearly equal weight were chosen: see with --model" in blind.meaning
@@ -345,7 +348,7 @@ def test_layouts(golden, dump, point, change, note):
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
 def test_short_types(golden, dump, dtype):
     found = compare(golden, {name: x.astype(dtype) for name, x in dump.items()})
-    assert (found.verdict, found.precision) == ("rounding", "bfloat16")
+    assert (found.verdict, found.precision) == ("rounding", np.dtype(dtype).name)
     assert all(str(np.dtype(dtype)) in r.notes for r in found.points)
 
 
@@ -535,8 +538,8 @@ def test_unusable(config, weights, golden, dump, tmp_path):
     other[0, 4] += 1
     with pytest.raises(ValueError, match=f"other ids: {other[0, 4]} instead of {golden.ids[0, 4]} at position 4$"):
         compare(golden, dump | {"ids": other})
-    with pytest.raises(ValueError, match="precision='float16' is unknown; known: float32, bfloat16"):
-        compare(golden, dump, precision="float16")
+    with pytest.raises(ValueError, match="precision='float8' is unknown; known: float32, float16, bfloat16"):
+        compare(golden, dump, precision="float8")
     dump["model.layers.0.mlp.act"] = np.zeros((1, PROMPT, 7))
     found = compare(golden, dump)
     assert found.first_point == "model.layers.0.mlp.act"
@@ -563,7 +566,7 @@ def test_what_is_missing_is_said_only_where_it_is(golden, dump):
         bad = dump | {name: dump[name] * np.float32(1.01)}
         assert compare(golden, bad).meaning == f"a bug at {name}"
         del bad[before]
-        assert compare(golden, bad).meaning == f"a bug at {name}, or at a step before it that the dump does not have"
+        assert compare(golden, bad).meaning == f"a bug at {name}, or at a point before it that the dump does not have"
 
 
 def test_command(config, weights, golden, dump, tmp_path, capsys):
@@ -578,9 +581,9 @@ def test_command(config, weights, golden, dump, tmp_path, capsys):
 
     status, out = run(dump)
     assert status == 0
-    assert out.splitlines()[-1] == "equal in every bit"
+    assert out.splitlines()[-1] == "equal in every bit; all 123 recorded points compared"
     _, out = run(dump | {"a\x1b[2J\nname": np.zeros(3)})
-    assert out.splitlines()[-2] == r"1 not known: a\x1b[2J\nname"
+    assert out.splitlines()[-1].endswith(r"compared; not known: a\x1b[2J\nname")
     dump["lm_head"] = dump["lm_head"] + 1
     status, out = run(dump, "--json", "--model", str(tmp_path / "model"))
     found = json.loads(out)

@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
 from qwen3np.numerics import BFLOAT16, named
-from qwen3np.porting import diagnose, record
+from qwen3np.porting import record
 from qwen3np.porting.catalogue import BUGS as CATALOGUE
-from qwen3np.porting.points import STEPS, Rerun
+from qwen3np.porting.diagnose import diagnose
+from qwen3np.porting.points import POINTS, Rerun
 
 PROMPT, STEPS_FED = 20, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"
@@ -92,7 +93,7 @@ def test_where_it_is_wrong(golden, weights):
     dump = {name: x.copy() for name, x in golden.points.items()}
     dump[Q_ROPE][0, 2, 5:8] += 1
     found = diagnose(golden, dump, weights=weights)
-    assert found.known[1:] == ["wrong at 3 of 20 positions: 5, 6, 7", "wrong at 1 of 6 heads: 2"]
+    assert found.known[1:] == ["wrong at 3 of 20 positions: 5 to 7", "wrong at 1 of 6 heads: 2"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,9 @@ def test_scores_before_the_mask(config, weights, golden, change):
     mine = points(weights, replace(config, **change), golden)
     mine = {name: np.where(np.isneginf(x), 7, x) for name, x in mine.items()}
     assert diagnose(golden, mine, weights=weights).causes[0].sure
-    mine = {name: x * np.float32(4) if name.endswith("scores") else x for name, x in golden.points.items()}
+    table = next(bug for bug in CATALOGUE if bug.name == "attention: scores not scaled").planted(POINTS)
+    wrong = Rerun(weights, config, named("float32"), golden.passes, {}, table)
+    mine = {name: wrong.value(name) for name in golden.points}
     mine = {name: np.where(np.isneginf(x), 7, x) for name, x in mine.items() if not name.endswith("probs")}
     found = diagnose(golden, mine, weights=weights)
     assert found.first_point == "model.layers.0.self_attn.scores"
@@ -147,10 +150,10 @@ def test_unusable(golden, weights):
 def test_catalogue():
     """Every bug changes steps that there are, and says where to look."""
     for bug in CATALOGUE:
-        assert bug.steps, bug.name
+        assert bug.points, bug.name
         assert bug.look
-        assert {s for s in STEPS if bug.planted(STEPS)[s] is not STEPS[s]} == set(bug.steps)
-        assert all(part.steps == [step] for part, step in zip(bug.parts, bug.steps, strict=False))
+        assert {s for s in POINTS if bug.planted(POINTS)[s] is not POINTS[s]} == set(bug.points)
+        assert all(part.points == [point] for part, point in zip(bug.parts, bug.points, strict=False))
 
 
 def test_mask_bugs_keep_the_window(config):
@@ -158,10 +161,10 @@ def test_mask_bugs_keep_the_window(config):
     config = replace(config, **FAMILY["windows"])
     weights = trained_like(config, 0)
     golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT))
-    steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(STEPS)
+    steps = next(bug for bug in CATALOGUE if bug.name == "attention: causal mask missing").planted(POINTS)
     name = "model.layers.1.self_attn.scores"
     rerun = Rerun(weights, config, named("float32"), golden.passes, golden.points, steps)
-    seen = np.isfinite(rerun.step(name)[0, 0])
+    seen = np.isfinite(rerun.made(name)[0, 0])
     i, j = np.indices(seen.shape)
     np.testing.assert_array_equal(seen, j > i - 6)
 
@@ -178,7 +181,7 @@ def test_command(config, weights, golden, tmp_path, capsys):
         return end.value.code, capsys.readouterr()
 
     status, printed = run(golden.points)
-    assert (status, printed.out) == (0, "equal in every bit\n")
+    assert (status, printed.out) == (0, "equal in every bit; all 123 recorded points compared\n")
     mine = points(weights, replace(config, rope_theta=1e4), golden)
     status, printed = run(mine)
     assert status == 1

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawing import round_bfloat16
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qwen3np.numerics import named
 from qwen3np.ops import exact
 from qwen3np.ops.exact import elementary, rounding, sums
 
@@ -184,6 +186,35 @@ def test_means_that_are_ties(seed, k):
     same(exact.mean_square(x), [nearest(dot(x, x) / k)])
 
 
+@given(SEEDS, st.integers(1, 300), st.integers(1, 300))
+def test_many_terms_next_to_a_tie(seed, k, count):
+    """All bits of float64 in use, a sum that needs many more, a divisor, and a tie that tiny terms tip, or do not."""
+    rng = np.random.default_rng(seed)
+    terms = ((rng.random(k) + 0.5) * 2.0 ** rng.integers(-3, 3, k)).tolist()
+    total = sum(map(Fraction, terms))
+    tie = midpoint(np.float32(float(total / count))) * count
+    rest = tie - total
+    while rest:  # in as many float64 numbers as it takes
+        terms.append(float(rest))
+        rest -= Fraction(terms[-1])
+    terms += [2.0**-100, -(2.0**-100), 2.0**-280, -(2.0**-280)] * int(rng.integers(2))
+    terms.append([0.0, 2.0**-90, 2.0**-298, np.spacing(float(tie))][rng.integers(4)] * int(rng.choice([-1, 1])))
+    row = np.array([terms])[:, rng.permutation(len(terms))]
+    same(rounding.nearest_sums(row, count), [nearest(sum(map(Fraction, terms)) / count)])
+
+
+@given(SEEDS, st.integers(4, 40))
+def test_products_that_are_rounded_further(seed, k):
+    """Next to the middle between two bfloat16 numbers, float32 may round to the middle: bfloat16 then goes to even."""
+    rng, bfloat16 = np.random.default_rng(seed), named("bfloat16")
+    x, w, _ = hard_terms(rng, k)
+    y = bfloat16.round(rng.standard_normal(1).astype(np.float32))
+    half = np.copysign(np.ldexp(1.0, np.frexp(y[0])[1] - 9), y[0])  # of a step from y to the next bfloat16
+    x[:3], x[3:], w[:3] = [y[0], half, 2.0**-60 * rng.integers(-1, 2)], 0, 1
+    truth = round_bfloat16(np.array([nearest(dot(x, w))]))
+    same(sums.product(x[None].astype(np.float64), w[None].astype(np.float64), bfloat16.round)[0], truth)
+
+
 def test_what_is_not_finite():
     inf, nan, big = np.inf, np.nan, 3e38
     x = np.array([[inf, 1], [inf, 0], [nan, 1], [-inf, 1], [big, big], [0, 1]], np.float32)
@@ -321,6 +352,22 @@ def test_the_errors_of_the_elementary_functions_are_within_their_bounds():
         with localcontext(Context(prec=60)):
             for value, allowed, v in zip(s.tolist(), bound.tolist(), x.tolist(), strict=True):
                 assert abs(Decimal(value) - f(Decimal(v))) + Decimal(2) ** -53 * Decimal(abs(value)) < Decimal(allowed)
+
+
+def test_the_error_of_two_terms_is_within_its_bound(monkeypatch):
+    rng, seen = np.random.default_rng(0), []
+
+    def spy(*pair):
+        seen.append(pair)
+        return pair[0].astype(np.float32), np.zeros(len(pair[0]), np.bool_)
+
+    monkeypatch.setattr(elementary, "nearest_pairs", spy)
+    tiny = 2.0 ** rng.uniform(-60, -20, 100)
+    x = np.concatenate([rng.uniform(-103, 88, 300), rng.uniform(-0.1, 0.1, 100), tiny]).astype(np.float32)
+    elementary._exp_again(x)
+    with localcontext(Context(prec=60)):
+        for hi, lo, bound, v in zip(*(a.tolist() for a in (*seen[0], x)), strict=True):
+            assert abs(Decimal(hi) + Decimal(lo) - Decimal(v).exp()) + Decimal(abs(lo)) / 2**53 <= Decimal(bound)
 
 
 @given(st.floats(1.5, 1e8, width=32), SEEDS)

@@ -11,28 +11,31 @@ from qwen3np import read_checkpoint
 from qwen3np.cli import main
 from qwen3np.porting import Recording, record
 from qwen3np.porting.fixture import write_fixture
-from qwen3np.porting.record import distance
+from qwen3np.porting.record import distance, fingerprint
 
 
 def test_kit(tmp_path, capsys):
     """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
     main(["fixture", "-o", str(tmp_path / "kit")])
-    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied", "moe"}
+    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied", "moe", "wide"}
     assert [p.name for p in tmp_path.iterdir()] == ["kit"]
     with pytest.raises(SystemExit):
         main(["fixture", "-o", str(tmp_path / "kit")])
     assert "is there already" in capsys.readouterr().err
-    for name in ("tied", "untied", "moe"):
+    for name in ("tied", "untied", "moe", "wide"):
         folder = tmp_path / "kit" / name
         config, weights = read_checkpoint(folder)
-        tolerances = json.loads((folder / "tolerances.json").read_text())
-        golden = np.load(folder / "golden.npz")
-        recording = Recording.load(folder / "golden.safetensors")
+        assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+        values = folder / "values"
+        tolerances = json.loads((values / "tolerances.json").read_text())
+        golden = np.load(values / "golden.npz")
+        recording = Recording.load(values / "golden.safetensors")
+        assert recording.fingerprint == fingerprint(weights)
         assert set(golden.files) == {"ids", *recording.points}
-        parts = json.loads((folder / "ids.json").read_text())
+        parts = json.loads((values / "ids.json").read_text())
         assert [parts["prompt"] + parts["decode"]] == golden["ids"].tolist() == recording.ids.tolist()
         assert list(tolerances["float32"]) == list(recording.points)
-        assert max(tolerances["bfloat16"].values()) < 0.5  # 0.23; other ids in a decode step would make it above 1
+        assert max(tolerances["bfloat16"].values()) < 1  # 0.63 in moe; other ids in a decode step would make it larger
 
         def beyond(weights, precision, config=config, golden=golden, tolerances=tolerances):
             points = record(weights, config, golden["ids"][:, :256], numerics=precision).points
@@ -42,7 +45,7 @@ def test_kit(tmp_path, capsys):
         point = f"model.layers.1.mlp.{'gate' if name == 'moe' else 'up_proj'}"
         bad = weights | {f"{point}.weight": weights[f"{point}.weight"] * np.float32(1.0001)}
         assert beyond(bad, "float32")[0] == point
-    assert sum(file.stat().st_size for file in (tmp_path / "kit").rglob("*")) < 45e6  # 40 MB, most of it scores
+    assert sum(file.stat().st_size for file in (tmp_path / "kit").rglob("*")) < 70e6  # 60 MB, most of it scores
 
 
 @pytest.mark.oracle
@@ -52,11 +55,11 @@ def test_transformers_passes(tmp_path, dtype):
     oracle = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
     write_fixture(tmp_path / "kit")
     most = 0
-    for name in ("tied", "untied", "moe"):
+    for name in ("tied", "untied", "moe", "wide"):
         folder = tmp_path / "kit" / name
-        ids = json.loads((folder / "ids.json").read_text())
-        tolerances = json.loads((folder / "tolerances.json").read_text())[dtype]
-        golden, passes = np.load(folder / "golden.npz"), []
+        ids = json.loads((folder / "values" / "ids.json").read_text())
+        tolerances = json.loads((folder / "values" / "tolerances.json").read_text())[dtype]
+        golden, passes = np.load(folder / "values" / "golden.npz"), []
         model = oracle.model_of(*read_checkpoint(folder), dtype)
         oracle.prefill_and_decode(model, np.array([ids["prompt"] + ids["decode"]]), len(ids["decode"]), passes)
         prefixes = ("", "decode.0.", "decode.1.", "decode.2.")

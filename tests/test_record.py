@@ -65,7 +65,7 @@ def test_steps_make_the_points(config, weights, ids, numerics):
     for given in (golden.points, {}):
         rerun = Rerun(weights, config, named(numerics), golden.passes, given)
         for name, x in golden.points.items():
-            assert distance(rerun.step(name), x, 1)[0] <= limit, name
+            assert distance(rerun.made(name), x, 1)[0] <= limit, name
 
 
 @pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16", "bfloat16-grouped"])
@@ -87,7 +87,7 @@ def test_steps_of_the_family(numerics):
             for name in names:
                 x = golden.points[prefix + name]
                 assert x.shape == point_shape(name, config, *ids.shape, positions[0, -1] + 1), name
-                y = rerun.step(prefix + name)
+                y = rerun.made(prefix + name)
                 assert distance(y, x, 1)[0] <= limit, (seed, prefix + name)
                 np.testing.assert_array_equal(np.isneginf(y), np.isneginf(x))
     assert len(kinds) > 3
@@ -107,22 +107,22 @@ def test_steps_of_a_deep_model(config, ids):
     weights = trained_like(deep, 0)
     golden = record(weights, deep, ids, steps=1, points="lm_head")
     rerun = Rerun(weights, deep, named("float32"), golden.passes, {})
-    assert distance(rerun.step("decode.0.lm_head"), golden.points["decode.0.lm_head"], 1)[0] <= 1e-5
+    assert distance(rerun.made("decode.0.lm_head"), golden.points["decode.0.lm_head"], 1)[0] <= 1e-5
     inner = {name.rpartition(".")[2] for name in rerun.computed if "layers.7." in name}
     assert inner == {"k_rope", "v_proj"}
 
 
 def test_floors(config, weights, golden):
-    """They are distances from the float64 evaluation: nothing for what is gathered, 2^-8 and 2^-24 or so elsewhere."""
+    """They are distances from the float64 evaluation, of sums in any order: nothing for what is gathered."""
     truth = {}
     forward(weights, config, golden.ids, numerics="float64", trace=truth.__setitem__)
-    for name, (low, high) in {"float32": (1e-8, 1e-6), "bfloat16": (1e-3, 3e-2)}.items():
+    for name, (low, high) in {"float32": (1e-8, 4e-6), "float16": (1e-4, 4e-3), "bfloat16": (1e-3, 3e-2)}.items():
         floors = golden.floors[name]
         assert set(floors) == set(golden.points)
         assert all(low < overall < high for point, (overall, _) in floors.items() if "embed" not in point)
         assert all(worst >= 0.9 * overall for overall, worst in floors.values())
     measured = relative(golden.points["lm_head"], truth["lm_head"][:, :PROMPT])
-    assert golden.floors["float32"]["lm_head"][0] == pytest.approx(measured)
+    assert measured <= golden.floors["float32"]["lm_head"][0] < 4 * measured
     assert golden.floors["float32"]["model.embed_tokens"] == (0, 0)
 
 

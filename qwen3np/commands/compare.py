@@ -6,15 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from qwen3np.commands import add_model, scaled
 from qwen3np.errors import one_line
 from qwen3np.loading import load
 from qwen3np.numerics import Array
-from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump
+from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump, record
+from qwen3np.porting.align import PRECISIONS
 from qwen3np.porting.dumps import read_map
+from qwen3np.porting.hashes import differing, read_hashes
+from qwen3np.porting.points import split_layer
+from qwen3np.porting.record import fingerprint
 
 EXAMPLE = "qwen3np compare golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
 HELP = "compare the numbers of another implementation with a recording; status 0: rounding, 1: different, 2: unusable"
@@ -34,21 +41,33 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "mine",
         metavar="MINE",
-        help="a .safetensors, a .npz, a folder of .npy, or of transformers' model_addition_debugger_context",
+        help="a .safetensors, a .npz, a folder of .npy or of transformers' model_addition_debugger_context; or a .json "
+        "{point: SHA-256}, of a port that is exact itself",
     )
     parser.add_argument(
         "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'
     )
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), help="what the port computes in (default: as its numbers look)"
+        "--precision", choices=PRECISIONS, help="what the port computes in (default: as its numbers look)"
     )
+    required = "points that must be compared, patterns separated by commas: 'lm_head,decode.*'; status 2 without them"
+    parser.add_argument("--require", metavar="P", help=required)
+    other = "weights that the port has instead, such as dequantised ones: a folder, or a .safetensors by the same names"
+    parser.add_argument("--weights-from", metavar="W", help=other)
+    parser.add_argument("--brief", action="store_true", help="print no table: what is wrong, and how much was compared")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
+    if Path(arguments.mine).suffix == ".json":
+        _compare_hashes(arguments)
+        return
     found = reported(arguments, _compare, "points")
-    print(json.dumps(asdict(found)) if arguments.json else table(found, sys.stdout.isatty()))
+    text = table(found, sys.stdout.isatty() and not arguments.brief)
+    if arguments.brief:
+        text = text.splitlines()[-1]
+    print(json.dumps(asdict(found)) if arguments.json else text)
     sys.exit(found.verdict == "different")
 
 
@@ -65,26 +84,83 @@ def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace],
 
 def read(arguments: argparse.Namespace) -> tuple[Recording, dict[str, Array], dict[str, Any], dict[str, Any]]:
     """Return the recording, the dump, what the dump says of itself, and the options that the flags give."""
-    golden, (dump, about) = Recording.load(arguments.golden), read_dump(arguments.mine)
+    try:
+        golden = Recording.load(arguments.golden)
+    except ValueError as error:
+        if is_recording(arguments.mine):
+            raise ValueError(f"{arguments.mine} is a recording, {arguments.golden} is not: give GOLDEN first") from None
+        raise error
+    dump, about = read_dump(arguments.mine)
     names = read_map(arguments.map) if arguments.map else None
-    return golden, dump, about, {"names": names, "precision": arguments.precision}
+    require = [pattern.strip() for pattern in (arguments.require or "").split(",") if pattern.strip()]
+    return golden, dump, about, {"names": names, "precision": arguments.precision, "require": require}
 
 
-def read_weights(arguments: argparse.Namespace, golden: Recording) -> Mapping[str, Array]:
-    """Return the weights of --model. Raises ValueError where they are not of the recording's model."""
+def is_recording(path: str) -> bool:
+    """Whether a file is one that trace wrote."""
+    try:
+        Recording.load(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def read_weights(arguments: argparse.Namespace, golden: Recording) -> tuple[Recording, Mapping[str, Array]]:
+    """Return the recording and the weights of --model, or the ones that --weights-from makes of it.
+
+    Raises ValueError where the weights of --model are not those that were recorded.
+    """
+    if arguments.weights_from is not None:
+        path = Path(arguments.weights_from)
+        weights = read_dump(path)[0] if path.suffix == ".safetensors" else load(arguments.weights_from).weights
+        prompt, fed = np.split(golden.ids, [golden.ids.shape[1] - golden.steps], 1)
+        other = record(
+            weights,
+            golden.config,
+            prompt,
+            fed=fed if golden.steps else None,
+            numerics=golden.numerics,
+            tokens=golden.tokens,
+            heads=golden.heads,
+        )
+        return replace(other, points={name: other.points[name] for name in golden.points}), weights
     model = load(arguments.model, revision=arguments.revision)
+    named = arguments.model or "the built-in checkpoint"
     if scaled(model.config, arguments) != golden.config:
         raise ValueError(
-            f"{arguments.model or 'the built-in checkpoint'}: its config is not that of {arguments.golden}; "
-            "--model names the one that was recorded"
+            f"{named}: its config is not that of {arguments.golden}; --model names the one that was recorded"
         )
-    return model.weights
+    if golden.fingerprint not in (None, fingerprint(model.weights)):
+        raise ValueError(
+            f"{named}: its weights are not those of {arguments.golden}; --weights-from takes a port's own, "
+            "such as dequantised ones"
+        )
+    return golden, model.weights
 
 
 def _compare(arguments: argparse.Namespace) -> Comparison:
     golden, dump, about, options = read(arguments)
-    weights = None if arguments.model is None else read_weights(arguments, golden)
+    weights = None
+    if arguments.model is not None or arguments.weights_from is not None:
+        golden, weights = read_weights(arguments, golden)
     return compare(golden, dump, about, weights=weights, **options)
+
+
+def _compare_hashes(arguments: argparse.Namespace) -> None:
+    """Compare the hashes of points with those of a recording that the exact engine made."""
+    golden, mine = Recording.load(arguments.golden), read_hashes(Path(arguments.mine))
+    if golden.engine != "exact":
+        raise ValueError(f"{arguments.golden}: made by the {golden.engine} engine; hashes need one of --engine exact")
+    different, missing, unknown = differing(golden.sha256, mine)
+    compared = len(golden.points) - len(missing)
+    if not compared:
+        raise ValueError(f"{arguments.mine}: none of its {len(mine)} names is a point of {arguments.golden}")
+    for name in different:
+        print(f"{name}: other bits")
+    first = f"the first point with other bits: {different[0]}" if different else "the same bits"
+    left = f"; {len(unknown)} unknown names" if unknown else ""
+    print(f"{first}; compared {compared} of {len(golden.points)} points{left}")
+    sys.exit(bool(different))
 
 
 def table(found: Comparison, colour: bool) -> str:
@@ -92,10 +168,21 @@ def table(found: Comparison, colour: bool) -> str:
     width = max(len(report.name) for report in found.points)
     head = f"{'point':<{width}}{'rel L2':>10}{'floor':>10}{'added':>10}{'max abs':>10}{'ulp':>10}  token head  verdict"
     lines = [head, *(_line(report, width, colour) for report in found.points)]
-    for what, names in (("not in the dump", found.missing), ("not known", found.unknown)):
+    for what, names in (
+        ("not in the dump", found.missing),
+        ("not known", found.unknown),
+        ("in the map, but not in the dump", found.unmapped),
+    ):
         if names:
             shown = ", ".join(map(one_line, names[:5])) + (", ..." if len(names) > 5 else "")
             lines.append(f"{len(names)} {what}: {shown}")
+    own: dict[str, float] = {}
+    for report in found.points:
+        if report.adds and report.added is not None:
+            kind = split_layer(report.name)[1]
+            own[kind] = max(own.get(kind, 0.0), report.added)
+    if own:
+        lines.append("an error of its own adds: " + ", ".join(f"{kind} ({x:.1e})" for kind, x in own.items()))
     return "\n".join([*lines, found.meaning])
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from qwen3np.commands import add_model, named
 from qwen3np.commands.compare import add_dump, read, read_weights, reported
-from qwen3np.porting import Diagnosis, diagnose
-from qwen3np.porting.diagnose import share
+from qwen3np.porting.compare import share
+from qwen3np.porting.diagnose import Diagnosis, diagnose
 
 EXAMPLE = "qwen3np diagnose golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
 HELP = "try known bugs on the first wrong number of another implementation; status as that of compare"
@@ -25,14 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
     found = reported(arguments, _diagnose, "causes")
-    print(json.dumps(asdict(found)) if arguments.json else summary(found))
+    text = found.meaning if arguments.brief else summary(found)
+    print(json.dumps(asdict(found)) if arguments.json else text)
     sys.exit(found.verdict == "different")
 
 
 def _diagnose(arguments: argparse.Namespace) -> Diagnosis:
     golden, dump, about, options = read(arguments)
-    named(arguments)
-    return diagnose(golden, dump, about, weights=read_weights(arguments, golden), **options)
+    if arguments.weights_from is None:
+        named(arguments)
+    golden, weights = read_weights(arguments, golden)
+    return diagnose(golden, dump, about, weights=weights, **options)
 
 
 def summary(found: Diagnosis) -> str:

@@ -1,18 +1,11 @@
-"""The reference for ports: record every number on the way, and compare those of another implementation with them."""
+"""The reference for ports: record every number on the way, and compare those of another implementation with them.
 
-from qwen3np.porting.compare import Comparison, PointReport, compare
-from qwen3np.porting.diagnose import Cause, Diagnosis, diagnose
+`diagnose` is a module: `from qwen3np.porting.diagnose import diagnose`.
+"""
+
+from qwen3np.porting.compare import compare
 from qwen3np.porting.dumps import read_dump
+from qwen3np.porting.judge import Comparison, PointReport
 from qwen3np.porting.record import Recording, record
 
-__all__ = [
-    "Cause",
-    "Comparison",
-    "Diagnosis",
-    "PointReport",
-    "Recording",
-    "compare",
-    "diagnose",
-    "read_dump",
-    "record",
-]
+__all__ = ["Comparison", "PointReport", "Recording", "compare", "read_dump", "record"]

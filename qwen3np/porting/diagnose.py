@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
-from itertools import takewhile
+from functools import reduce
 from typing import Any
 
-import numpy as np
+from qwen3np.numerics import Array
+from qwen3np.porting.bench import TINY, Bench, Trial, by_rank, told_apart, usable
+from qwen3np.porting.catalogue import BUGS
+from qwen3np.porting.changes import Bug
+from qwen3np.porting.compare import Compared, compared, share
+from qwen3np.porting.fits import FAMILIES, fitted, neighbours
+from qwen3np.porting.matched import matches
+from qwen3np.porting.points import POINTS, split_layer
+from qwen3np.porting.record import Recording
+from qwen3np.porting.telltales import telltales
 
-from qwen3np.guard import position_axis
-from qwen3np.numerics import FLOAT64, Array
-from qwen3np.numerics import named as numerics_of
-from qwen3np.porting.catalogue import BUGS, Bug
-from qwen3np.porting.compare import (
-    MARGIN,
-    Aligned,
-    Comparison,
-    Found,
-    PointReport,
-    align,
-    gate_of,
-    judge,
-    kept,
-    reroute,
-    settle,
-    tolerance,
-)
-from qwen3np.porting.dumps import UNMASKED
-from qwen3np.porting.points import CHOICE, STEPS, Rerun, point_names, split_layer, split_pass
-from qwen3np.porting.record import HEADS, Recording, distance
-
-SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
 SHOWN = 5  # causes in a report
-TINY = float(np.finfo(np.float64).tiny)
 LEADERS = 3  # the bugs that are tried together with each other one
+ROUNDS = 3  # causes at different points that are looked for
 
 
 @dataclass(frozen=True)
@@ -44,10 +29,13 @@ class Cause:
     """A bug of the catalogue, or two, and the share of the squared error that goes with it."""
 
     name: str
-    step: str  # the first that it changes
+    step: str  # the first point that it changes
     explained: float
-    sure: bool  # it explains SURE of the error, and what is left is rounding
+    sure: bool  # it explains SURE of the error, what is left is rounding, and no point speaks against it
     look: str
+    scope: str = ""  # where it is, if not everywhere
+    alike: tuple[str, ...] = ()  # causes that this dump cannot tell apart from it
+    at: str = ""  # the point that it explains
 
 
 @dataclass(frozen=True)
@@ -64,242 +52,169 @@ class Diagnosis:
 
 def diagnose(
     golden: Recording,
-    dump: Mapping[str, Array],
+    dump: Mapping[str, Any],
     about: Mapping[str, Any] | None = None,
     *,
     weights: Mapping[str, Array],
     names: Mapping[str, str] | None = None,
     precision: str | None = None,
+    require: Sequence[str] = (),
+    bugs: Sequence[Bug] = (),
 ) -> Diagnosis:
     """Compare a dump with a recording, and try the catalogue of bugs where it goes wrong.
 
     Each bug is planted in the reference, which is run from the port's own numbers: those before the first wrong point,
-    or the ids alone where the port dumps no more than logits. Arguments and errors are those of compare.
+    or the ids alone where the port dumps no more than logits. bugs are some of your own, tried beside those of the
+    catalogue. The other arguments and the errors are those of compare.
     """
-    aligned = reroute(golden, align(golden, dump, about, names, precision), weights)
-    comparison = judge(golden, aligned, weights)
-    if comparison.first_point is None:
-        return Diagnosis(comparison.verdict, None, comparison.meaning)
-    first, point = comparison.first_point, _judged(comparison)
-    here = aligned.found.get(point)
-    if here is None or not _usable(here):
-        return Diagnosis("different", first, f"{comparison.meaning}: nothing can be tried on such numbers")
-
-    bench = _Bench(golden, aligned, weights, point)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # with some bugs numbers grow from layer to layer
-        trials = bench.trials()
-    causes: dict[str, Cause] = {}
-    for trial in trials:
-        cause = bench.cause(trial)
-        if cause.explained > 0:
-            causes.setdefault(cause.name, cause)
-    best = next(iter(causes.values()), None)
-    unexplained: list[str] = []
+        result = compared(golden, dump, about, names, precision, weights, require)
+        if result.comparison.verdict != "different":
+            return _hidden(golden, result, weights)
+        return _found(golden, result, weights, tuple(bugs))
+
+
+def _found(golden: Recording, result: Compared, weights: Mapping[str, Array], more: tuple[Bug, ...]) -> Diagnosis:
+    comparison, aligned = result.comparison, result.aligned
+    first = comparison.first_point
+    assert first is not None
+    point = next((name for name, r in result.reports.items() if r.adds), first)
+    if point not in aligned.found or not usable(aligned.found[point]):
+        return Diagnosis("different", first, f"{comparison.meaning}: nothing can be tried on such numbers")
+    known = [comparison.meaning]
+    causes: list[Cause] = []
+    unexplained: list[str] = []  # by the first cause
+    sentences: list[str] = []
+    bench = Bench(golden, aligned, weights, result.reports, point, result.table)
+    while True:
+        known += telltales(bench)
+        trials = _tried(bench, more)
+        own = _causes(bench, trials)
+        causes += own[: 1 if sentences else SHOWN]
+        sentences.append(_said(bench, trials, own[0] if own else None))
+        if not own or not own[0].sure or len(sentences) == ROUNDS:
+            break
+        unexplained = unexplained or list(trials[0].rest)
+        rest = next((name for name in trials[0].rest if usable(aligned.found[name])), None)
+        if rest is None:
+            break
+        bench = replace(
+            bench, point=rest, table=reduce(lambda table, bug: bug.planted(table), trials[0].bugs, bench.table)
+        )
+    meaning = ". Besides: ".join(sentences)
+    return Diagnosis("different", first, meaning, causes, unexplained, known)
+
+
+def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None) -> str:
+    """Return what was found at a point, in words."""
+    point = bench.point
     if best is not None and best.sure:
-        unexplained = bench.unexplained(trials[0].bugs, comparison)
-        meaning = f"{_sentence(best)} at {point}; look at: {best.look}"
-        if unexplained:
-            meaning += f". It does not explain the error that {unexplained[0]} adds"
-    elif best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point):
-        meaning = f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but the error is hardly more"
-    else:
-        nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
-        meaning = f"nothing in the catalogue explains the error at {point}{nearest}"
-    known = [comparison.meaning, *bench.known()]
-    return Diagnosis("different", first, meaning, list(causes.values())[:SHOWN], unexplained, known)
-
-
-def _usable(here: Found) -> bool:
-    """Whether all numbers are finite, but for a mask where there is one."""
-    masked = bool(np.isneginf(here.truth).any())
-    return bool((np.isfinite(here.part) | (np.isneginf(here.part) & masked)).all())
+        return f"{_sentence(best)} at {point}; look at: {best.look}"
+    if best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point):
+        return f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but it is not sure"
+    nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
+    return f"nothing in the catalogue explains the error at {point}{nearest}"
 
 
 def _sentence(cause: Cause) -> str:
-    return f"{cause.name} explains {share(cause.explained)} of the error"
+    names = cause.name + (f" ({cause.scope})" if cause.scope else "")
+    if cause.alike:
+        names = f"{names}, or {' or '.join(cause.alike)}, which this dump cannot tell apart,"
+    return f"{names} explains {share(cause.explained)} of the error"
 
 
-def share(explained: float) -> str:
-    """Return a share in per cent, with as many nines as there are."""
-    return f"{100 * explained:.{6 if explained > SURE else 2}g} %"
-
-
-def adds(report: PointReport) -> bool:
-    """Whether a step adds more than rounding to what it is given."""
-    return report.added is not None and report.added_floor is not None and report.added > MARGIN * report.added_floor
-
-
-def _judged(comparison: Comparison) -> str:
-    """Return the first wrong point that adds an error to what it is given; the first wrong one where none does."""
-    different = [report for report in comparison.points if report.verdict == "different"]
-    return next((report.name for report in different if adds(report)), different[0].name)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What these bugs leave of the error, squared: at the point, and beside it if that is explained."""
-
-    bugs: tuple[Bug, ...]
-    left: float
-    beside: Mapping[str, float]
-
-    @property
-    def sure(self) -> bool:
-        """Whether the point is explained."""
-        return bool(self.beside)
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """What explains the point is ranked by all that is beside it, to tell apart what is alike there."""
-        return not self.sure, sum(self.beside.values()) if self.sure else self.left
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """Where bugs are tried: at a point, and at those that follow it in its layer."""
-
-    golden: Recording
-    aligned: Aligned
-    weights: Mapping[str, Array]
-    point: str
-
-    @cached_property
-    def names(self) -> list[str]:
-        """All points of all passes."""
-        return [prefix + name for prefix, _, _ in self.golden.passes for name in point_names(self.golden.config)]
-
-    @cached_property
-    def beside(self) -> list[str]:
-        """The points that the dump has of the same layer: before the point, in any pass, and after it in its own."""
-        own, layer = split_pass(self.point)[0], split_layer(self.point)[0]
-        names = [name for name in self.names if name in self.aligned.found and split_layer(name)[0] == layer]
-        return [name for name in names if self.is_before(name) or split_pass(name)[0] == own]
-
-    def is_before(self, name: str) -> bool:
-        """Whether this is computed before the point."""
-        return self.names.index(name) < self.names.index(self.point)
-
-    @cached_property
-    def right(self) -> Rerun:
-        """The reference, given the port's own numbers."""
-        n = numerics_of(self.aligned.precision)
-        # of scores before their mask the port's next step was given others
-        given = {k: x for k, x in self.aligned.given.items() if UNMASKED not in self.aligned.found[k].notes}
-        return Rerun(self.weights, self.golden.config, n, self.golden.passes, given)
-
-    @cached_property
-    def error(self) -> float:
-        """What a bug has to explain."""
-        return self.left(self.right, self.point)
-
-    def wrong(self, bugs: Iterable[Bug]) -> Rerun:
-        """Return the reference with these bugs; what it has computed before the first of them is not done again."""
-        steps = reduce(lambda steps, bug: bug.planted(steps), bugs, STEPS)
-        same = takewhile(lambda name: steps[split_layer(name)[1]] is STEPS[split_layer(name)[1]], self.names)
-        computed = {name: self.right.computed[name] for name in same if name in self.right.computed}
-        return replace(self.right, steps=steps, computed=computed)
-
-    def left(self, rerun: Rerun, name: str) -> float:
-        """Return the squared distance of the port's point from this implementation's, relative to its own size."""
-        here = self.aligned.found[name]
-        if name.endswith(CHOICE):
-            gate, own = gate_of(name), rerun.step(name)
-            if here.whole.shape == own.shape:
-                limit = tolerance(gate, self.golden, self.aligned.precision)[1]
-                own = settle(here.whole, own, rerun.value(gate), limit)
-            return distance(here.part, kept(self.golden, here, name, own), 1)[0] ** 2
-        mine, other = (x.astype(np.float64) for x in (here.part, kept(self.golden, here, name, rerun.step(name))))
-        if UNMASKED in here.notes:
-            mine, other = (np.where(np.isfinite(here.truth), x, 0) for x in (mine, other))
-        seen = np.isfinite(mine)
-        hidden = -np.abs(mine[seen]).max(initial=0)  # stands for -inf, so that another mask is not beyond all measure
-        mine, other = np.where(seen, mine, hidden), np.where(np.isfinite(other), other, hidden)
-        return float(np.sum((mine - other) ** 2) / max(np.sum(mine**2), TINY))
-
-    def rounding(self, name: str) -> float:
-        """Return the squared distance that is still rounding."""
-        return (MARGIN * tolerance(name, self.golden, self.aligned.precision)[0]) ** 2
-
-    def explains(self, left: float, error: float, name: str) -> bool:
-        """Whether what is left of an error is a small share of it, and no more than compare would call rounding."""
-        return left <= (1 - SURE) * error and left <= self.rounding(name)
-
-    def attempt(self, candidates: Iterable[tuple[Bug, ...]]) -> list[_Trial]:
-        """Try bugs; return those that make a difference at the point, and none where the port is right before it."""
-        trials: list[_Trial] = []
-        for bugs in candidates:
-            wrong = self.wrong(bugs)
-            left = self.left(wrong, self.point)
-            if left == self.error:
-                continue
-            sure = self.explains(left, self.error, self.point)
-            beside = {name: self.left(wrong, name) for name in self.beside} if sure else {}
-            if not any(self.is_before(name) and rest > self.rounding(name) for name, rest in beside.items()):
-                trials.append(_Trial(bugs, left, beside))
-        return trials
-
-    def trials(self) -> list[_Trial]:
-        """Return the bugs that make a difference at the point, the best first.
-
-        Parts of bugs are tried where no whole one explains the layer, pairs where none leaves only rounding.
-        """
-        bugs = [bug for bug in BUGS if bug.applies(self.golden.config)]
-        found = self.attempt((bug,) for bug in bugs)
-        if not any(t.sure and all(rest <= self.rounding(name) for name, rest in t.beside.items()) for t in found):
-            found += self.attempt((part,) for bug in bugs for part in bug.parts)
-        found.sort(key=lambda trial: trial.rank)
-        if found and not found[0].sure and found[0].left > self.rounding(self.point):
-            unlike = list({trial.left: trial.bugs[0] for trial in reversed(found)}.values())[::-1]
-            both = [(a, b) for i, a in enumerate(unlike[:LEADERS]) for b in unlike[i + 1 :] if a.name != b.name]
-            both += [(b, a) for a, b in both if {*a.steps} & {*b.steps}]  # one may undo the other
-            pairs = self.attempt(both)
-            found = sorted((t for t in pairs if t.sure), key=lambda trial: trial.rank) + found
-        return found
-
-    def cause(self, trial: _Trial) -> Cause:
-        """Return a trial as it is reported."""
-        steps = [step for step in STEPS if any(step in bug.steps for bug in trial.bugs)]
-        kind = split_layer(self.point)[1]
-        return Cause(
-            " and ".join(sorted({bug.name for bug in trial.bugs})),
-            kind if kind in steps else steps[0],
-            1 - trial.left / max(self.error, TINY),
-            trial.sure,
+def _causes(bench: Bench, trials: Sequence[Trial]) -> list[Cause]:
+    """Return trials as they are reported, each name once."""
+    causes: dict[str, Cause] = {}
+    for i, trial in enumerate(trials):
+        explained = 1 - trial.left / max(bench.error(bench.point), TINY)
+        if explained <= 0 or trial.name in causes:
+            continue
+        sure = i == 0 and trial.consistent and bench.explains(trial.left, bench.point)
+        alike: list[str] = []
+        if sure:
+            rivals = [t for t in trials[1:] if t.consistent and t.name != trial.name]
+            alike = list(dict.fromkeys(t.name for t in rivals if not told_apart(trial, t, bench)))
+        kinds = [kind for kind in POINTS if any(kind in bug.points for bug in trial.bugs)]
+        own = split_layer(bench.point)[1]
+        causes[trial.name] = Cause(
+            trial.name,
+            own if own in kinds else kinds[0],
+            explained,
+            sure,
             "; ".join(dict.fromkeys(bug.look for bug in trial.bugs)),
+            "; ".join(dict.fromkeys(bug.scope for bug in trial.bugs if bug.scope)),
+            tuple(a for a in alike if not (" and " in a and trial.name in a)),
+            bench.point,
         )
+    return list(causes.values())
 
-    def unexplained(self, bugs: Iterable[Bug], comparison: Comparison) -> list[str]:
-        """Return the points that add an error which these bugs do not explain."""
-        wrong = self.wrong(bugs)
-        exact = replace(wrong, numerics=FLOAT64, computed={})
 
-        def floor(name: str) -> float:  # a bug may make more of rounding than the right model does
-            return (MARGIN * distance(wrong.step(name), exact.step(name), position_axis(name))[0]) ** 2
+def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
+    """Return the bugs that make a difference at the point, the best first.
 
-        points = [report.name for report in comparison.points if report.name in self.aligned.found and adds(report)]
-        left = {name: self.left(wrong, name) for name in points}
-        return [name for name in points if left[name] > self.rounding(name) and left[name] > floor(name)]
+    Whole ones first, then those with a fitted number, then parts of bugs, and pairs where nothing else will do.
+    """
+    bugs = [*more, *(bug for bug in BUGS if bug.applies(bench.golden.config))]
+    trials = sorted(bench.attempt((bug,) for bug in bugs), key=lambda t: t.left)
 
-    def known(self) -> list[str]:
-        """Return what the numbers say by themselves: where the error is, and whether a factor undoes it."""
-        here, known = self.aligned.found[self.point], list[str]()
-        right = kept(self.golden, here, self.point, self.right.step(self.point)).astype(np.float64)
-        mine = here.part.astype(np.float64)
-        limit = MARGIN * tolerance(self.point, self.golden, self.aligned.precision)[1]
-        kind = split_layer(self.point)[1].rpartition(".")[2]
-        if self.point.endswith(CHOICE):
-            return known
-        axes = {"positions": position_axis(self.point)} | ({"heads": HEADS[kind]} if kind in HEADS else {})
-        for what, axis in axes.items():
-            is_wrong = ~(distance(mine, right, axis)[1] <= limit)
-            if 0 < is_wrong.sum() < is_wrong.size:
-                wrong = [str(i) for i in np.flatnonzero(is_wrong)]
-                some = ", ".join(wrong[:8]) + (", ..." if len(wrong) > 8 else "")
-                known.append(f"wrong at {len(wrong)} of {is_wrong.size} {what}: {some}")
-        seen = np.isfinite(right) & np.isfinite(mine)
-        x, y = mine[seen], right[seen]
-        factor = float(x @ y / max(y @ y, TINY))
-        if np.sum((x - factor * y) ** 2) <= (1 - SURE) * np.sum((x - y) ** 2):
-            known.append(f"it is {factor:.6g} times what it should be")
-        return known
+    def held(some: Sequence[Trial]) -> list[Trial]:
+        return [bench.held(t) if bench.explains(t.left, bench.point) else t for t in some]
+
+    trials = by_rank(held(trials))
+    families = tuple(family.name.split(" is ")[0] for family in FAMILIES)
+    leaders = [t.name for t in trials[:LEADERS]]
+    if not trials or not trials[0].consistent or any(name.startswith(families) for name in leaders):
+        trials = _without_neighbours(trials, held(list(fitted(bench))), bench)
+    if not trials or not trials[0].consistent:
+        parts = list(bench.attempt((part,) for bug in bugs for part in bench.scopes(bug)))
+        trials = by_rank([*trials, *held(parts)])
+    if not trials or not (trials[0].consistent or bench.explains(trials[0].left, bench.point)):
+        trials = by_rank([*trials, *held(_pairs(bench, trials))])
+    return trials
+
+
+def _without_neighbours(trials: list[Trial], fits: list[Trial], bench: Bench) -> list[Trial]:
+    """Return trials and fits: a number of the catalogue, unless a fitted one is better by more than noise."""
+    kept = list[Trial]()
+    for fit in fits:
+        known = next((t for t in trials if neighbours(t, fit)), None)
+        if known is None or not known.consistent or told_apart(fit, known, bench):
+            kept.append(fit)
+            trials = [t for t in trials if t is not known]
+    return by_rank([*trials, *kept])
+
+
+def _pairs(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
+    """Return pairs of bugs that explain the point."""
+    unlike = list({t.left: t.bugs[0] for t in reversed(trials) if len(t.bugs) == 1}.values())[::-1]
+    both = [(a, b) for i, a in enumerate(unlike[:LEADERS]) for b in unlike[i + 1 :] if a.name != b.name]
+    both += [(b, a) for a, b in both if {*a.points} & {*b.points}]  # one may undo the other
+    return [t for t in bench.attempt(both) if bench.explains(t.left, bench.point)]
+
+
+def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Diagnosis:
+    """Return what a dump is that shows no difference: its settings, and bugs that hide in its rounding."""
+    comparison = result.comparison
+    causes = [
+        Cause(bug.name, split_layer(at)[1], explained, True, bug.look, bug.scope, at=at)
+        for at, bug, explained in result.settings
+    ]
+    first = result.settings[0][0] if result.settings else None
+    if comparison.verdict != "equal" and not result.settings:
+        point = next(iter(result.aligned.found))
+        bench = Bench(golden, result.aligned, weights, result.reports, point, result.table)
+        found = matches(bench)
+        if found:
+            best = found[0]
+            meaning = (
+                f"{best.bug.name}: its pattern is in the errors with {best.amount:.2f} of its size, "
+                f"{best.significance:.0f} standard deviations from none, though rounding hides it at each point; "
+                f"look at: {best.bug.look}"
+            )
+            alike = tuple(dict.fromkeys(m.bug.name for m in found[1:] if m.significance > 0.97 * best.significance))
+            alike = tuple(name for name in alike if name != best.bug.name)
+            cause = Cause(best.bug.name, best.bug.points[0], best.amount, False, best.bug.look, "", alike, best.point)
+            return Diagnosis("different", best.point, meaning, [cause], [], [comparison.meaning])
+    return Diagnosis(comparison.verdict, first, comparison.meaning, causes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -13,20 +13,21 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.files.limits import parse_json, readable
-from qwen3np.guard import position_axis
 from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.porting.points import CHOICE, STEPS, split_layer
-from qwen3np.porting.record import HEADS, METADATA, Recording, distance, read_safetensors
+from qwen3np.porting.points import CHOICE, POINTS, split_layer
+from qwen3np.porting.record import METADATA, read_safetensors
 
 LAYER = "model.layers.{N}"
-# What may have to be assumed of an array.
-LAST, LANES, UNMASKED = "only the last position", "RoPE lanes interleaved", "before the mask"
 # Hugging Face's modules whose inputs or outputs are points under another name. The outputs of modules that have modules
 # within are not in the folders of model_addition_debugger_context (transformers, model_debugging_utils.py).
 MODULES = {
     "lm_head_outputs": "lm_head",
     "outputs_logits": "lm_head",
     "logits": "lm_head",
+    "logprobs": "lm_head",
+    "log_probs": "lm_head",
+    "top_logprobs": "lm_head.top_logprobs",
+    "top_ids": "lm_head.top_ids",
     "model.norm_inputs": "last",
     "model.layers.{N}.input_layernorm_inputs": "before {N}",
     "model.layers.{N}.self_attn": f"{LAYER}.self_attn.o_proj",
@@ -135,14 +136,19 @@ def read_map(path: str | Path) -> dict[str, str]:
     for mine, point in cast("dict[str, str]", names).items():
         if mine.count("{N}") > 1 or ("{N}" in point) != ("{N}" in mine):
             raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} stands once in both names, or in none")
-        if split_layer(point.replace("{N}", "0"))[1] not in STEPS:
+        if split_layer(_whole(point).replace("{N}", "0"))[1] not in POINTS:
             raise ValueError(f"{path}: {mine!r} -> {point!r}: there is no such point")
     return cast("dict[str, str]", names)
 
 
+def _whole(point: str) -> str:
+    """Return the name of a point that may lack its "model."."""
+    return re.sub(r"^(decode\.(?:\d+|\{N\})\.)?(?=(embed_tokens|layers|norm)($|\.))", r"\1model.", point)
+
+
 def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[str], str]:
     """Return a function from a dump's name to a point's, or to itself where it is unknown; names come first."""
-    table = {**(names or {}), **LLAMA_CPP, **MODULES}
+    table = {**{mine: _whole(point) for mine, point in (names or {}).items()}, **LLAMA_CPP, **MODULES}
     patterns = {re.compile(re.escape(mine).replace(r"\{N\}", r"(?P<N>\d+)")): point for mine, point in table.items()}
 
     def translate(name: str) -> str | None:
@@ -172,79 +178,3 @@ def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[s
         return prefix + (translate(own) or own)
 
     return point_of
-
-
-def layouts(name: str, x: Array, shape: tuple[int, ...], config: Config) -> Iterator[tuple[tuple[str, ...], Array]]:
-    """Yield every reading of x as a point of this shape, with what had to be assumed; none if it fits in no way."""
-    kind = split_layer(name)[1].rpartition(".")[2]
-    flat = kind in ("q_proj", "k_proj", "v_proj", "context")
-    axis = position_axis(name)
-    if x.ndim and x.shape[-1] > shape[-1] and kind in ("scores", "probs"):  # a cache of fixed size
-        yield from (
-            (("only the positions so far", *how), y) for how, y in layouts(name, x[..., : shape[-1]], shape, config)
-        )
-        return
-    if x.ndim and x.shape[-1] < shape[-1] and kind in ("scores", "probs"):
-        if config.window(split_layer(name)[0] or 0) is not None:  # a cache of no more than that
-            before = [(0, 0)] * (x.ndim - 1) + [(shape[-1] - x.shape[-1], 0)]
-            x = np.pad(x, before, constant_values=0 if kind == "probs" else -np.inf)
-            yield from ((("only the positions in the window", *how), y) for how, y in layouts(name, x, shape, config))
-        return
-    last = (*shape[:axis], 1, *shape[axis + 1 :])
-    for target, note in ((shape, ()), (last, (LAST,))) if shape != last else ((shape, ()),):
-        if x.size != int(np.prod(target)):
-            continue
-        seen: list[tuple[tuple[str, ...], Array]] = []
-        if kind in HEADS or flat:
-            split = (*target[:2], target[2] // config.head_dim, config.head_dim) if flat else target
-            other = (split[0], split[2], split[1], *split[3:])
-            if x.shape in (target, target[1:]) or (x.ndim == 2 and flat):
-                seen.append(((), x.reshape(target)))
-            elif x.shape in (split, split[1:]):
-                seen.append((("heads apart",), x.reshape(target)))
-            if x.shape in (other, other[1:]):
-                seen.append((("heads and positions exchanged",), np.swapaxes(x.reshape(other), 1, 2).reshape(target)))
-            if not flat and kind not in ("scores", "probs"):
-                order = split if kind.endswith("norm") else other
-                joined = (*order[:2], order[2] * order[3])
-                if x.shape in (joined, joined[1:]):
-                    y = x.reshape(order)
-                    seen.append((("heads flattened",), y if order == split else np.swapaxes(y, 1, 2)))
-        elif x.shape == target:
-            seen.append(((), x))
-        elif x.shape[-1] == target[-1] or (kind == "router_weights" and x.shape[-2:] == (target[-1], 1)):
-            seen.append(((), x.reshape(target)))
-        for how, y in seen:
-            if x.shape[0] != target[0] or x.ndim < min(len(target), 3):
-                how = ("no batch axis", *how)
-            yield (*note, *how), y
-            if kind in ("q_proj", "k_proj", "q_norm", "k_norm", "q_rope", "k_rope"):
-                lanes = y.reshape(-1, config.head_dim // 2, 2)  # pairs side by side: half-split order undone
-                yield (*note, *how, LANES), np.swapaxes(lanes, 1, 2).reshape(y.shape)
-
-
-def recognise(
-    name: str, x: Array, golden: Recording, shape: tuple[int, ...]
-) -> tuple[tuple[str, ...], Array, Array, Array] | None:
-    """Return what had to be assumed of x; x in the reference's layout; the part that is compared; the reference's.
-
-    Of the readings that fit the point's whole shape, or the shape of what the recording keeps of it, the one nearest to
-    the reference; None where there is none. A less plain one must be nearer by far: noise alone decides between two
-    wrong ones.
-    """
-    reference, axis = golden.points[name], position_axis(name)
-    readings = [
-        (how, y, y if LAST in how else golden.cut(name, y)) for how, y in layouts(name, x, shape, golden.config)
-    ]
-    if reference.shape != shape:
-        readings += [(how, y, y) for how, y in layouts(name, x, reference.shape, golden.config)]
-    best = None
-    for how, y, part in readings:
-        truth = np.take(reference, [-1], axis) if LAST in how else reference
-        if part.shape != truth.shape:
-            continue
-        away = distance(part, truth, axis)[0]
-        away = away if np.isfinite(away) else np.inf
-        if best is None or away < 0.1 * best[0]:
-            best = away, (how, y, part, truth)
-    return None if best is None else best[1]

@@ -16,7 +16,7 @@ import qwen3np
 from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.numerics import BFLOAT16
-from qwen3np.porting.compare import LEAST, MARGIN
+from qwen3np.porting.floors import LEAST, MARGIN
 from qwen3np.porting.points import split_pass
 from qwen3np.porting.record import Recording, record
 from qwen3np.weights import init_weights
@@ -42,23 +42,34 @@ MOE = replace(
     num_experts_per_tok=2,
     moe_intermediate_size=24,
     norm_topk_prob=True,
-    mlp_only_layers=(0,),
 )
-CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE}
+# For kernels that take no other sizes: heads of 128, as released models have, and multiples of 64.
+WIDE = replace(
+    TIED,
+    vocab_size=320,
+    hidden_size=128,
+    intermediate_size=192,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=128,
+)
+CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE, "wide": WIDE}
+VALUES = "values"  # apart from the checkpoint: some programs load every .safetensors file beside config.json
 README = f"""# Golden values for a port of Qwen3
 
-Three checkpoints: `tied` and `untied` (whether the head is the embedding), and `moe`, whose layer 1 sends each token to
-2 of 8 experts. They are small enough for a test suite and made so that bugs show: norm weights other than 1, three
-query heads for each key head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the
-cache. In each folder:
+Four checkpoints: `tied` and `untied` (whether the head is the embedding), `moe`, which sends each token to 2 of 8
+experts, and `wide`, with heads of 128 and sizes that are multiples of 64, for kernels that take no others. They are
+small enough for a test suite and made so that bugs show: norm weights other than 1, several query heads for each key
+head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the cache. In each folder:
 
 | file | what it holds |
 |---|---|
 | `config.json`, `model.safetensors` | the checkpoint, in bfloat16, as Hugging Face lays it out |
-| `ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: the {STEPS} ids to feed one by one after them |
-| `golden.safetensors` | every number on the way, in float32; those of the steps under `decode.0.lm_head` and so on |
-| `golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
-| `tolerances.json` | precision -> point -> the relative distance that is still rounding, in the order of computation |
+| `{VALUES}/ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: {STEPS} to feed one by one after them |
+| `{VALUES}/golden.safetensors` | every number on the way, in float32; steps are `decode.0.lm_head` and so on |
+| `{VALUES}/golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
+| `{VALUES}/hashes.json` | point -> SHA-256 of its float32 numbers, for a port that rounds each operation correctly |
+| `{VALUES}/tolerances.json` | precision -> point -> the distance that is still rounding, in order of computation |
 
 The test, in any language: load the checkpoint, feed the ids, and at each point that you have, in the order of
 `tolerances.json`,
@@ -67,24 +78,27 @@ The test, in any language: load the checkpoint, feed the ids, and at each point 
 
 with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
 be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
-computes in float32, and those of "bfloat16" for one that rounds to 16 bits anywhere. They are measured, not guessed:
-{MARGIN:g} times what rounding makes of the reference itself, point by point.
+computes in float32, and those of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not
+guessed: {MARGIN:g} times what rounding makes of the reference itself, point by point.
+
+The values are those of the exact engine: each operation's result is the float32 nearest to the exact one, so they have
+the same bits on every machine.
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
 (1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
 
 In `moe`, `router_indices` are integers: compare them as sets, token by token; their tolerance is the share that may be
 others. Where two experts are equally likely but for rounding, 16 bits may choose either, and from there on that token's
-numbers are others. Such choices are in the tolerances of "bfloat16", which are wide from `mlp.experts` of layer 1 on:
+numbers are others. Such choices are in the tolerances of "bfloat16", which are wide from the first `mlp.experts` on:
 bring the experts up in float32. `qwen3np compare --model` follows the port's own choices and stays sharp.
 
 To be told more than that it fails, write what you have under the same names, to a .safetensors, a .npz or a folder of
 .npy files:
 
-    qwen3np compare tied/golden.safetensors mine.safetensors --model tied
+    qwen3np compare tied/{VALUES}/golden.safetensors mine.safetensors --model tied
 
-Made by `qwen3np fixture`, version {qwen3np.__version__}, in a second: a job may make it anew instead of keeping it. The
-guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
+Made by `qwen3np fixture`, version {qwen3np.__version__}, in a few seconds; a job may make it again.
+The guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
 """
 
 
@@ -99,15 +113,27 @@ def write_fixture(folder: str | Path) -> None:
         for seed, (name, config) in enumerate(CONFIGS.items()):
             weights = {key: w.astype(BFLOAT16) for key, w in init_weights(config, seed, trained_like=True).items()}
             save_checkpoint(kit / name, config, weights)
+            if config.num_experts:
+                _complete(kit / name / "config.json")
             ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, PROMPT))
-            golden = record(weights, config, ids, steps=STEPS)
-            golden.save(kit / name / "golden.safetensors")
-            cast("Any", np.savez_compressed)(kit / name / "golden.npz", ids=golden.ids, **golden.points)
+            golden = record(weights, config, ids, steps=STEPS, engine="exact")
+            values = kit / name / VALUES
+            values.mkdir()
+            golden.save(values / "golden.safetensors")
+            cast("Any", np.savez_compressed)(values / "golden.npz", ids=golden.ids, **golden.points)
             parts = {"prompt": golden.ids[0, :PROMPT].tolist(), "decode": golden.ids[0, PROMPT:].tolist()}
-            (kit / name / "ids.json").write_text(json.dumps(parts), encoding="utf-8")
-            (kit / name / "tolerances.json").write_text(json.dumps(tolerances(golden), indent=1), encoding="utf-8")
+            (values / "ids.json").write_text(json.dumps(parts), encoding="utf-8")
+            (values / "hashes.json").write_text(json.dumps(golden.sha256, indent=1), encoding="utf-8")
+            (values / "tolerances.json").write_text(json.dumps(tolerances(golden), indent=1), encoding="utf-8")
         (kit / "README.md").write_text(README, encoding="utf-8")
         os.replace(kit, folder)
+
+
+def _complete(path: Path) -> None:
+    """Add to a config.json what changes nothing here, but what converters and other programs ask for."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found |= {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+    path.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def tolerances(golden: Recording) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
-"""Every recorded point as a function of earlier points: the forward pass of model.py, cut at each of them.
+"""Every recorded point as a function of earlier points: the forward pass of qwen3.py, cut at each of them.
 
-`Rerun` computes a point from the points that somebody else's implementation had, so that the error a step adds can be
-told from the error that it was given. A table of steps with one function changed is an implementation with one bug.
+`Rerun` computes a point from the points that somebody else's implementation had, so that the error it adds can be told
+from the error that it was given. A table of points with one function changed is an implementation with one bug.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen3np.rope import rotary_tables
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step runs, and what it may use beside the points that it is given."""
+    """Where a point is made, and what it may use beside the points that it is given."""
 
     name: str  # the point without its pass: "model.layers.0.self_attn.q_proj"
     weights: Mapping[str, Array]
@@ -42,7 +42,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Step:
+class Point:
     """inputs are points of the same layer; "all ..." reaches back to position 0.
 
     "input" is what the layer is given, "mlp" what its feed-forward part, dense or sparse, gives.
@@ -126,38 +126,38 @@ def _mix(at: Place, x: Array, indices: Array, p: Array) -> Array:  # (B, S, D), 
 
 CHOICE = "mlp.router_indices"  # the one point of integers
 # In the order in which forward records them. "output" is the layer's own point, "model.layers.N".
-LAYER: dict[str, Step] = {
-    "input_layernorm": Step(_normalise, ("input",)),
-    "self_attn.q_proj": Step(_project, ("input_layernorm",)),
-    "self_attn.k_proj": Step(_project, ("input_layernorm",)),
-    "self_attn.v_proj": Step(_project, ("input_layernorm",)),
-    "self_attn.q_norm": Step(_normalise_heads, ("self_attn.q_proj",)),
-    "self_attn.k_norm": Step(_normalise_heads, ("self_attn.k_proj",)),
-    "self_attn.q_rope": Step(_rotate, ("self_attn.q_norm",)),
-    "self_attn.k_rope": Step(_rotate, ("self_attn.k_norm",)),
-    "self_attn.scores": Step(_scores, ("self_attn.q_rope", "all self_attn.k_rope")),
-    "self_attn.probs": Step(_probs, ("self_attn.scores",)),
-    "self_attn.context": Step(_context, ("self_attn.probs", "all self_attn.v_proj")),
-    "self_attn.o_proj": Step(_project, ("self_attn.context",)),
-    "attn_residual": Step(_add, ("input", "self_attn.o_proj")),
-    "post_attention_layernorm": Step(_normalise, ("attn_residual",)),
-    "mlp.gate_proj": Step(_project, ("post_attention_layernorm",)),
-    "mlp.up_proj": Step(_project, ("post_attention_layernorm",)),
-    "mlp.act": Step(_activate, ("mlp.gate_proj", "mlp.up_proj")),
-    "mlp.down_proj": Step(_project, ("mlp.act",)),
-    "mlp.gate": Step(_project, ("post_attention_layernorm",)),
-    CHOICE: Step(_choose, ("mlp.gate",)),
-    "mlp.router_weights": Step(_weigh, ("mlp.gate", CHOICE)),
-    "mlp.experts": Step(_mix, ("post_attention_layernorm", CHOICE, "mlp.router_weights")),
-    "output": Step(_add, ("attn_residual", "mlp")),
+LAYER: dict[str, Point] = {
+    "input_layernorm": Point(_normalise, ("input",)),
+    "self_attn.q_proj": Point(_project, ("input_layernorm",)),
+    "self_attn.k_proj": Point(_project, ("input_layernorm",)),
+    "self_attn.v_proj": Point(_project, ("input_layernorm",)),
+    "self_attn.q_norm": Point(_normalise_heads, ("self_attn.q_proj",)),
+    "self_attn.k_norm": Point(_normalise_heads, ("self_attn.k_proj",)),
+    "self_attn.q_rope": Point(_rotate, ("self_attn.q_norm",)),
+    "self_attn.k_rope": Point(_rotate, ("self_attn.k_norm",)),
+    "self_attn.scores": Point(_scores, ("self_attn.q_rope", "all self_attn.k_rope")),
+    "self_attn.probs": Point(_probs, ("self_attn.scores",)),
+    "self_attn.context": Point(_context, ("self_attn.probs", "all self_attn.v_proj")),
+    "self_attn.o_proj": Point(_project, ("self_attn.context",)),
+    "attn_residual": Point(_add, ("input", "self_attn.o_proj")),
+    "post_attention_layernorm": Point(_normalise, ("attn_residual",)),
+    "mlp.gate_proj": Point(_project, ("post_attention_layernorm",)),
+    "mlp.up_proj": Point(_project, ("post_attention_layernorm",)),
+    "mlp.act": Point(_activate, ("mlp.gate_proj", "mlp.up_proj")),
+    "mlp.down_proj": Point(_project, ("mlp.act",)),
+    "mlp.gate": Point(_project, ("post_attention_layernorm",)),
+    CHOICE: Point(_choose, ("mlp.gate",)),
+    "mlp.router_weights": Point(_weigh, ("mlp.gate", CHOICE)),
+    "mlp.experts": Point(_mix, ("post_attention_layernorm", CHOICE, "mlp.router_weights")),
+    "output": Point(_add, ("attn_residual", "mlp")),
 }
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.act", "mlp.down_proj")
 SPARSE = ("mlp.gate", CHOICE, "mlp.router_weights", "mlp.experts")
-STEPS: dict[str, Step] = {
-    "model.embed_tokens": Step(_embed),
+POINTS: dict[str, Point] = {
+    "model.embed_tokens": Point(_embed),
     **LAYER,
-    "model.norm": Step(_normalise, ("last output",)),
-    "lm_head": Step(_head, ("model.norm",)),
+    "model.norm": Point(_normalise, ("last output",)),
+    "lm_head": Point(_head, ("model.norm",)),
 }
 
 
@@ -173,7 +173,7 @@ def point_names(config: Config) -> list[str]:
 
 
 def input_name(layer: int | None, x: str, config: Config) -> str:
-    """Return the point that one of a Step's inputs means in this layer (None: outside of the layers)."""
+    """Return the point that one of a Point's inputs means in this layer (None: outside of the layers)."""
     x = x.removeprefix("all ")
     if x == "last output":
         return point_name(config.num_hidden_layers - 1, "output")
@@ -200,7 +200,7 @@ def split_pass(name: str) -> tuple[str, str]:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """Return the layer and the key of STEPS: (3, "self_attn.q_proj"), (3, "output") or (None, "lm_head")."""
+    """Return the layer and the key of POINTS: (3, "self_attn.q_proj"), (3, "output") or (None, "lm_head")."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.?(.*)", split_pass(name)[1])
     return (int(found[1]), found[2] or "output") if found else (None, split_pass(name)[1])
 
@@ -237,24 +237,24 @@ class Rerun:
     numerics: Numerics
     passes: Sequence[tuple[str, Array, Array]]
     given: Mapping[str, Array]
-    steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    table: Mapping[str, Point] = field(default_factory=lambda: POINTS)
     computed: dict[str, Array] = field(default_factory=dict[str, Array])
 
     def value(self, name: str) -> Array:
-        """Return the point as it is given, or else as the step makes it."""
+        """Return the point as it is given, or else as its formula makes it."""
         if name not in self.given:
-            return self.step(name)
+            return self.made(name)
         return self.given[name] if name.endswith(CHOICE) else self.numerics.widen(self.given[name])
 
-    def step(self, name: str) -> Array:
+    def made(self, name: str) -> Array:
         """Return the point as the reference makes it from the values of its inputs."""
         if name not in self.computed:
             own_pass, point = split_pass(name)
             index = [prefix for prefix, _, _ in self.passes].index(own_pass)
             layer, kind = split_layer(name)
-            inputs = [self._input(index, layer, x) for x in self.steps[kind].inputs]
+            inputs = [self._input(index, layer, x) for x in self.table[kind].inputs]
             place = Place(point, self.weights, self.config, self.numerics, *self.passes[index][1:])
-            self.computed[name] = self.steps[kind].run(place, *inputs)
+            self.computed[name] = self.table[kind].run(place, *inputs)
             if kind == "output":  # of a finished layer, later passes ask for keys and values alone
                 for other in [k for k in self.computed if k.startswith(f"{name}.")]:
                     if not other.endswith(("k_rope", "v_proj")):

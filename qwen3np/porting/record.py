@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ from qwen3np.config import Config
 from qwen3np.files.writing import written_aside
 from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
 from qwen3np.numerics import FLOAT64, Array, named
-from qwen3np.porting.points import point_names, split_layer, split_pass
+from qwen3np.porting.floors import HALF, noisy_runs
+from qwen3np.porting.hashes import point_hash
+from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
 HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads
@@ -42,15 +45,18 @@ class Recording:
     floors: dict[str, dict[str, tuple[float, float]]]
     tokens: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    fingerprint: str | None = None  # of the weights; None in recordings made before it was kept
+    engine: str = "fast"
 
     @property
     def passes(self) -> list[tuple[str, Array, Array]]:
         """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
-        prompt = self.ids.shape[1] - self.steps
-        positions = np.tile(np.arange(self.ids.shape[1], dtype=np.int64), (len(self.ids), 1))
-        cuts = range(prompt, self.ids.shape[1])
-        names = ["", *(f"decode.{i}." for i in range(self.steps))]
-        return list(zip(names, np.split(self.ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
+        return passes_of(self.ids, self.steps)
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """The hash of each point; with engine "exact" it is the same wherever the recording is made."""
+        return {name: point_hash(x) for name, x in self.points.items()}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
@@ -70,6 +76,9 @@ class Recording:
             "floors": self.floors,
             "tokens": self.tokens,
             "heads": self.heads,
+            "fingerprint": self.fingerprint,
+            "engine": self.engine,
+            "sha256": self.sha256,
         }
         path = output_path(path)
         points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
@@ -85,7 +94,10 @@ class Recording:
     @classmethod
     def load(cls, path: str | Path) -> Recording:
         """Read a file that save wrote. Raises ValueError for any other, and for one that is not whole."""
-        found, metadata = read_safetensors(Path(path))
+        path = Path(path)
+        if path.is_dir() or path.suffix in (".npz", ".npy"):
+            raise ValueError(f"{path}: not a recording but bare arrays; give the .safetensors that qwen3np trace wrote")
+        found, metadata = read_safetensors(path)
         if METADATA not in metadata:
             raise ValueError(f"{path}: not a recording: make one with qwen3np trace -o")
         try:
@@ -105,11 +117,37 @@ class Recording:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
-        return cls(points, config, ids, steps, numerics, floors, **cut)
+        expected: dict[str, str] = about.get("sha256", {})  # recordings of earlier versions have none
+        if damaged := [name for name, x in points.items() if point_hash(x) != expected.get(name, point_hash(x))]:
+            raise ValueError(f"{path}: {damaged[0]} has changed since it was recorded; record it again")
+        made_by = about.get("fingerprint"), about.get("engine", "fast")
+        return cls(points, config, ids, steps, numerics, floors, **cut, fingerprint=made_by[0], engine=made_by[1])
 
     def cut(self, name: str, x: Array) -> Array:
         """Return what this recording keeps of a whole point."""
         return cut(name, x, self.config, self.tokens, self.heads)
+
+
+def fingerprint(weights: Mapping[str, Array]) -> str:
+    """Return a hash of the tensors' names, shapes and of up to 1,024 numbers of each, whatever type holds them."""
+    seen = hashlib.sha256()
+    for name in sorted(weights):
+        w = weights[name]
+        # rows and columns at even distances, so that a mapped file is not read as a whole
+        rows = w[:: -(-len(w) // 32)] if w.ndim > 1 else w
+        sample = rows.reshape(len(rows), -1) if w.ndim > 1 else rows
+        sample = sample[..., :: -(-sample.shape[-1] // 32)] if w.ndim > 1 else sample[:: -(-len(w) // 1024)]
+        seen.update(f"{name} {w.shape}".encode())
+        seen.update(np.ascontiguousarray(sample, np.float32).tobytes())
+    return seen.hexdigest()
+
+
+def passes_of(ids: Array, steps: int) -> list[tuple[str, Array, Array]]:
+    """Return the passes over ids (B, S + steps): prefix of their names, ids (B, S), positions (B, S)."""
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1))
+    cuts = range(ids.shape[1] - steps, ids.shape[1])
+    names = ["", *(f"decode.{i}." for i in range(steps))]
+    return list(zip(names, np.split(ids, cuts, 1), np.split(positions, cuts, 1), strict=True))
 
 
 def record(
@@ -120,6 +158,7 @@ def record(
     steps: int = 0,
     fed: ArrayLike | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
@@ -137,7 +176,7 @@ def record(
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}
-    all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, **chosen)
+    all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, engine=engine, **chosen)
     for name, x in recorded.items():
         require_finite_point(name, x, weights, config, all_ids, numerics)
     prompt, later = np.split(all_ids, [np.shape(ids)[-1]], 1)
@@ -148,22 +187,40 @@ def record(
     if numerics != FLOAT64.name:
         truth = dict[str, Array]()
         trace(weights, config, prompt, truth.__setitem__, numerics=FLOAT64.name, **chosen)
-    floors: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
-        floor = floors.setdefault(name.removesuffix("-grouped"), {})
+    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
+    floors: dict[str, dict[str, tuple[float, float]]] = {"float32": {}, "float16": {}, "bfloat16": {}}
 
-        def measure(point: str, x: Array, floor: dict[str, tuple[float, float]] = floor) -> None:
+    def measured(floor: dict[str, tuple[float, float]]) -> Callable[[str, Array], None]:
+        def measure(point: str, x: Array) -> None:
             overall, by_token = distance(x, truth[point], position_axis(point))
             before = floor.get(point, (0.0, 0.0))
-            floor[point] = max(overall, before[0]), max(float(by_token.max()), before[1])
+            worst = float(by_token.max())
+            if not math.isfinite(worst):  # float16 overflows, and then says nothing
+                overall = worst = 1.0
+            floor[point] = max(overall, before[0]), max(worst, before[1])
 
-        if name == numerics:
+        return measure
+
+    for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
+        measure = measured(floors[name.removesuffix("-grouped")])
+        if name == numerics and engine == "fast":
             for point, x in recorded.items():
                 measure(point, x)
         else:
             trace(weights, config, prompt, measure, numerics=name, **chosen)
-    kept = tuple(tokens) if tokens is not None else None, tuple(heads) if heads is not None else None
-    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept)
+    right = Rerun(weights, config, HALF, passes_of(all_ids, steps), {})
+    runs = [("float16", right), *(("float32", run) for run in noisy_runs(right, prompt.size * config.hidden_size))]
+    last = list(recorded)[-1]
+    for of, run in runs:
+        measure = measured(floors[of])
+        with np.errstate(all="ignore"):
+            for point in (prefix + name for prefix, _, _ in run.passes for name in point_names(config)):
+                x = run.value(point)
+                if point in recorded:
+                    measure(point, cut(point, x, config, *kept))
+                if point == last:
+                    break
+    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept, fingerprint(weights), engine)
 
 
 def trace(
@@ -175,6 +232,7 @@ def trace(
     steps: int = 0,
     fed: ArrayLike | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
@@ -185,7 +243,7 @@ def trace(
     Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
     """
     prompt = checked_ids(ids, config)
-    n = named(numerics)
+    n = named(numerics, engine)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
     later = prompt[:, :0] if fed is None else checked_ids(fed, config, "fed")
@@ -212,7 +270,7 @@ def trace(
             if prefix + name in chosen:
                 visit(prefix + name, cut(prefix + name, x, config, *kept))
 
-        logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
+        logits = forward(weights, config, new, cache, numerics=numerics, engine=engine, trace=choose)
         if i < steps:
             if i < later.shape[1]:
                 new = later[:, i : i + 1]
@@ -283,10 +341,11 @@ def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, hea
     return x
 
 
-def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
+def distance(x: Array, truth: Array, axis: int, scale: Array | None = None) -> tuple[float, Array]:
     """Return the relative L2 distance from the truth, over all and per index of `axis`; where the truth is -inf, none.
 
     An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
+    scale has the numbers whose size the distance is relative to, if those are not the truth's own.
     Integers are choices: their distance is the share of the truth's that x does not have, in whatever order.
     """
     if truth.dtype.kind in "iu":
@@ -299,7 +358,8 @@ def distance(x: Array, truth: Array, axis: int) -> tuple[float, Array]:
         error: Array = np.square(np.where(seen, x.astype(np.float64), 0.0) - y)
     others = tuple(i for i in range(truth.ndim) if i != axis)
     errors: Array = np.sqrt(error.sum(others))
-    norms: Array = np.sqrt(np.square(y).sum(others))
+    size: Array = y if scale is None else np.where(seen, scale.astype(np.float64), 0.0)
+    norms: Array = np.sqrt(np.square(size).sum(others))
     tiny, usual = float(np.finfo(np.float64).tiny), float(np.median(norms))
     by_index = errors / np.maximum(norms, max(usual, tiny))
     return math.hypot(*errors) / max(math.hypot(*norms), tiny), by_index

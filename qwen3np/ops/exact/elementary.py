@@ -19,7 +19,7 @@ import numpy as np
 from qwen3np.numerics import Array
 from qwen3np.ops.exact.rounding import float32, nearest, nearest_pairs, quiet, two_product, two_sum
 
-# Below the one and above the other, exp is 0 or infinite in float32; the table has so many steps for each unit between.
+# Below the one and above the other, exp is 0 or infinite in float32; the table has STEPS entries per unit in between.
 LOWEST, HIGHEST, STEPS = -104, 89, 256
 # pi / 2 in three parts: two of 33 bits, whose products with whole numbers below 2^20 are exact, and the rest, rounded.
 HALF_PI = (float.fromhex("0x1.921fb544p+0"), float.fromhex("0x1.0b4611a6p-34"), float.fromhex("0x1.3198a2e037073p-69"))

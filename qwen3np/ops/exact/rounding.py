@@ -74,6 +74,10 @@ def nearest_sums(terms: Array, count: int = 1) -> Array:
     multiple of u sigma, and what is left of the term is at most u sigma. The K high parts and all their partial sums
     are multiples of u sigma below sigma, so they are summed exactly, in any order. The sum of the low parts is off by
     at most K u times the sum of their absolute values (Jeannerod and Rump, 2013, https://doi.org/10.1137/120894488).
+
+    The quotient hi / count may be rounded: a middle m between two float32 numbers has 25 bits, so m count is a float64
+    for counts below 2^28, and its neighbours, divided by count, are more than half a unit away from m. So the quotient
+    is m only if hi = m count, where lo decides, and is otherwise on the same side of m as the exact one.
     """
     k = terms.shape[1]
     largest = np.abs(terms).max(axis=1)
@@ -83,9 +87,7 @@ def nearest_sums(terms: Array, count: int = 1) -> Array:
     low = terms - high
     hi, lo = two_sum(high.sum(axis=1), low.sum(axis=1))
     bound = (k + 2) * U * SLACK * np.abs(low).sum(axis=1)  # with u |lo|: |lo| is at most the sum of the low parts
-    if count > 1:
-        hi, lo, bound = _divide(hi, lo, bound, count)
-    y, still_open = nearest_pairs(hi, lo, bound)
+    y, still_open = nearest_pairs(hi / count, lo / count, bound / count)
     finite = np.isfinite(largest)
     if not finite.all():  # infinite or NaN, whatever the order: no sum of finite terms overflows float64
         s = terms[~finite].sum(axis=1)
@@ -99,10 +101,11 @@ def nearest_sums(terms: Array, count: int = 1) -> Array:
 def nearest_pairs(hi: Array, lo: Array, bound: Array) -> tuple[Array, Array]:
     """Return the float32 nearest to the exact values within bound of hi + lo, and which of them are still open.
 
-    hi, lo (n,): float64 with hi = hi + lo rounded. bound: at least the error of hi + lo plus u |lo|, or 0 where hi + lo
-    is exact. hi + lo ± bound is rounded to odd: unless it is a float64, to the one of its two neighbours whose last bit
-    is 1. Rounding that to float32 gives what a single rounding would (Boldo and Melquiond, 2008,
-    https://doi.org/10.1109/TC.2007.70819). The neighbours are hi and the next number if bound is at most u |hi| / 4.
+    hi, lo (n,): float64 with hi = hi + lo rounded (or these, divided). bound: at least the error of hi + lo plus
+    u |lo|, or 0 where hi + lo is exact. hi + lo ± bound is rounded to odd: unless it is a float64, to the one of its
+    two neighbours whose last bit is 1. Rounding that to float32 gives what a single rounding would (Boldo and
+    Melquiond, 2008, https://doi.org/10.1109/TC.2007.70819). Its neighbours are hi and the next number where bound is at
+    most u |hi| / 4.
     """
     y, upper = (_to_odd(hi, t).astype(np.float32) for t in (lo - bound, lo + bound))
     return y, (y != upper) | ~(bound <= U / 4 * np.abs(hi))
@@ -112,15 +115,6 @@ def _to_odd(a: Array, t: Array) -> Array:
     """Return a + t rounded to odd, where a + t lies between a and its neighbour."""
     even = a.view(np.int64) & 1 == 0
     return np.where((t != 0) & even, np.nextafter(a, np.copysign(np.inf, t)), a)
-
-
-def _divide(hi: Array, lo: Array, bound: Array, count: int) -> tuple[Array, Array, Array]:
-    """Return (hi + lo) / count as such a pair, with its bound. The remainder of hi / count is computed exactly."""
-    quotient = hi / count
-    product, error = two_product(quotient, np.full_like(hi, count))
-    rest = (((hi - product) - error) + lo) / count
-    hi, lo = two_sum(quotient, rest)
-    return hi, lo, bound / count * SLACK + 4 * U * np.abs(rest)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
        qwen3np fixture -o golden                    the kit: a checkpoint, its ids, its golden values
        cc -std=c99 -O2 -o layer0 layer0.c -lm
        mkdir mine && ./layer0 golden/tied mine      writes mine/model.embed_tokens.npy and so on
-       qwen3np compare golden/tied/golden.safetensors mine --model golden/tied
+       qwen3np compare golden/tied/values/golden.safetensors mine --model golden/tied
 
    -DBUG plants a bug: the rotation pairs neighbouring lanes, as other models do. */
 #include <math.h>
@@ -137,7 +137,7 @@ int main(int count, char **argument) {
     float eps = strtof(after(config, "rms_norm_eps", ""), NULL);
     double theta = strtod(after(config, "rope_theta", ""), NULL);
 
-    char *next = (char *)after(read_file(argument[1], "ids.json"), "prompt", "[");
+    char *next = (char *)after(read_file(argument[1], "values/ids.json"), "prompt", "[");
     int S = 0, *ids = allocate(strlen(next) * sizeof *ids);
     for (next--; *next != ']';) ids[S++] = (int)strtol(next + 1, &next, 10);
 
