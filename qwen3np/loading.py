@@ -25,6 +25,7 @@ from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
 from qwen3np.files.sentence import Pooling, pooling_of
 from qwen3np.generate import generate, stream
+from qwen3np.gguf_tokenizer import FromGGUF
 from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
 from qwen3np.numerics import Array, Edit, Trace
@@ -34,7 +35,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
+from qwen3np.tokenizer import Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
@@ -26,15 +26,13 @@ _SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_SPLITS = ("qwen2", "deepseek-r1-qwen")  # llama.cpp's names of it
-_UNUSED = 5  # the type of tokens that pad a vocabulary in a .gguf file
 
 # Byte-level BPE writes each byte as one visible character: itself where Latin-1 shows it, else the next from U+0100.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
 
-# The files of a tokenizer. A folder may have both forms; the last two are read by transformers, but not here.
+# The files of a tokenizer. A folder may have both forms; the last one is read by transformers, but not here.
 _FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"),
     *("added_tokens.json", "special_tokens_map.json"),
@@ -103,13 +101,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
         backend = self._backend
-        with _refused(f"{self.folder}: its tokenizer fails"):
+        with refused(f"{self.folder}: its tokenizer fails"):
             return backend.encode(text, add_special_tokens=False).ids
 
     def encode_whole(self, text: str) -> list[int]:
         """The ids of a text with what the checkpoint's tokenizer.json puts around it. Errors as for encode."""
         self.encode(text)
-        with _refused(f"{self.folder}: its tokenizer fails"):
+        with refused(f"{self.folder}: its tokenizer fails"):
             return self._backend.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
@@ -276,7 +274,7 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             return self._from_vocab_and_merges()
-        with _refused(f"{file}: not a tokenizer"):
+        with refused(f"{file}: not a tokenizer"):
             backend = Backend.from_buffer(readable(file, 2 * MOST_BYTES).read_bytes())
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise CheckpointError(f"{file}: the decoder is {backend.decoder}, where Qwen3 has ByteLevel")
@@ -296,7 +294,7 @@ class Tokenizer:
         from tokenizers import AddedToken, models
 
         vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
-        with _refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
+        with refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
             files = [str(readable(file)) for file in (vocab, merges)]
             backend = byte_level_bpe(models.BPE.from_file(*files))
         config = self.folder / "tokenizer_config.json"
@@ -349,57 +347,6 @@ class Tokenizer:
         raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template")
 
 
-@dataclass(frozen=True)
-class FromGGUF(Tokenizer):
-    """The tokenizer in the metadata of a .gguf file, which `folder` is here."""
-
-    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    def files(self) -> dict[str, bytes]:
-        """Return tokenizer.json and tokenizer_config.json with the same tokens and the same template."""
-        config = {**self._config, "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}
-        if self._chat_templates:
-            config["chat_template"] = self._chat_templates["default"]
-        return {
-            "tokenizer.json": self._backend.to_str(pretty=True).encode(),
-            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
-        }
-
-    def _from_files(self) -> tokenizers.Tokenizer:
-        from tokenizers import AddedToken, models
-
-        kind, split = self._of("model"), self._of("pre")
-        if kind != "gpt2" or split not in _SPLITS:
-            raise CheckpointError(
-                f"{self.folder}: its tokenizer is {kind!r} with {split!r}, where Qwen3 has 'gpt2' with 'qwen2'"
-            )
-        tokens, kinds, merges = (self._of(key) for key in ("tokens", "token_type", "merges"))
-        with _refused(f"{self.folder}: not a BPE vocabulary"):
-            kinds = [1] * len(tokens) if kinds is None else kinds
-            vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
-            backend = byte_level_bpe(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
-            added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (3, 4)]
-            backend.add_tokens([AddedToken(token, special=kind == 3, normalized=False) for token, kind in added])
-        return backend
-
-    def _of(self, key: str) -> Any:
-        return self.metadata.get(f"tokenizer.ggml.{key}")
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        tokens, found = self._of("tokens"), dict[str, Any]()
-        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-            token = self._of(f"{key}_token_id")
-            if type(token) is int and 0 <= token < len(tokens):
-                found[name] = tokens[token]
-        return found
-
-    @cached_property
-    def _chat_templates(self) -> dict[str, str]:
-        text = self.metadata.get("tokenizer.chat_template")
-        return {"default": text} if isinstance(text, str) else {}
-
-
 def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
     """A tokenizer that does with text what Qwen3's tokenizer.json does before and after its BPE model."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -417,7 +364,7 @@ def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 @contextmanager
-def _refused(what: str) -> Generator[None]:
+def refused(what: str) -> Generator[None]:
     """Turn what the library raises, which is a bare Exception or a panic of its Rust code, into CheckpointError."""
     try:
         yield

@@ -16,6 +16,7 @@ from qwen3np.stored import FLOAT, Stored
 
 # The number that each byte stands for as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
+_SUBNORMAL = np.full(1, 1e-40, FLOAT)
 _NAN = 0x7F  # the byte that means NaN, without its sign
 # The two numbers in each byte of 4 bits each, the lower bits first; as one element of 8 bytes, so that one look-up
 # finds both.
@@ -55,9 +56,11 @@ def _scaled(codes: Array, scales: Array, out: Array) -> None:
     """Put e4m3 codes (n, in), seen as int8, times scales (in,) into out.
 
     Where their bits are put into those of a float32, seeeemmm becomes s0000eeeemmm000...: 2^-120 of the number, its
-    small (denormal) ones too. That is twice as fast as a look-up in _E4M3, which NaN and large scales need.
+    small (subnormal) ones too. That is twice as fast as a look-up in _E4M3, which NaN and large scales need, and
+    processes that flush subnormal numbers to 0.
     """
-    if int(np.bitwise_and(codes, _NAN).max(initial=0)) == _NAN or not float(np.abs(scales).max(initial=0)) < 128:
+    ordinary = int(np.bitwise_and(codes, _NAN).max(initial=0)) < _NAN and float(np.abs(scales).max(initial=0)) < 128
+    if not (ordinary and (_SUBNORMAL * FLOAT.type(1)).any()):
         np.take(_E4M3, codes.view(np.uint8), out=out, mode="clip")
         np.multiply(out, scales, out=out)
         return
