@@ -31,10 +31,10 @@ CHECKPOINT = {
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer_config.json": b'{"chat_template": ""}',
     "chat_template.jinja": b"{{ messages }}",
+    "1_Pooling/config.json": b"{}",
 }
 OTHERS = {
     "README.md": b"# a model",
-    "1_Pooling/config.json": b"{}",
     "consolidated.safetensors": WEIGHTS,
     "model.fp16.safetensors": WEIGHTS,
     "onnx/model.safetensors": WEIGHTS,
@@ -148,7 +148,7 @@ def test_the_built_in_checkpoint_has_no_revision():
 def test_a_file_is_not_a_checkpoint(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(CheckpointError, match="is a file: give the folder"):
+    with pytest.raises(CheckpointError, match="is a shard of a model: give the folder"):
         resolve(file)
 
 

@@ -29,11 +29,13 @@ def add_model(
 ) -> None:
     """Add the flags that name a checkpoint: one such as `needed`, where the built-in one cannot do what is asked."""
     group = parser.add_argument_group("checkpoint")
-    text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
+    text = f"a folder, a .gguf file, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
         f" (default: {default})" if not needed else ""
     )
     group.add_argument("-m", "--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
+    group.add_argument("--gguf-file", metavar="F", help="the GGUF file to use, of a folder or on the Hub")
+    group.add_argument("--adapter", metavar="A", help="a LoRA adapter to apply: a folder, or a Hub id")
     scaling = (
         "yarn:FACTOR extends the context, of 32,768 positions to 131,072 with yarn:4 (default: as config.json says)"
     )
@@ -151,7 +153,13 @@ def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str,
 
 def load_named(arguments: argparse.Namespace) -> Model:
     """Return the model that the flags name."""
-    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load(
+        named(arguments),
+        revision=arguments.revision,
+        gguf_file=arguments.gguf_file,
+        adapter=arguments.adapter,
+        weights_dtype=arguments.weights_dtype,
+    )
     return replace(model, config=scaled(model.config, arguments))
 
 
