@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3np import CheckpointError, Config, forward, init_weights, read_checkpoint
+from qwen3np import CheckpointError, Config, ConfigError, forward, init_weights, load, read_checkpoint
 from qwen3np.config import Yarn
 from qwen3np.files.gguf import Blocks, gguf_name, read_gguf
 from qwen3np.files.gguf_writer import q8_0, write_gguf
@@ -122,3 +122,80 @@ def test_q8_0_is_the_packages(scale):
     x[0, :32], x[1, :32] = 0, np.linspace(-127, 127, 32) * 0.5
     found = q8_0(x)
     np.testing.assert_array_equal(found.reshape(7, -1), gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0))
+
+
+def test_a_gguf_file_is_a_model(tmp_path, checkpoint):
+    """Loaded by its path, by its folder, and by its name in the folder: text, chat, stops and logits as before."""
+    config, weights = checkpoint
+    config = replace(config, rope_scaling=None)
+    tokenizer = json.loads((BUILTIN / "tokenizer.json").read_text())
+    template = json.loads((BUILTIN / "tokenizer_config.json").read_text())["chat_template"]
+    write_gguf(tmp_path / "x.gguf", config, weights, tokenizer, kind="F32", chat_template=template)
+    plain = load(progress=False).tokenizer
+    messages = [{"role": "user", "content": "Wie heißt der Fluss? <|im_end|> 12.5 kg 🍎"}]
+    for where, name in ((tmp_path / "x.gguf", None), (tmp_path, None), (tmp_path, "x.gguf")):
+        model = load(where, gguf_file=name, weights_dtype="mapped", progress=False)
+        assert model.config.vocab_size == 2048
+        text = plain.apply_chat_template(messages)
+        assert model.tokenizer.apply_chat_template(messages) == text
+        assert model.tokenizer.encode(text) == plain.encode(text)
+        assert model.tokenizer.decode(plain.encode(text)) == text
+        assert model.tokenizer.special_tokens == plain.special_tokens
+        assert set(model.generation_defaults()["stop_ids"]) == {2024, 2022}
+        np.testing.assert_array_equal(model([1, 2, 3]), forward(weights, config, [1, 2, 3]))
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved", progress=False)
+    assert again.tokenizer.encode(text) == plain.encode(text)
+    assert again.tokenizer.apply_chat_template(messages) == text
+    np.testing.assert_array_equal(again([1, 2, 3]), model([1, 2, 3]))
+    with pytest.raises(CheckpointError, match=r"no y\.gguf; there is x\.gguf"):
+        load(tmp_path, gguf_file="y.gguf", progress=False)
+
+
+def test_split_files(tmp_path, checkpoint):
+    config, weights = checkpoint
+    write_gguf(tmp_path / "x.gguf", config, weights)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    half = len(reader.tensors) // 2
+    for n, tensors in enumerate((reader.tensors[:half], reader.tensors[half:]), 1):
+        writer = gguf.GGUFWriter(tmp_path / f"s-0000{n}-of-00002.gguf", "qwen3moe" if config.num_experts else "qwen3")
+        for field in reader.fields.values():
+            if n == 1 and not field.name.startswith(("GGUF.", "general.")):
+                writer.add_key_value(field.name, field.contents(), field.types[0])
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    _, found, _ = read_gguf(tmp_path / "s-00001-of-00002.gguf")
+    _, whole, _ = read_gguf(tmp_path / "x.gguf")
+    for name, w in whole.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(w))
+    (tmp_path / "s-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"s-00002-of-00002\.gguf: missing"):
+        read_gguf(tmp_path / "s-00001-of-00002.gguf")
+
+
+def test_damaged_files(tmp_path, checkpoint):
+    config, weights = checkpoint
+    write_gguf(tmp_path / "x.gguf", config, weights, kind="Q8_0")
+    whole = (tmp_path / "x.gguf").read_bytes()
+    place = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    kinds = {
+        "truncated: the file has": whole[:-100],
+        "damaged or cut off": whole[:200],
+        "GGUF version 1": whole.replace(b"GGUF\x03", b"GGUF\x01", 1),
+        "architecture is 'llama3'": whole.replace(b"\x05\0\0\0\0\0\0\0qwen3", b"\x06\0\0\0\0\0\0\0llama3", 1),
+        r"token_embd\.weight: type 99 is unknown": whole[:place] + b"\x63" + whole[place + 1 :],
+        r"output_norm\.weight: missing": whole.replace(b"output_norm.weight", b"output_form.weight", 1),
+        "embedding_length|hidden_size": whole.replace(b".embedding_length", b".embeddimg_length", 1),
+    }
+    for message, content in kinds.items():
+        if "llama3" in message and config.num_experts:
+            continue
+        (tmp_path / "y.gguf").write_bytes(content)
+        with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+            read_gguf(tmp_path / "y.gguf")
+        assert "y.gguf" in str(error.value)
+        assert str(error.value).isprintable()

@@ -72,9 +72,11 @@ def adapted(config: Config, weights: LoadedWeights, folder: str | Path) -> tuple
         raise CheckpointError(f"{folder}: has no {_WEIGHTS}; save the adapter as safetensors with PEFT")
     try:
         files = {**weights.files, path.absolute(): identity(path)}
-        pairs, whole = _parts(folder, map_tensors(path), settings)
+        pairs, whole = _parts(map_tensors(path), settings)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     changed = dict[str, Array](weights)
     if config.tie_word_embeddings and (_HEAD in pairs or _HEAD in whole):
         config = replace(config, tie_word_embeddings=False)
@@ -113,14 +115,14 @@ def _require_lora(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _parts(
-    folder: Path, tensors: Mapping[str, Array], settings: Mapping[str, Any]
+    tensors: Mapping[str, Array], settings: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Array, Array, float]], dict[str, Array]]:
     """Return A, B and alpha of each weight that is adapted, and the tensors that are stored whole."""
     halves: dict[str, dict[str, Array]] = {}
     whole: dict[str, Array] = {}
     for name, tensor in tensors.items():
         if tensor.dtype.name not in ("float16", "bfloat16", "float32"):
-            raise CheckpointError(f"{folder}: {name}: dtype {tensor.dtype}; supported: bfloat16, float16, float32")
+            raise CheckpointError(f"{name}: dtype {tensor.dtype}; supported: bfloat16, float16, float32")
         if match := _NAME.fullmatch(name):
             halves.setdefault(match[1], {})[match[2]] = tensor
         else:
@@ -134,9 +136,9 @@ def _parts(
         elif found.keys() == {"lora_embedding_A", "lora_embedding_B"}:  # they stand for W transposed
             a, b = found["lora_embedding_B"].T, found["lora_embedding_A"].T
         else:
-            raise CheckpointError(f"{folder}: {module}: only {' and '.join(sorted(found))} of a pair")
+            raise CheckpointError(f"{module}: only {' and '.join(sorted(found))} of a pair")
         if a.ndim != 2 or b.ndim != 2:
-            raise CheckpointError(f"{folder}: {module}: A {a.shape} and B {b.shape} are not matrices")
+            raise CheckpointError(f"{module}: A {a.shape} and B {b.shape} are not matrices")
         key = next((key for key in patterns if _matches(key, module)), None)
         pairs[f"{module}.weight"] = a, b, settings["lora_alpha"] if key is None else patterns[key]
     return pairs, whole
