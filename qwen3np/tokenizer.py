@@ -92,7 +92,7 @@ class Tokenizer:
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = False) -> list[int] | list[list[int]]:
         """The ids of a text, or a list of them for several; special tokens written in it become their ids.
 
-        None are added, unless add_special_tokens asks for those that the checkpoint's tokenizer.json puts around a text.
+        None are added, unless add_special_tokens asks for those that tokenizer.json puts around a text.
         TypeError for anything but text; ValueError for lone surrogates, which no UTF-8 and so no token can write;
         CheckpointError where the tokenizer gives up on a text, as over a pattern that would take for ever.
         """
