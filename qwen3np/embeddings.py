@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.errors import ContextOverflowError
+from qwen3np.files.sentence import Pooling
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import checked_sequence, forward, require_finite
 from qwen3np.loading import Model
@@ -47,35 +48,27 @@ def embed(
     The dot product of two of them is their cosine similarity. Documents are embedded as they are. Queries need an
     instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
     the first ones, normalised again, which Qwen3-Embedding was trained for. With an attention_mask, texts are padded
-    ids (N, S) instead, which end as the model wants it. A sentence-transformers folder pools the hidden states, ends
-    texts and puts its prompt in front as its files say. progress is called with how many texts are done.
+    ids (N, S) instead, which end as the model wants it. progress is called with how many texts are done.
+    A sentence-transformers folder pools the hidden states, ends texts and puts its prompt in front as its files say.
 
     Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
     one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
     CheckpointError and NonFiniteError as generate.
     """
-    pooling, skipped, size = model.pooling, 0, model.config.hidden_size
+    size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
         raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
+    skipped = 0
     if attention_mask is not None:
         if instruction is not None:
             raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are taken as they are")
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
-        tokenizer, end = _tokenizer(model, "embed", *(["<|endoftext|>"] if pooling is None else []))
         _check_texts(texts, "texts")
-        if instruction is not None:
-            _check_text(instruction, "instruction")
-        prompt = f"Instruct: {instruction}\nQuery:" if instruction is not None else pooling.prompt if pooling else ""
-        # a sentence-transformers folder ends texts as its own tokenizer does, other checkpoints as Qwen3-Embedding
-        sequences = [[*tokenizer.encode(prompt + text, add_special_tokens=not end), *end] for text in texts]
-        if pooling and not pooling.with_prompt:
-            skipped = len(tokenizer.encode(prompt))
-    if pooling and pooling.mode == "cls":  # no token before it, so its state depends on no other
+        sequences, skipped = _with_prompt(model, texts, instruction)
+    if pooling.mode == "cls":  # no token before it, so its state depends on no other
         sequences = [sequence[:1] for sequence in sequences]
-    if empty := [n for n, sequence in enumerate(sequences) if len(sequence) <= skipped]:
-        raise ValueError(f"texts[{empty[0]}]: this model's tokenizer makes no token of it")
-    if pooling and pooling.mode == "mean":
+    if pooling.mode == "mean":
         x = _mean_hidden_states(model, sequences, skipped, numerics, engine, progress)[:, :dimensions]
     else:
         x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
@@ -125,6 +118,26 @@ def rerank(
     if logits.shape[1] == 1:  # yes - no, as a Qwen3ForSequenceClassification gives it
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     return np.exp(log_probabilities(logits)[:, 1])
+
+
+def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) -> tuple[list[list[int]], int]:
+    """Return the ids of texts after their prompt, and how many of its tokens do not count for a mean.
+
+    A sentence-transformers folder ends texts as its own tokenizer.json does, other checkpoints as Qwen3-Embedding.
+    """
+    pooling = model.pooling
+    tokenizer, end = _tokenizer(model, "embed", *([] if pooling else ["<|endoftext|>"]))
+    prompt = pooling.prompt if pooling else ""
+    if instruction is not None:
+        _check_text(instruction, "instruction")
+        prompt = f"Instruct: {instruction}\nQuery:"
+    if pooling is None:
+        return [[*tokenizer.encode(prompt + text), *end] for text in texts], 0
+    sequences = [tokenizer.encode_whole(prompt + text) for text in texts]
+    skipped = 0 if pooling.with_prompt else len(tokenizer.encode(prompt))
+    if empty := [n for n, sequence in enumerate(sequences) if len(sequence) <= skipped]:
+        raise ValueError(f"texts[{empty[0]}]: this model's tokenizer makes no token of it")
+    return sequences, skipped
 
 
 def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[int]]:

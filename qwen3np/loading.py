@@ -278,13 +278,13 @@ def load(
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
     folder = resolve(name_or_path, revision=revision, gguf_file=gguf_file, progress=progress)
-    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     pooling: Pooling | None = None
     if file := gguf_of(folder, gguf_file):
         config, weights, metadata = read_gguf(file)
         tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
         generation_config = _checked_of(file, generation_of(metadata))
+    elif (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     else:
         config, weights = read_checkpoint(folder)
         path = folder / "generation_config.json"

@@ -84,21 +84,19 @@ class Tokenizer:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
     @overload
-    def encode(  # pyright: ignore[reportOverlappingOverload]  # a str is a sequence
-        self, text: str, add_special_tokens: bool = False
-    ) -> list[int]: ...
+    def encode(self, text: str) -> list[int]: ...  # pyright: ignore[reportOverlappingOverload]  # a str is a sequence
     @overload
-    def encode(self, text: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]: ...
-    def encode(self, text: str | Sequence[str], add_special_tokens: bool = False) -> list[int] | list[list[int]]:
+    def encode(self, text: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, text: str | Sequence[str]) -> list[int] | list[list[int]]:
         """The ids of a text, or a list of them for several; special tokens written in it become their ids.
 
-        None are added, unless add_special_tokens asks for those that tokenizer.json puts around a text.
-        TypeError for anything but text; ValueError for lone surrogates, which no UTF-8 and so no token can write;
-        CheckpointError where the tokenizer gives up on a text, as over a pattern that would take for ever.
+        None are added. TypeError for what is no text; ValueError for lone surrogates, which no UTF-8 and so no token
+        can write; CheckpointError where the tokenizer
+        gives up on a text, as over a pattern that would take for ever.
         """
         if not isinstance(text, str):
             if isinstance(text, (list, tuple)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                return [self.encode(one, add_special_tokens) for one in text]
+                return [self.encode(one) for one in text]
             raise TypeError(f"encode: a str or a list of str is needed, not {type(text).__name__}")
         try:
             text.encode()
@@ -106,7 +104,13 @@ class Tokenizer:
             raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
         backend = self._backend
         with _refused(f"{self.folder}: its tokenizer fails"):
-            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        """The ids of a text with what the checkpoint's tokenizer.json puts around it. Errors as for encode."""
+        self.encode(text)
+        with _refused(f"{self.folder}: its tokenizer fails"):
+            return self._backend.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; ids that the tokenizer does not know (the model's padding) have none.
