@@ -210,7 +210,7 @@ def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -
             best = found[0]
             meaning = (
                 f"{best.bug.name}: its pattern is in the errors with {best.amount:.2f} of its size, "
-                f"{best.significance:.0f} standard deviations from none, though rounding hides it at each single point; "
+                f"{best.significance:.0f} standard deviations from none, though rounding hides it at each point; "
                 f"look at: {best.bug.look}"
             )
             alike = tuple(dict.fromkeys(m.bug.name for m in found[1:] if m.significance > 0.97 * best.significance))

@@ -37,7 +37,7 @@ class Family:
 def number(value: float) -> str:
     """Return a number in three digits, without noughts that say nothing."""
     rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}".replace("e-0", "e-")
 
 
 FAMILIES = (

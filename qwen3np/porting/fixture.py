@@ -77,7 +77,7 @@ The test, in any language: load the checkpoint, feed the ids, and at each point 
 
 with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
 be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
-computes in float32, and those of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not guessed:
+computes in float32, of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not guessed:
 {MARGIN:g} times what rounding makes of the reference itself, point by point.
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
