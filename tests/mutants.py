@@ -600,7 +600,7 @@ GROUPS = [
         },
     ),
     (
-        "porting/compare.py",
+        "porting/judge.py",
         "compare",
         {
             "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
