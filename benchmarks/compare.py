@@ -1,12 +1,12 @@
-"""Measure qwen3np beside transformers, and llama.cpp where it is given, and print Markdown tables with ratios.
+"""Measure qwen3np next to transformers, and llama.cpp if given, and print Markdown tables with ratios.
 
     python benchmarks/compare.py --model FOLDER [--threads 2] [--quick]     # random weights if FOLDER does not exist
     python benchmarks/compare.py --model FOLDER --llama-bench PATH --gguf FILE ...
 
 Every engine has processes of its own (engine.py says what each measures); they take turns (A B C A B C ...), so that a
 machine that slows down slows all of them. A figure is the median of its turns, a ratio the median of the ratios within
-a turn. llama.cpp fills its cache itself. Beside them a model of 15 million parameters generates with qwen3np and with
-the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
+a turn. llama.cpp fills its cache itself. A model of 15 million parameters generates with
+the fast and with the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/engine.py "qwen3np bfloat16" --model FOLDER [--threads 2] [--quick]
 
 The first run of each kind is for warmth; a prompt of thousands of tokens runs once, after the shorter ones have warmed
-up. Decoding is one step of the model on a cache that holds so many positions of random numbers, without sampling.
+up. Decoding is one step of the model on a cache that holds that many positions of random numbers, without sampling.
 Linux: memory is read from /proc.
 """
 

@@ -40,7 +40,7 @@ def write_random_checkpoint(
 ) -> None:
     """Write a checkpoint of one of SIZES, or with the sizes of like/config.json.
 
-    The tokenizer's files come along, and its stop ids; from `like` those that are not beside the tokenizer.
+    The tokenizer's files come along, and its stop ids; from `like` those that are not next to the tokenizer.
     """
     config = Config.from_file(like) if like else SIZES[size]
     save_checkpoint(folder, config, init_weights(config, seed, trained_like=True), dtype=ml_dtypes.bfloat16)

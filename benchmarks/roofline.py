@@ -5,7 +5,7 @@
 Decoding is bound by memory: each matrix goes once through sgemv, and so do the keys and values of the cache. A prompt
 is bound by arithmetic: each matrix goes once through sgemm, and so do the blocks of attention that a query may see.
 The limits are these products alone: matrices on BLAS's own threads, blocks of attention one after the other on each
-core. Then the same for each part of a layer, run by itself over all layers, with the weights of each. Limits and model
+core. Then the same for each part of a layer, run separately over all layers, with the weights of each. Limits and model
 take turns; a figure is the median of the rounds, a fraction the median of those within a round. Weights are float32.
 Linux: what else runs is read from /proc.
 """

@@ -1,6 +1,14 @@
 """Qwen3 in NumPy: every layer is a stateless function over a dictionary of weights."""
 
+import signal
+import sys
 from typing import Any
+
+# Ctrl-C while the command line is still importing all this ends it without a traceback; cli.main takes over then.
+if (
+    sys.orig_argv[1:3] == ["-m", "qwen3np"] or getattr(sys, "argv", [""])[0].endswith(("/qwen3np", "\\qwen3np.exe"))
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import traceback
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -32,9 +34,13 @@ _KNOWN = {  # sha256 of the template's text
     "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7",  # Thinking-2507
     "a75e50070fd015aa156b623c6bc721bf408efccd8e896534f336ee92f0d0d8e1",  # qwen3np.training's
 }
-_SECONDS = 5
+_SECONDS = 5  # of the processor's time, where the system can limit it: a busy machine makes no difference
+_PATIENCE = 60 if find_spec("resource") else _SECONDS  # on the clock
 _MEBIBYTES = 512
 _CHARACTERS = 2**24  # of rendered text: a few times what fills the longest context of the family
+
+_MARK = "CONTINUE\ufdd1HERE "  # where the final message is to go on; what is no character is in no message
+_PROBE = "A\ufdd1B"
 
 _ROLES = ("system", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -47,13 +53,17 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     enable_thinking: bool | None = None,
+    continue_final_message: bool = False,
     **kwargs: Any,
 ) -> str:
     """The text of a conversation: `template` rendered as transformers' `apply_chat_template` renders it.
 
-    messages: dicts with "role" (system, user, assistant or tool) and "content", a string; an assistant's may have
-    "reasoning_content" and "tool_calls", and with these no content. tools: their JSON schemas. enable_thinking: None
-    leaves the choice to the template. kwargs: more variables for the template. All of it is data that JSON can hold.
+    messages: dicts with "role" (system, user, assistant or tool) and "content", a string or a list of text parts,
+    {"type": "text", "text": ...}; an assistant's may have "reasoning_content" and "tool_calls", and with these no
+    content. Templates that do not read lists get the parts as one text, a line each, as in vLLM and llama.cpp.
+    tools: their JSON schemas. enable_thinking: None leaves the choice to the template. continue_final_message: end
+    inside the last message, without a generation prompt. kwargs: more variables for the template. All of it is data
+    that JSON can hold.
 
     ValueError, with the place, for messages unlike these and for what the template refuses or gets wrong; also for a
     template that takes more than 5 s or 512 MiB (the latter only where the system can limit a process's memory).
@@ -62,12 +72,13 @@ def render_chat(
         raise ValueError("the conversation is empty: a chat template needs at least one message")
     if not all(isinstance(tool, Mapping) for tool in tools or ()):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("tools must be a list of JSON schemas (dicts)")
+    checked = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
     variables = {
         "documents": None,
         **kwargs,
-        "messages": [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)],
+        "messages": _marked(checked) if continue_final_message else checked,
         "tools": tools,
-        "add_generation_prompt": add_generation_prompt,
+        "add_generation_prompt": add_generation_prompt and not continue_final_message,
     }
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
@@ -76,8 +87,34 @@ def render_chat(
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages, tools and template variables must be JSON data: {error}") from error
     if hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest() in _KNOWN:
-        return _render(template, json.loads(job)["variables"])
-    return _render_apart(job)
+        text = _render(template, json.loads(job)["variables"])
+    else:
+        text = _render_apart(job)
+    return _cut(text, _text_of(checked[-1])) if continue_final_message else text
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message; of a list of parts the last one."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a mark at the end of the last one's text."""
+    last = dict(messages[-1])
+    if isinstance(last.get("content"), list):
+        last["content"] = [*last["content"][:-1], {**last["content"][-1], "text": _text_of(last) + _MARK}]
+    else:
+        last["content"] = _text_of(last) + _MARK
+    return [*messages[:-1], last]
+
+
+def _cut(text: str, final: str) -> str:
+    """The rendered text up to the mark; a template that strips its space strips what stands before it, too."""
+    before, mark, after = text.rpartition(_MARK.strip())
+    if not mark or final.strip() not in text.replace(mark, ""):
+        raise ValueError("continue_final_message: the chat template does not repeat the last message's content")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -89,8 +126,13 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if role not in _ROLES:
         raise ValueError(f"{where} has the role {role!r}, which is none of {', '.join(_ROLES)}")
     optional = role == "assistant" and (message.get("tool_calls") or any(name in message for name in _REASONING))
-    if not isinstance(message.get("content", "" if optional else None), str):
-        raise ValueError(f"{where} ({role}) needs content, a string")
+    content = message.get("content", "" if optional else None)
+    if isinstance(content, (list, tuple)) and content:
+        for n, part in enumerate(cast("list[Any]", content)):
+            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise ValueError(f'{where} ({role}): content[{n}] must be a text part, {{"type": "text", "text": ...}}')
+    elif not isinstance(content, str):
+        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts")
     for name in _REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
@@ -102,7 +144,10 @@ def _render(template: str, variables: dict[str, Any]) -> str:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return _compiled(template).render(variables)
+        compiled = _compiled(template)
+        if any(isinstance(message.get("content"), list) for message in variables["messages"]):
+            variables = {**variables, "messages": _as_read(compiled, variables["messages"])}
+        return compiled.render(variables)
     except MemoryError:
         raise
     except Exception as error:
@@ -114,6 +159,20 @@ def _render(template: str, variables: dict[str, Any]) -> str:
         # The message may be the template's own: one line of it, and no terminal codes.
         message = "".join(c if c.isprintable() else " " for c in str(error)[:500])
         raise ValueError(f"{where}: {type(error).__name__}: {message}") from error
+
+
+def _as_read(template: Template, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as they are, if the template reads lists of text parts; else with these as one text, a line each."""
+    question = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
+    with suppress(Exception):  # it is no reader then
+        text = template.render(messages=[question], tools=None, documents=None, add_generation_prompt=False)
+        if _PROBE in text and "'type'" not in text and '"type"' not in text:
+            return messages
+
+    def joined(content: Any) -> Any:
+        return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+    return [{**message, "content": joined(message.get("content", ""))} for message in messages]
 
 
 @cache
@@ -189,12 +248,14 @@ def _render_apart(job: str) -> str:
     command = [sys.executable, "-I", "-S", __file__]
     try:
         done = subprocess.run(
-            command, input=job, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS
+            command, input=job, capture_output=True, encoding="utf-8", errors="replace", timeout=_PATIENCE
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the chat template takes more than {_SECONDS} s") from None
+        raise ValueError(f"the chat template takes more than {_PATIENCE} s") from None
     except OSError as error:
         raise ValueError(f"the chat template cannot be rendered, for its process does not start: {error}") from None
+    if sys.platform != "win32" and done.returncode == -signal.SIGXCPU:
+        raise ValueError(f"the chat template takes more than {_SECONDS} s")
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2] or f"its process ended with status {done.returncode}"
         raise ValueError(f"the chat template cannot be rendered: {reason}")
@@ -216,7 +277,7 @@ def _main() -> None:
         }
         for name, value in limits.items():
             with suppress(ValueError, OSError):  # already stricter, or not enforced by this system
-                resource.setrlimit(name, (value, value))
+                resource.setrlimit(name, (value, value + 1 if name == resource.RLIMIT_CPU else value))
     try:
         job = json.load(sys.stdin)
         sys.path[:] = job["path"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
+import json
+import re
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,41 @@ from qwen3np.cache import KVCache
 from qwen3np.generate import new_cache
 from qwen3np.loading import Model
 from qwen3np.tokenizer import Tokenizer
+
+_CALL = re.compile(r"\n?<tool_call>\n?(.*?)\n?</tool_call>", re.DOTALL)
+
+
+def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return an answer without its tool calls, and these: {"type": "function", "function": {name, arguments}}.
+
+    Qwen3 writes <tool_call> around {"name": ..., "arguments": {...}}. A broken or unfinished one stays in the text.
+    """
+    after = text.rfind("</think>") + 1  # what is considered in the reasoning is not called
+    calls: list[dict[str, Any]] = []
+
+    def take(found: re.Match[str]) -> str:
+        try:
+            call: Any = json.loads(found[1])
+            name, arguments = call["name"], call.get("arguments", {})
+        except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
+            return found[0]
+        if not (isinstance(name, str) and isinstance(arguments, dict)):
+            return found[0]
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        return ""
+
+    return text[:after] + _CALL.sub(take, text[after:]), calls
+
+
+def escaped(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return messages in which the text of all but the assistant is escaped for Tokenizer.encode_escaped."""
+
+    def text(content: Any) -> Any:
+        if isinstance(content, list):
+            return [{**part, "text": text(part["text"])} if "text" in part else part for part in content]
+        return tokenizer.escaped(content) if isinstance(content, str) else content
+
+    return [dict(m) if m.get("role") == "assistant" else {**m, "content": text(m.get("content"))} for m in messages]
 
 
 @dataclass
@@ -19,23 +56,38 @@ class Conversation:
     The answers go back into the next prompt as the ids that the model chose, not as their text encoded anew (which
     can give other ids), as long as the chat template repeats them unchanged: then nothing is computed twice. Where it
     does not (Qwen3's hybrid models drop earlier reasoning), the cache serves up to the first difference.
+
+    A model that calls functions, gets their results and goes on:
+
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
+            "a": {"type": "number"}, "b": {"type": "number"}}}}}]
+        functions = {"add": lambda a, b: a + b}
+        conversation = Conversation(model)
+        answer = conversation.say("What is 17 + 25?", tools=tools)
+        while calls := answer.get("tool_calls"):
+            called = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+            results = [json.dumps(functions[name](**arguments)) for name, arguments in called]
+            answer = conversation.say([{"role": "tool", "content": result} for result in results], tools=tools)
+        print(answer["content"])
     """
 
     model: Model
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     cache: KVCache | None = None
+    escape: bool = True  # special tokens written in messages of users, systems and tools are text
     _text: str = ""  # the last prompt with its answer, and the ids of both
     _ids: list[int] = field(default_factory=list[int])
 
     def prompt_ids(self, **template_options: Any) -> list[int]:
         """Return the ids of the messages so far, ready for the assistant's answer."""
         tokenizer = self.tokenizer
-        text = tokenizer.apply_chat_template(self.messages, **template_options)
-        # an answer ends with a special token, so the text behind it can be encoded by itself
+        messages = escaped(self.messages, tokenizer) if self.escape else self.messages
+        text = tokenizer.apply_chat_template(messages, **template_options)
+        # an answer ends with a special token, so the text after it can be encoded separately
         if self._text and text.startswith(self._text):
-            ids = self._ids + tokenizer.encode(text[len(self._text) :])
+            ids = self._ids + tokenizer.encode_escaped(text[len(self._text) :])
         else:
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode_escaped(text)
         self._text, self._ids = text, ids
         return ids
 
@@ -46,20 +98,26 @@ class Conversation:
 
     def reply(
         self,
-        text: str,
+        text: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
         *,
         options: Mapping[str, Any] | None = None,
         progress: Callable[[int], object] | None = None,
         **template_options: Any,
     ) -> Generator[int]:
-        """Add a user message and yield the ids of the answer as they come; both stay in the conversation.
+        """Add a user's message and yield the ids of the answer as they come; both stay in the conversation.
 
-        options are those of qwen3np.generate, over the checkpoint's own defaults. An answer that is cut off (the
-        caller stops listening, or interrupts) stays as far as it came; without one the message is dropped again.
+        text may also be a message, or several, of any role: a tool's result, for example. The calls of an answer are in
+        messages[-1]["tool_calls"] then. options are those of qwen3np.generate, over the checkpoint's own defaults; an
+        answer also ends where the chat template ends a turn. template_options: tools=..., enable_thinking=...
+
+        An answer that is cut off (the caller stops listening, or interrupts) stays as far as it came; without one the
+        messages are dropped again.
         """
-        self.messages.append({"role": "user", "content": text})
-        model = self.model
+        model, tokenizer, before = self.model, self.tokenizer, len(self.messages)
         settings: dict[str, Any] = {**model.generation_defaults(), **(options or {})}
+        settings["stop_ids"] = tokenizer.turn_ends | {*(settings["stop_ids"] or ())}
+        added = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        self.messages += [dict(added)] if isinstance(added, Mapping) else [dict(message) for message in added]
         answer: list[int] = []
         try:
             ids = self.prompt_ids(**template_options)
@@ -71,15 +129,24 @@ class Conversation:
                 yield token
         finally:
             if answer:
-                self._remember(answer, settings["stop_ids"] or ())
+                self._remember(answer, settings["stop_ids"])
             else:  # refused, or interrupted before the first token: as if it had not been asked
-                self.messages.pop()
+                del self.messages[before:]
+
+    def say(self, text: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+        """Return the whole answer as a message: content, and tool_calls where it has any. Arguments as in reply."""
+        for _ in self.reply(text, **options):
+            pass
+        return self.messages[-1]
 
     def _remember(self, answer: list[int], stop_ids: Collection[int]) -> None:
         said = self.tokenizer.decode(answer[:-1] if answer[-1] in stop_ids else answer)
         message: dict[str, Any] = {"role": "assistant", "content": said}
         if (self.opens_thinking or said.startswith("<think>")) and "</think>" not in said:  # cut off while reasoning
             message |= {"content": "", "reasoning_content": said.removeprefix("<think>").strip()}
+        content, calls = tool_calls(message["content"])
+        if calls:
+            message |= {"content": content, "tool_calls": calls}
         self.messages.append(message)
         self._ids = self._ids + answer
         self._text += self.tokenizer.decode(answer)
@@ -97,3 +164,22 @@ class Conversation:
     def reset(self) -> None:
         """Forget all messages but the system message. What the cache holds of that stays useful."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def drop(self, turns: int) -> int:
+        """Forget the oldest turns, each a user's message with what followed; return how many there were to forget."""
+        starts = self._turns()[: turns + 1]
+        system = len(self.messages[:1]) if self.messages and self.messages[0]["role"] == "system" else 0
+        end = starts[turns] if len(starts) > turns else len(self.messages)
+        self.messages = self.messages[:system] + self.messages[end:]
+        return min(turns, len(starts))
+
+    def undo(self) -> str | None:
+        """Take back the last turn; return its user's message, or None where there is none."""
+        if not (starts := self._turns()):
+            return None
+        message = self.messages[starts[-1]]
+        del self.messages[starts[-1] :]
+        return message["content"]
+
+    def _turns(self) -> list[int]:
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]

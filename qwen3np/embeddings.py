@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.errors import ContextOverflowError
 from qwen3np.generate import PREFILL_CHUNK
-from qwen3np.guard import forward, require_finite
+from qwen3np.guard import checked_sequence, forward, require_finite
 from qwen3np.loading import Model
 from qwen3np.numerics import Array, named
+from qwen3np.padding import unpadded
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
@@ -34,6 +37,7 @@ def embed(
     instruction: str | None = None,
     dimensions: int | None = None,
     *,
+    attention_mask: ArrayLike | None = None,
     numerics: str = "float32",
     engine: str = "fast",
     progress: Callable[[int], object] | None = None,
@@ -42,22 +46,27 @@ def embed(
 
     The dot product of two of them is their cosine similarity. Documents are embedded as they are. Queries need an
     instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
-    the first ones, normalised anew, which Qwen3-Embedding was trained for. progress is told how many texts are done.
+    the first ones, normalised again, which Qwen3-Embedding was trained for. With an attention_mask, texts are padded
+    ids (N, S) instead, which end as the model wants it. progress is called with how many texts are done.
 
     Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
     one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
     CheckpointError and NonFiniteError as generate.
     """
-    tokenizer, (end,) = _tokenizer(model, "embed", "<|endoftext|>")
-    _check_texts(texts, "texts")
     size = model.config.hidden_size
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
         raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
-    if instruction is not None:
-        _check_text(instruction, "instruction")
-        texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
-
-    sequences = [[*tokenizer.encode(text), end] for text in texts]
+    if attention_mask is not None:
+        if instruction is not None:
+            raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are taken as they are")
+        sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
+    else:
+        tokenizer, (end,) = _tokenizer(model, "embed", "<|endoftext|>")
+        _check_texts(texts, "texts")
+        if instruction is not None:
+            _check_text(instruction, "instruction")
+            texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
+        sequences = [[*tokenizer.encode(text), end] for text in texts]
     x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import unicodedata
 
+_JOINERS = "\u200c\u200d"  # within Persian and Indic words, and emoji
+
+
+def visible(text: str, keep: str = "\n") -> str:
+    """Return text as it may reach a terminal: control characters, escapes and bidirectional marks as their codes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() or c in keep or c in _JOINERS or unicodedata.category(c) == "Zs"
+        else c.encode("unicode_escape").decode()
+        for c in text.replace("\t", "    ")
+    )
+
 
 def one_line(text: object) -> str:
     """Return what may hold a stranger's words as an error shows it: one line, no terminal codes, cut in the middle."""
     shown = str(text)
     if len(shown) > 4000:
         shown = f"{shown[:2000]} ... {shown[-2000:]}"
-    return "".join(
-        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in shown
-    )
+    return visible(shown, keep="")
 
 
 class _OneLine(ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
@@ -12,8 +14,9 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.errors import ContextOverflowError
 from qwen3np.numerics import Array, named
-from qwen3np.sampling import sample
-from qwen3np.settings import Batch, GenerationSettings, Ids, checked, lists_settings
+from qwen3np.padding import unpadded
+from qwen3np.sampling import generators, sample
+from qwen3np.settings import Batch, GenerationSettings, Ids, checked, lists_settings, require_ids
 from qwen3np.weights import Weights
 
 if TYPE_CHECKING:
@@ -53,9 +56,10 @@ def generate(
         The whole sequence so far, or a list of sequences: a ragged batch, in which each ends separately and then costs
         nothing.
     **settings
-        See settings.GenerationSettings: max_new_tokens is needed, temperature 0 is greedy. Each sequence draws from its
-        own generator with this seed, so the rest of its batch makes no difference. With the cache of an earlier call,
-        only what follows the longest common prefix is computed; it grows when it must.
+        See settings.GenerationSettings: max_new_tokens is needed, temperature 0 is greedy. Each row draws from its own
+        stream of the seed, whatever else is in the batch: row 0 as alone with that seed, row r as alone with
+        seed=(seed, r). With num_return_sequences the answers to the first prompt come first. With the cache of an
+        earlier call, only what follows the longest common prefix is computed; it grows when it must.
 
     Returns
     -------
@@ -78,7 +82,11 @@ def generate(
     [1592, 256, 13, 2022]
 
     """
-    (batch, single), chosen = _as_batch(input_ids), checked(settings)
+    chosen = checked(settings)
+    mask, answers = chosen.pop("attention_mask"), chosen.pop("num_return_sequences")
+    batch, single = _as_batch(input_ids if mask is None else unpadded(cast("Any", input_ids), mask))
+    if answers > 1:
+        batch, single = [prompt for prompt in batch for _ in range(answers)], False
     if chosen["cache"] is None:
         chosen["cache"] = new_cache(config, batch, chosen["max_new_tokens"], chosen["numerics"])
     new: list[list[int]] = [[] for _ in batch]
@@ -112,6 +120,9 @@ def steps(
     chosen = checked(settings)
     if len(batch) == 0:
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
+    if chosen["attention_mask"] is not None or chosen["num_return_sequences"] != 1:
+        raise ValueError("attention_mask and num_return_sequences are settings of generate alone")
+    require_ids(chosen, config)
     num, context = named(chosen["numerics"], chosen["engine"]), config.max_position_embeddings
     cache: KVCache = held or chosen["cache"] or new_cache(config, batch, chosen["max_new_tokens"], num.name)
     prompts = [guard.checked_sequence(prompt, config) for prompt in batch]
@@ -121,15 +132,16 @@ def steps(
                 f"input_ids: prompt {row} has {len(prompt)} tokens; the context of this model is {context}"
             )
     # the last new token is never an input, so it needs no room
-    most = [min(chosen["max_new_tokens"], context + 1 - len(prompt)) for prompt in prompts]
+    longest = min(context + 1, chosen["max_length"] or context + 1)
+    most = [min(chosen["max_new_tokens"], longest - len(prompt)) for prompt in prompts]
+    if min(most) < 1:
+        raise ValueError(f"max_length={longest}: prompt {most.index(min(most))} is that long, or longer, already")
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
     guard.check_cache(cache, weights, config, num, len(batch), 0)
     guard.require_unchanged(weights)
     guard.require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-    if chosen["stop_ids"] is None:
-        chosen["stop_ids"] = config.eos_token_id
     return _run(weights, config, prompts, cache, most, chosen)
 
 
@@ -142,9 +154,12 @@ def _run(
     settings: dict[str, Any],
 ) -> Iterator[Step]:
     """Yield the steps of prompts that were checked, at most `most` of each, with room for all of them in the cache."""
-    stop, stop_ids = settings["stop"], frozenset(settings["stop_ids"])
-    generators = [np.random.default_rng(settings["seed"]) for _ in prompts]
-    logits = [_prefill(weights, config, p, cache.select([row]), settings) for row, p in enumerate(prompts)]
+    stop, stop_ids, until = settings["stop"], settings["stop_ids"], time.monotonic() + (settings["max_time"] or inf)
+    draws, logits = generators(settings["seed"], len(prompts)), list[Array]()
+    for row, prompt in enumerate(prompts):
+        if row and prompt == prompts[row - 1] and settings["edit"] is None:  # another answer to the same prompt
+            _copy(cache, row - 1, row, len(prompt))
+        logits.append(_prefill(weights, config, prompt, cache.select([row]), settings))
     new: list[list[int]] = [[] for _ in prompts]
     longest = max(len(prompt) + n for prompt, n in zip(prompts, most, strict=True))
     ids = np.zeros((len(prompts), longest), np.int64)  # of prompts and answers, to be compared with the cache's
@@ -155,12 +170,13 @@ def _run(
         going_on: list[int] = []
         for row, row_logits in zip(active, logits, strict=True):
             end = len(prompts[row]) + len(new[row])
-            guard.require_finite(row_logits, weights, config, ids[row, :end], settings["numerics"])
-            chosen = sample(row_logits, settings, generators[row], ids[row, :end], len(new[row]))
+            if not settings["remove_invalid_values"]:
+                guard.require_finite(row_logits, weights, config, ids[row, :end], settings["numerics"])
+            chosen = sample(row_logits, settings, draws[row], ids[row, :end], len(new[row]))
             ids[row, end] = chosen
             new[row].append(chosen)
             done = len(new[row]) == most[row] or chosen in stop_ids or (stop is not None and stop(new[row]))
-            if not done:
+            if not (done := done or time.monotonic() > until):
                 going_on.append(row)
             yield Step(row, chosen, row_logits, done)
         active = going_on
@@ -170,6 +186,14 @@ def _run(
                     raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
             newest = [[new[row][-1]] for row in active]
             logits = list(_forward(weights, config, newest, cache.select(active), settings)[:, 0])
+
+
+def _copy(cache: KVCache, source: int, target: int, length: int) -> None:
+    """Copy the first positions of one sequence of a cache to another."""
+    a, b = cache.rows[[source, target]]
+    for held in (cache.k, cache.v):
+        held[:, b, :, :length] = held[:, a, :, :length]
+    cache.ids[b, :length], cache.lengths[b] = cache.ids[a, :length], length
 
 
 def _prefill(weights: Weights, config: Config, ids: list[int], cache: KVCache, settings: dict[str, Any]) -> Array:

@@ -1,4 +1,4 @@
-"""The door: what comes in is checked once, here, and qwen3.forward runs behind it.
+"""The door: inputs are checked here, once, before qwen3.forward runs.
 
 Ids, caches, memory, mapped files that changed on disk, and numbers that are not finite.
 """
@@ -20,7 +20,8 @@ from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ContextOverflowError, NonFiniteError
 from qwen3np.memory import require_cache, require_memory
 from qwen3np.numerics import Array, Edit, Numerics, Trace, named
-from qwen3np.weights import LoadedWeights, identity
+from qwen3np.padding import on_the_right, padded, unpadded
+from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
 LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
 CHUNK = 16  # positions that are searched together for numbers that are not finite: their scores are in memory at once
@@ -38,6 +39,7 @@ def forward(
     head: bool = True,
     trace: Trace | None = None,
     edit: Edit | None = None,
+    attention_mask: ArrayLike | None = None,
 ) -> Array:
     """Compute the logits of the next token after each position.
 
@@ -65,6 +67,9 @@ def forward(
         A callable (name, array), called once for each recorded point, in order. It may keep the array, not change it.
     edit
         A callable (name, array) -> array or None; an array takes the place of that point.
+    attention_mask
+        For padded ids (B, S): 1 for tokens, 0 for padding, on the left or on the right. Logits at padding are 0. Points
+        are those of the rows moved to the left.
 
     Returns
     -------
@@ -85,6 +90,12 @@ def forward(
     (1, 5, 2048)
 
     """
+    if attention_mask is not None:
+        if cache is not None:
+            raise ValueError("attention_mask: not with a cache, which knows where each of its sequences ends")
+        rows = unpadded(input_ids, attention_mask)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
+        return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)
     num = named(numerics, engine)
     require_unchanged(weights)
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
@@ -98,17 +109,32 @@ def forward(
         last += int(cache.lengths[cache.rows].max())
         _note(cache, weights, config, num, ids.shape[1])
     with num.ops.session(weights, config, ids.size, last, num):
-        return qwen3.forward(
-            weights,
-            config,
-            ids,
-            cache,
-            num,
-            last_only=last_only,
-            head=head,
-            trace=trace,
-            edit=None if edit is None else _checked_edit(edit),
-        )
+        try:
+            return qwen3.forward(
+                weights,
+                config,
+                ids,
+                cache,
+                num,
+                last_only=last_only,
+                head=head,
+                trace=trace,
+                edit=None if edit is None else _checked_edit(edit),
+            )
+        except (KeyError, ValueError):
+            require_tensors(weights, config)  # says which tensor is missing or of another shape
+            raise
+
+
+def require_tensors(weights: Mapping[str, Array], config: Config) -> None:
+    """Raise ValueError, with both shapes, for the first tensor of the model that is missing or of another shape."""
+    for name, shape in weight_shapes(config).items():
+        if name not in weights:
+            if name == "lm_head.weight":  # a model without a head still gives hidden states
+                continue
+            raise ValueError(f"weights: there is no {name}, which must be {shape}")
+        if np.shape(weights[name]) != shape:
+            raise ValueError(f"weights: {name} is {np.shape(weights[name])}, and must be {shape} (out, in)")
 
 
 def _checked_edit(edit: Edit) -> Edit:
@@ -135,7 +161,7 @@ def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
 
 
 def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
-    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name`, and where."""
+    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong in `name`, and where."""
     try:
         ids: np.ndarray[Any, Any] = np.asarray(input_ids)
     except ValueError:
@@ -226,8 +252,9 @@ def _note(cache: KVCache, weights: Mapping[str, Array], config: Config, num: Num
     """Note with what an empty cache is filled, and how far memory is taken."""
     if not cache.lengths.any():
         cache.notes["origin"] = _Origin(weights, config, num)
-    filled = cache.notes.setdefault("filled", np.zeros_like(cache.lengths))  # the largest that each length has been
-    filled[cache.rows] = np.maximum(filled[cache.rows], cache.lengths[cache.rows] + new)
+    if "filled" not in cache.notes:
+        cache.notes["filled"] = np.zeros_like(cache.lengths)  # the largest that each length has been
+    np.maximum(cache.notes["filled"], cache.lengths + new, out=cache.notes["filled"])  # at most `new` too many
 
 
 # The fields of a config that keys and values do not depend on.
@@ -276,7 +303,7 @@ class _Origin:
 def require_finite(
     logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str
 ) -> None:
-    """Raise NonFiniteError where logits hold NaN or infinity; it says at which point and token of ids they begin."""
+    """Raise NonFiniteError where logits hold NaN or infinity; it names the first such point, and its token of ids."""
     if not np.isfinite(logits).all():
         raise NonFiniteError(_where(weights, config, ids, numerics))
 
@@ -284,7 +311,7 @@ def require_finite(
 def require_finite_point(
     name: str, x: Array, weights: Mapping[str, Array], config: Config, ids: Array, numerics: str
 ) -> None:
-    """Raise the same where a recorded point of ids (B, S) holds NaN or infinity."""
+    """Raise NonFiniteError where a recorded point of ids (B, S) holds NaN or infinity."""
     if (bad := _not_finite(name, x)).any():
         raise NonFiniteError(_where(weights, config, ids[np.argwhere(bad)[0, 0]].tolist(), numerics))
 
@@ -304,7 +331,7 @@ def _not_finite(name: str, x: Array) -> Array:
 
 
 def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str) -> str:
-    """Compute ids once more, and say what is the first point that is not finite."""
+    """Compute ids again, and describe the first point that is not finite."""
     cache = KVCache.allocate(config, 1, len(ids), named(numerics).storage)
     head = config.tie_word_embeddings or "lm_head.weight" in weights
 
@@ -327,7 +354,7 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Ar
 
 
 def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: str) -> str:
-    """Say whether the weights of a point are to blame."""
+    """Return whether the weights of a point are to blame, as the end of a sentence."""
     module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
     for name, tensor in weights.items():
         own = name.removeprefix(f"{module}.")
@@ -335,4 +362,4 @@ def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: s
             bad = tensor.size - int(np.isfinite(tensor).sum())
             if bad:
                 return f": {name} holds {bad:,} of {tensor.size:,} that are not finite, so the checkpoint is damaged"
-    return f": the numbers outgrow {numerics}"
+    return f": values overflow {numerics}"

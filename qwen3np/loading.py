@@ -26,9 +26,10 @@ from qwen3np.memory import available_memory, require_memory
 from qwen3np.numerics import Array, Edit, Trace
 from qwen3np.ops.fast.pages import release
 from qwen3np.ops.fast.threads import share
+from qwen3np.rules import rules
 from qwen3np.scoring import score
-from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, lists_settings
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
+from qwen3np.tokenizer import Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ForwardOptions(TypedDict, total=False):
     head: bool
     trace: Trace | None
     edit: Edit | None
+    attention_mask: ArrayLike | None
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -106,13 +108,13 @@ class Model:
     @lists_settings
     def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
         """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
-        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        chosen = self.generation_settings(settings)
         return generate(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
     def stream(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
         """Yield new ids; see qwen3np.stream. Settings left out come from generation_config.json."""
-        chosen: GenerationSettings = {**self.generation_defaults(), **settings}
+        chosen = self.generation_settings(settings)
         return stream(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
@@ -142,6 +144,7 @@ class Model:
         instruction: str | None = None,
         dimensions: int | None = None,
         *,
+        attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
         progress: Progress | None = None,
@@ -150,7 +153,8 @@ class Model:
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        vectors = embed(self, many, instruction, dimensions, numerics=numerics, engine=engine, progress=progress)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "progress": progress}
+        vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(
@@ -185,6 +189,20 @@ class Model:
         self.forward(self._ids(text), numerics=numerics, engine=engine, trace=keep)
         return seen
 
+    def hidden_states(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
+        """Return the state of each token of a text, or of ids, after the embedding and after each layer: (L + 1, S, D).
+
+        As the hidden states of transformers, but that these have the final norm on the last.
+        """
+        points = self.trace(text, numerics=numerics, engine=engine, points="model.embed_tokens,model.layers.*")
+        names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(self.config.num_hidden_layers))]
+        return np.stack([points[name][0] for name in names])
+
+    def attention_maps(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
+        """Return how much each token of a text, or of ids, looks at each one, by layer and head: (L, H, S, S)."""
+        points = self.trace(text, numerics=numerics, engine=engine, points="*.self_attn.probs")
+        return np.stack([points[f"model.layers.{n}.self_attn.probs"][0] for n in range(self.config.num_hidden_layers)])
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, config, tokenizer and generation_config.json to a new folder, which loads as this model."""
         save_checkpoint(
@@ -198,24 +216,34 @@ class Model:
     def _ids(self, text: str | Ids) -> Any:
         return self.text.encode(text) if isinstance(text, str) else text
 
+    def generation_settings(self, settings: Mapping[str, Any]) -> GenerationSettings:
+        """Return these settings over generation_defaults, and stop_strings, which need the tokenizer, as `stop`."""
+        defaults = self.generation_defaults()
+        if "max_new_tokens" in settings:  # wins over the file's max_length, as in transformers
+            defaults.pop("max_length", None)
+        chosen = cast("dict[str, Any]", {**defaults, **settings})
+        strings, stop = chosen.pop("stop_strings", None), chosen.get("stop")
+        if strings:
+            ended = said_in(self.text, [strings] if isinstance(strings, str) else strings)
+            chosen["stop"] = ended if stop is None else lambda new: stop(new) or ended(new)
+        return cast("GenerationSettings", chosen)
+
     def generation_defaults(self) -> GenerationSettings:
         """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
 
-        Its filters count only with do_sample, as in transformers, and those it leaves out are off; without do_sample
-        decoding is greedy. The stop ids come from config.json where generation_config.json has none.
+        Everything that is a logits processor or a stopping rule counts, as in transformers: see settings.from_file. The
+        stop ids come from config.json where generation_config.json has none. What asks for another algorithm, such as
+        num_beams, is passed on too, and refused when something is generated unless an argument overrides it.
         """
-        given = {key: value for key, value in self.generation_config.items() if value is not None}
-        eos: int | list[int] | tuple[int, ...] = given.get("eos_token_id", self.config.eos_token_id)
+        given = self.generation_config
+        eos: Any = given.get("eos_token_id")
+        eos = self.config.eos_token_id if eos is None else eos
+        ends: list[int] = [eos] if isinstance(eos, int) else list(eos)
         defaults: GenerationSettings = {
-            "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
-            "stop_ids": (eos,) if isinstance(eos, int) else tuple(eos),
-            "temperature": 0.0,
+            "max_new_tokens": given.get("max_length") or DEFAULT_MAX_NEW_TOKENS,
+            "stop_ids": tuple(i for i in ends if 0 <= i < self.config.vocab_size),
         }
-        if given.get("do_sample"):
-            defaults["temperature"] = given.get("temperature", 1.0)
-            defaults |= cast("GenerationSettings", {k: given[k] for k in ("top_k", "top_p", "min_p") if k in given})
-        if "repetition_penalty" in given:
-            defaults["repetition_penalty"] = given["repetition_penalty"]
+        defaults |= from_file(given)
         return defaults
 
 
@@ -239,6 +267,8 @@ def load(
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
     folder = resolve(name_or_path, revision=revision, progress=progress)
+    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     config, weights = read_checkpoint(folder)
     generation_config: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
@@ -263,20 +293,19 @@ def load(
 
 def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
     """Return generation_config if what is read of it is of the right type. Raises ConfigError, which names the key."""
-    numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    known = rules(GenerationSettings)
     for key, value in generation_config.items():
         if value is None:
             continue
-        if key in numbers and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
-            raise ConfigError(f"{key} = {value!r} is not a finite number")
-        if key == "max_new_tokens" and type(value) is not int:
-            raise ConfigError(f"{key} = {value!r} is not a whole number")
         if key == "do_sample" and type(value) is not bool:
             raise ConfigError(f"{key} = {value!r} is neither true nor false")
         if key == "eos_token_id":
             ids: list[Any] = cast("list[Any]", value) if type(value) is list else [value]
             if not all(type(token) is int for token in ids):
                 raise ConfigError(f"{key} = {value!r} is neither a token id nor a list of them")
+    for key, value in from_file(generation_config).items():
+        if key in known and not known[key].holds(value):
+            raise ConfigError(f"{key} = {value!r} must be {known[key].supported}")
     return generation_config
 
 
@@ -293,7 +322,7 @@ def _copy_fits(size: int, progress: bool) -> bool:
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, which all threads make."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
     pairs = [(copies[name].reshape(-1), tensor.reshape(-1)) for name, tensor in weights.items()]

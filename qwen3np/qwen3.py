@@ -76,7 +76,7 @@ def forward(
     """Return the logits of the token after each position: ids (B, S) -> (B, S, V), or (B, 1, V) with last_only.
 
     Without the head: the hidden states after the final norm, (B, S, D) or (B, 1, D). With a cache, the ids of row b
-    stand behind the cache.lengths[b] positions that it holds, and are added to them.
+    follow the cache.lengths[b] positions that it holds, and are added to them.
     """
     m = Scope(weights, trace, edit)
     start = np.zeros(len(ids), np.int64) if cache is None else cache.lengths[cache.rows]

@@ -57,7 +57,6 @@ def _slowed(config: Config, num: Numerics) -> Array:
     return np.clip((np.arange(head_dim // 2, dtype=num.dtype) - low) / (high - low), 0, 1)
 
 
-@cache
 def attention_factor(config: Config, num: Numerics = FLOAT32) -> float:
     """Return the scale of queries and keys under YaRN: 0.1 ln(factor) + 1 unless the config has its own; else 1."""
     yarn = config.rope_scaling

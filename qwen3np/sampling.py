@@ -1,13 +1,14 @@
-"""Logits -> the next id: penalties, processors, temperature, top-k, top-p, min-p, in the order of transformers."""
+"""Logits -> the next id: processors, temperature, filters, a draw; in the order of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qwen3np.processors import ALL, FILTERS, PROCESSORS
 from qwen3np.settings import checked
 
 
@@ -62,14 +63,16 @@ def _candidates(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Logits (V,) -> the ids that stay, ascending, and their processed scores, (N,) each."""
     temperature: float = settings["temperature"]
+    previous = np.asarray(previous_ids, np.intp)
     with np.errstate(all="ignore"):  # overflow is reported below
         scores = np.array(logits, np.float32)
         if scores.ndim != 1 or not scores.size:
             raise ValueError(f"logits must have the shape (V,), got {scores.shape}")
-        if settings["repetition_penalty"] is not None:
-            _penalize(scores, settings["repetition_penalty"], np.asarray(previous_ids, np.intp))
-        if (settings["presence_penalty"] or settings["frequency_penalty"]) and new:
-            _penalize_new(scores, settings, np.asarray(previous_ids, np.intp)[-new:])
+        if previous.size and not 0 <= previous.min() <= previous.max() < scores.size:
+            raise ValueError(f"previous_ids must be in [0, {scores.size})")
+        for name, process in PROCESSORS.items():
+            if settings[name] is not None:
+                process(scores, settings[name], settings, previous, new)
         for process in settings["logits_processors"]:
             scores = np.array(process(np.asarray(previous_ids), scores), np.float32)
             if scores.shape != np.shape(logits):
@@ -80,63 +83,23 @@ def _candidates(
     if not np.isfinite(top):
         if not np.isfinite(np.max(logits)):
             raise ValueError(_NOT_FINITE)
-        given = ", ".join(f"{name}={value}" for name, value in settings.items() if isinstance(value, (int, float)))
-        raise ValueError(f"logits leave the range of float32 under {given}; temperature 0 is greedy")
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value not in (None, ()))
+        problem = "no id is left" if top == -np.inf else "logits leave the range of float32"
+        raise ValueError(f"{problem} under {given[:300]}; temperature 0 is greedy")
     if temperature == 0:
         ids = np.array([scores.argmax()], np.int32)  # the lowest id on ties
         return ids, scores[ids]
     ids = np.arange(scores.size, dtype=np.int32)
-    for name, keep in (("top_k", _top_k), ("top_p", _top_p), ("min_p", _min_p)):
-        if settings[name] and not (name == "top_p" and settings[name] == 1):
+    for name, keep in FILTERS.items():
+        if settings[name] and settings[name] != ALL.get(name):
             kept = keep(scores, settings[name])
             ids, scores = ids[kept], scores[kept]
     return ids, scores
 
 
-def _penalize(scores: NDArray[np.float32], penalty: float, previous_ids: NDArray[np.intp]) -> None:
-    """Divide (below 0: multiply) the scores of previous_ids by penalty, in place; repeats count once."""
-    if previous_ids.size and not 0 <= previous_ids.min() <= previous_ids.max() < scores.size:
-        raise ValueError(f"previous_ids must be in [0, {scores.size})")
-    previous = scores[previous_ids]
-    factor = np.float32(penalty)
-    scores[previous_ids] = np.where(previous < 0, previous * factor, previous / factor)
-
-
-def _penalize_new(scores: NDArray[np.float32], settings: Mapping[str, Any], new_ids: NDArray[np.intp]) -> None:
-    """Subtract, in place, presence_penalty from each generated id, and frequency_penalty for each time it came."""
-    ids, counts = np.unique(new_ids, return_counts=True)
-    scores[ids] -= np.float32(settings["presence_penalty"] or 0)
-    scores[ids] -= np.float32(settings["frequency_penalty"] or 0) * counts.astype(np.float32)
-
-
-def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Return the indices of the k highest scores (N,), and of all that tie with the last of them."""
-    first = max(scores.size - k, 0)
-    return np.flatnonzero(scores >= np.partition(scores, first)[first])
-
-
-def _top_p(scores: NDArray[np.float32], p: float) -> NDArray[np.intp]:
-    """Return the indices kept after dropping the least likely tokens while their total stays <= 1 - p. Scores (N,)."""
-    ordered = np.sort(scores)
-    probabilities = np.exp(ordered - ordered[-1])
-    probabilities /= probabilities.sum()
-    # As torch does: float32 probabilities, added in float64, compared in float32. It decides exact ties: of ten
-    # equal logits and p = 0.9, float64 throughout would keep ten, not nine. All below `tail` are less than 1 - p
-    # together, so one sum does for them.
-    tail = np.searchsorted(probabilities, np.float32((1 - p) / (2 * scores.size)))
-    cumulative = np.cumsum(probabilities[tail:], dtype=np.float64)
-    cumulative += probabilities[:tail].sum(dtype=np.float64)
-    dropped = np.searchsorted(cumulative.astype(np.float32), np.float32(1 - p), side="right")
-    stay = max(cumulative.size - int(dropped), 1)
-
-    # Of equal scores the lower ids go first: the order of a stable sort, without its time.
-    last = ordered[-stay]
-    keep = scores > last
-    ties = np.flatnonzero(scores == last)
-    keep[ties[np.count_nonzero(keep) - stay :]] = True
-    return np.flatnonzero(keep)
-
-
-def _min_p(scores: NDArray[np.float32], p: float) -> NDArray[np.intp]:
-    """Return the indices of scores (N,) at least p times as likely as the likeliest."""
-    return np.flatnonzero(np.exp(scores - scores.max()) >= np.float32(p))
+def generators(seed: int | Sequence[int] | None, rows: int) -> list[np.random.Generator]:
+    """Return a generator for each row: of (seed, row), for row 0 of seed itself."""
+    if seed is None:
+        return [np.random.default_rng() for _ in range(rows)]
+    parts = [*seed] if isinstance(seed, Sequence) else [seed]
+    return [np.random.default_rng([*parts, row] if row else parts) for row in range(rows)]

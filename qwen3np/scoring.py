@@ -28,15 +28,40 @@ def score(
     engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
-    """Return log p(token | what comes before it in its window) for every token but the first: (N - 1,) float64.
+    """Compute the log-probability of each token of a text, given what precedes it in its window.
 
-    The first window covers `window` tokens (the model's context if None); each further one begins `stride` tokens
-    later (half a window if None) and scores only what no window has scored yet. So a token sees at least
-    window - stride tokens, and a text that fits into one window gets exactly the log-probabilities of one forward.
-    progress is told how many tokens were scored. The perplexity of the text is exp(-mean of the result).
+    Parameters
+    ----------
+    weights, config
+        The model.
+    input_ids
+        The ids of the text, at least two.
+    window
+        How many tokens are seen at once; None: the model's context.
+    stride
+        How many tokens later each further window starts; None: half a window. It scores only what no window has scored
+        yet, so a token sees at least window - stride tokens. A text that fits into one window gets exactly the
+        log-probabilities of one forward.
+    numerics, engine
+        As in forward.
+    progress
+        Called with the number of tokens scored.
 
-    Raises ValueError for fewer than two tokens, ids out of range, and unless 0 < stride < window <= context;
-    CheckpointError and NonFiniteError as generate.
+    Returns
+    -------
+    (N - 1,) float64: the log-probability of every token but the first. The perplexity of the text is exp(-mean).
+
+    Raises
+    ------
+    ValueError
+        For fewer than two tokens, ids out of range, and unless 0 < stride < window <= context. CheckpointError and
+        NonFiniteError as in generate.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> qwen3np.score(model.weights, model.config, [281, 297, 272, 1132, 259, 1592]).shape
+    (5,)
     """
     ids = np.array(checked_sequence(input_ids, config) if len(input_ids) else [])
     context = config.max_position_embeddings

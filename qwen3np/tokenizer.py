@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import operator
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
 
 from qwen3np.chat import render_chat
 from qwen3np.errors import CheckpointError
@@ -39,6 +39,9 @@ _FILES = (
 
 # The names under which templates see special tokens (transformers' special_tokens_map).
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+_APART = "\ufdd0"  # no character, so in no text: where `escaped` cuts what would be a special token
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,24 @@ class Tokenizer:
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens written in it become their ids, none are added.
+    @overload
+    def encode(self, text: str) -> list[int]: ...  # pyright: ignore[reportOverlappingOverload]  # a str is a sequence
+    @overload
+    def encode(self, text: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, text: str | Sequence[str]) -> list[int] | list[list[int]]:
+        """The ids of a text, or a list of them for several; special tokens written in it become their ids.
 
-        ValueError for lone surrogates, which no UTF-8 and so no token can write; CheckpointError where the tokenizer
+        None are added. TypeError for what is no text; ValueError for lone surrogates, which no UTF-8 and so no token
+        can write; CheckpointError where the tokenizer
         gives up on a text, as over a pattern that would take for ever.
         """
+        if not isinstance(text, str):
+            if isinstance(text, (list, tuple)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                return [self.encode(one) for one in text]
+            raise TypeError(f"encode: a str or a list of str is needed, not {type(text).__name__}")
         try:
             text.encode()
-        except (AttributeError, UnicodeEncodeError) as error:
+        except UnicodeEncodeError as error:
             raise ValueError("only a str without lone surrogates (U+D800 to U+DFFF) can be encoded") from error
         backend = self._backend
         with _refused(f"{self.folder}: its tokenizer fails"):
@@ -135,18 +147,85 @@ class Tokenizer:
         """The number of entries, added tokens included (the model's own vocabulary may be padded beyond it)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of tokenizer_config.json's eos_token; None where it names none."""
+        token = _content(self._config.get("eos_token"))
+        return self.token_to_id(token) if isinstance(token, str) else None
+
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The ids that end an answer in a chat: eos_token_id, and the special token after one in the chat template."""
+        found = {self.eos_token_id}
+        said = "ANSWER"
+        with suppress(ValueError):  # a template of another kind
+            messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": said}]
+            _, _, after = self.apply_chat_template(messages, add_generation_prompt=False).rpartition(said)
+            found |= {i for token, i in self.special_tokens.items() if after.startswith(token)}
+        return frozenset(i for i in found if i is not None)
+
+    def escaped(self, text: str) -> str:
+        """`text` in which every special token is only text for `encode_escaped`, so that it cannot end a turn."""
+        text = text.replace(_APART, "\ufffd")
+        for token in self._control_tokens:
+            text = text.replace(token, f"{token[:1]}{_APART}{token[1:]}")
+        return text
+
+    @staticmethod
+    def unescaped(text: str) -> str:
+        """`text` as it was before `escaped`."""
+        return text.replace(_APART, "")
+
+    def encode_escaped(self, text: str) -> list[int]:
+        """The ids of a text with parts that are `escaped`; decoded, they give these parts as they were."""
+        return [i for part in text.split(_APART) for i in self.encode(part)]
+
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        """Every added token, longest first: `<think>` and `<tool_call>` change what follows, too."""
+        added = self._backend.get_added_tokens_decoder()
+        return sorted((token.content for token in added.values()), key=len, reverse=True)
+
+    @overload
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
+        *,
+        continue_final_message: bool = False,
+        tokenize: Literal[False] = False,
         **kwargs: Any,
-    ) -> str:
+    ) -> str: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        *,
+        continue_final_message: bool = False,
+        tokenize: Literal[True],
+        **kwargs: Any,
+    ) -> list[int]: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        *,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> str | list[int]:
         """`messages` as the text the model was trained on: `chat.render_chat` with the checkpoint's own template.
 
-        Of several templates the one named "tool_use" serves calls with tools, "default" the others. ValueError
-        without a template, and as in `render_chat`.
+        Of several templates the one named "tool_use" serves calls with tools, "default" the others. With
+        continue_final_message the text ends inside the last message, for the model to go on (and there is no generation
+        prompt); with tokenize it is returned as ids. ValueError without a template, and as in `render_chat`.
         """
         templates = self._chat_templates
         name = "tool_use" if tools is not None and "tool_use" in templates else "default"
@@ -154,14 +233,16 @@ class Tokenizer:
             found = f"only the chat templates {sorted(templates)}" if templates else "no chat template"
             raise ValueError(f"{self.folder}: {found}; a chat needs chat_template.jinja in this folder")
         tokens = {name: _content(self._config[name]) for name in _NAMED if self._config.get(name) is not None}
-        return render_chat(
+        text = render_chat(
             templates[name],
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=enable_thinking,
+            continue_final_message=continue_final_message,
             **tokens | kwargs,
         )
+        return self.encode(text) if tokenize else text
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -319,3 +400,15 @@ def stop_at(pieces: Iterable[str], stop_strings: Collection[str]) -> Iterator[st
             held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def said_in(tokenizer: Tokenizer, strings: Collection[str]) -> Callable[[list[int]], bool]:
+    """Return a rule `stop` for generate: whether the text of the newest ids ends, or goes past, one of the strings."""
+    # every token that says something is a byte or more, so a stop string lies within this many tokens
+    width = 4 + max((len(string.encode()) for string in strings), default=0)
+
+    def ended(new: list[int]) -> bool:
+        tail = tokenizer.decode(new[-width:], skip_special_tokens=True) if strings else ""
+        return any(string in tail for string in strings)
+
+    return ended

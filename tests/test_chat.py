@@ -118,7 +118,10 @@ def test_what_assistants_say(message, rendered):
         ([{"role": "tool", "content": None}], r"\(tool\) needs content"),
         ([{"role": "assistant"}], r"\(assistant\) needs content"),
         ([{"role": "system", "content": 3}], "needs content, a string"),
-        ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "needs content, a string"),
+        ([{"role": "user", "content": []}], "needs content, a string or a list of text parts"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"content\[0\] must be a text part"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], r"content\[0\] must be a text part"),
+        ([*USER, {"role": "tool", "content": {"grad": 21}}], r"messages\[1\] \(tool\) needs content"),
         ([{"role": "user", "content": "hi", "image": object()}], "must be JSON data"),
     ],
 )
@@ -161,7 +164,7 @@ def test_broken_templates_say_where(template, words):
     ],
 )
 def test_templates_that_take_for_ever_end(template, monkeypatch):
-    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    monkeypatch.setattr(chat, "_PATIENCE", 0.5)
     with pytest.raises(ValueError, match=r"the chat template takes more than 0\.5 s"):
         render_chat(template, USER)
 
@@ -199,6 +202,38 @@ def test_templates_that_take_all_memory_end(template):
 def test_templates_that_go_too_far_are_told(template, words):
     with pytest.raises(ValueError, match=f"^(the )?chat template.*{words}"):
         render_chat(template, USER)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system limits no processor time")
+def test_a_template_ends_at_its_processor_time():
+    with pytest.raises(ValueError, match=r"the chat template takes more than 5 s"):
+        render_chat("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", USER)
+
+
+PARTS = [{"type": "text", "text": "Hallo "}, {"type": "text", "text": "Welt"}]
+
+
+def test_text_parts_are_joined_unless_the_template_reads_them():
+    # vLLM and llama.cpp join them with a line break; transformers leaves them to the template
+    reads = "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    assert render_chat(reads, [{"role": "user", "content": PARTS}]) == "<Hallo ><Welt>"
+    for template in (
+        "{{ messages[0].content }}",
+        "{{ messages[0]['content'] | trim }}",
+        "{{ 'x' + messages[0].content }}",
+    ):
+        assert render_chat(template, [{"role": "user", "content": PARTS}]).endswith("Hallo \nWelt")
+
+
+def test_an_unfinished_message_is_not_finished():
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}+{% endif %}"
+    messages = [*USER, {"role": "assistant", "content": "Paris is "}]
+    assert render_chat(template, messages, continue_final_message=True) == f"[{USER[0]['content']}][Paris is "
+    assert render_chat(
+        template.replace("m.content", "m.content | trim"), messages, continue_final_message=True
+    ).endswith("[Paris is")
+    with pytest.raises(ValueError, match="does not repeat the last message"):
+        render_chat("nothing", messages, continue_final_message=True)
 
 
 def test_another_process_that_fails_says_why(monkeypatch):
@@ -325,3 +360,15 @@ def test_transformers_renders_the_same_of_other_templates(messages, tools):
     """
     theirs = transformers_renders(template, messages, tools=tools, color="blue")
     assert ours_renders(template, messages, tools=tools, add_generation_prompt=False, color="blue") == theirs
+
+
+@pytest.mark.oracle
+@needs_data
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+@settings(max_examples=200, deadline=None)
+@given(messages=messages, text=st.text("ab \n</>", min_size=1, max_size=8).filter(str.strip))
+def test_transformers_continues_the_same(file, messages, text):
+    template = file.read_text(encoding="utf-8")
+    messages = [*messages, {"role": "assistant", "content": text}]
+    theirs = transformers_renders(template, messages, continue_final_message=True)
+    assert ours_renders(template, messages, continue_final_message=True) == theirs

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 import pytest
 
-from qwen3np import Conversation
+from qwen3np import Conversation, terminal
 from qwen3np.commands import chat as module
 
 
@@ -38,7 +39,8 @@ ANSWER = "<think>\nHm.\n</think>\n\nBlue — really."
 def test_reasoning_is_dimmed_on_a_terminal_and_plain_elsewhere(chat, capsys, monkeypatch):
     chat(ANSWER).take("Why?")
     assert capsys.readouterr().out == ANSWER + "\n"
-    monkeypatch.setattr(module, "_style", lambda code: f"<{code}>")
+    monkeypatch.setattr(module, "style", lambda code: f"<{code}>")
+    monkeypatch.setattr(terminal, "style", lambda code: f"<{code}>")
     chat(ANSWER).take("Why?")
     assert capsys.readouterr().out == "<2><think>\nHm.\n</think><0>\n\nBlue — really.<0>\n"
 
@@ -66,7 +68,7 @@ def test_commands(chat, capsys, tmp_path):
         "/reset",
         "Again",
         f"/save {tmp_path}/c.json",
-        "/system",
+        "/system none",
         "Bye",
         "/think on",
     ):
@@ -84,6 +86,72 @@ def test_commands(chat, capsys, tmp_path):
     made.take(f"/load {tmp_path}/c.json")
     assert made.conversation.messages == saved
     assert "Loaded 3 messages." in capsys.readouterr().err
+
+
+def test_more_commands(chat, capsys):
+    made = chat("One.", "Two.", "Three.", "Four.")
+    for line in ("Hello", "//slash", "/regen"):
+        assert made.take(line)
+    assert [m["content"] for m in made.conversation.messages] == ["Hello", "One.", "/slash", "Three."]
+    assert made.prompts[1] == made.prompts[2]
+    made.take("/history")
+    assert capsys.readouterr().err.endswith("user: Hello\nassistant: One.\nuser: /slash\nassistant: Three.\n")
+    made.take("/undo")
+    assert "Taken back: /slash" in capsys.readouterr().err
+    made.take("/drop")
+    assert made.conversation.messages == []
+    with pytest.raises(ValueError, match="no message to answer again"):
+        made.take("/regen")
+    made.take("/system Be brief.")
+    made.take("/system")  # shows it, and leaves it
+    assert capsys.readouterr().err.count("The system message is: Be brief.") == 2
+    made.take("/set temperature 0.5")
+    made.take("/set top_k=3")
+    assert (made.options["temperature"], made.options["top_k"]) == (0.5, 3)
+    assert "temperature 0.5\n" in capsys.readouterr().err
+    for line, words in (
+        ("/set temprature 1", "did you mean temperature"),
+        ("/set top_p 3", "top_p must be"),
+        ("/drop x", "how many turns"),
+        ("/rest", r"did you mean /reset\? \(//rest is a message\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            made.take(line)
+    made.take("/?")
+    assert "//TEXT" in capsys.readouterr().err
+    assert not any(made.take(line) for line in ("/exit", "/quit", "/bye"))
+
+
+def test_a_full_context_says_what_can_be_done(builtin, capsys):
+    context = builtin.config.max_position_embeddings
+    arguments = argparse.Namespace(hide_thinking=False, think=None, stop=[])
+    options = builtin.generation_defaults() | {"max_new_tokens": 1000, "temperature": 5.0, "seed": 4}
+    made = module.Chat(Conversation(builtin), arguments, options)
+    made.take("7" * (context - 30))
+    made.take("Go on") if "context is full" not in (err := capsys.readouterr().err) else None
+    err += capsys.readouterr().err
+    assert "cut, since the context is full: /drop N forgets the N oldest turns, /reset all, --rope-scaling" in err
+    with pytest.raises(ValueError, match=r"the context of this model is 256; /drop N forgets"):
+        made.take("7" * context)
+
+
+def test_history_between_runs(tmp_path, monkeypatch):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", str(tmp_path))
+    file = module.history_file()
+    assert file == tmp_path / "qwen3np" / "history"
+    with module.history(file):
+        readline.add_history("Hello")
+    readline.clear_history()
+    with module.history(file):
+        assert readline.get_history_item(1) == "Hello"
+    assert sys.platform == "win32" or file.stat().st_mode & 0o077 == 0  # nobody else's
+    readline.clear_history()
+    with module.history(None):
+        assert readline.get_current_history_length() == 0
+        readline.add_history("secret")
+    assert "secret" not in file.read_text()
+    readline.clear_history()
 
 
 def test_enable_thinking_reaches_the_template(chat, monkeypatch):
@@ -111,7 +179,7 @@ def test_the_line_of_costs(chat, capsys):
 @pytest.mark.parametrize("content", ['{"messages": ""}', '{"messages": {}}', "[" * 200_000, "{}", '{"messages": [1]}'])
 def test_what_is_no_saved_conversation(chat, tmp_path, content):
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match="not a saved conversation"):
+    with pytest.raises(ValueError, match=r"bad.json: (not JSON|needs a list of messages)"):
         chat().take(f"/load {tmp_path}/bad.json")
 
 

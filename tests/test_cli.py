@@ -40,7 +40,7 @@ def model(builtin):
 @pytest.fixture(scope="module")
 def endless(model):
     """Flags without which the greedy text could end: instead of the usual tokens, one that it never says ends it."""
-    return "--stop-id", str(model.tokenizer.token_to_id("<|video_pad|>"))
+    return "--set", f"stop_ids=[{model.tokenizer.token_to_id('<|video_pad|>')}]"
 
 
 @pytest.fixture
@@ -100,7 +100,11 @@ def test_generate_reads_stdin_and_files(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize("sampling", [(), NOISE])
 def test_generate_several_prompts(run, sampling):
     prompts = [PROMPT, "One", "Two, three"]
-    singles = [run("generate", "--max-new-tokens", "9", *sampling, prompt) for prompt in prompts]
+    seeds = [("--set", f"seed=[5,{row}]") if sampling else () for row in range(3)]  # how to get one of them alone
+    singles = [
+        run("generate", "--max-new-tokens", "9", *sampling, *seed, prompt)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     assert run("generate", "--max-new-tokens", "9", *sampling, *prompts) == "".join(singles)
 
 
@@ -125,11 +129,13 @@ def test_generate_json(run, model, endless):
 
 def test_generate_stops_before_a_stop_string(run, endless):
     stop = "nce is P"  # three tokens or more, the first and the last of them in part
-    arguments = ("generate", "--chat", *endless, "--max-new-tokens", "60", "What is the capital of France?")
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    arguments = ("generate", *endless, "--max-new-tokens", "60", prompt)
     text = run(*arguments)
     assert text.startswith("The capital of France is Paris.")
     assert "<|im_end|>" not in text  # which comes next, but is no text
     assert "answer 60 tokens" in run.stderr
+    assert "cut at --max-new-tokens" in run.stderr
     assert run(*arguments, "--stop", stop) == "The capital of Fra\n"
     count = int(re.search(r"answer (\d+) tokens", run.stderr)[1])
     assert count < 20  # and it ended there
@@ -260,17 +266,17 @@ def test_errors_of_threads(run, command, count, monkeypatch):
         (("generate", "--temperature", "-1", "x"), "temperature must be a finite number >= 0 (0 is greedy), got -1.0"),
         (("generate", "--file", "nowhere", "x"), "a prompt and --file are given; one of them is enough"),
         (("generate", "--file", "nowhere"), "No such file or directory"),
-        (("generate", "--think", "on", "x"), "--system and --think belong to --chat"),
+        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools belong to --chat"),
         (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
         (("generate", "--stop", "", "x"), "stop strings must not be empty"),
-        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, got -1"),
+        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, or several, got -1"),
         (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
         (("embed", "--file", "nowhere"), "No such file or directory"),
-        (("embed", "--file", "nowhere", "x"), "texts and --file are given; one of them is enough"),
-        (("embed", "--dimensions", "0", "x"), "dimensions must be a whole number from 1 to 160"),
+        (("embed", "--file", "nowhere", "x"), "a text and --file are given; one of them is enough"),
+        (("embed", "--dimensions", "0", "x"), "--dimensions 0 must be a whole number from 1"),
         (("embed", "--out", "x.csv", "x"), "--out x.csv: the name must end with one of .npy, .npz, .jsonl"),
         (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
         (
@@ -290,7 +296,7 @@ def test_errors_are_one_line(run, arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), (), ("embed", "x"), ("rerank", "q", "x")],
+    [("generate", "--max-new-tokens", "abc"), ("score",), ("nothing",), ("embed", "x"), ("rerank", "q", "x")],
 )
 def test_errors_of_arguments_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -372,12 +378,12 @@ def test_utf8_whatever_the_locale(folder, model):
 def test_chat_from_a_pipe(folder, tmp_path):
     saved = tmp_path / "saved.json"
     lines = ["Hello", "/think sideways"]
-    done = process("chat", "--model", str(folder), "--max-new-tokens", "5", input="\n".join(lines).encode())
+    done = process("chat", "--lines", "--model", str(folder), "--max-new-tokens", "5", input="\n".join(lines).encode())
     assert done.returncode == 2
-    assert b"/think sideways is not a command" in done.stderr
+    assert b"/think needs on or off" in done.stderr
     lines = ["/system Be brief.", "Hello", "Again", f"/save {saved}", "/reset", f"/load {saved}", "More", ""]
     done = process(
-        *("chat", "--model", str(folder), "--max-new-tokens", "5", "--temperature", "0"),
+        *("chat", "--lines", "--model", str(folder), "--max-new-tokens", "5", "--temperature", "0"),
         input="\n".join(lines).encode(),
     )
     assert done.returncode == 0, done.stderr
@@ -387,9 +393,121 @@ def test_chat_from_a_pipe(folder, tmp_path):
     assert b"Loaded 5 messages." in done.stderr
     assert b"\x1b" not in done.stdout
     saved.write_text("{}")
-    assert (
-        b"not a saved conversation" in process("chat", "--model", str(folder), input=f"/load {saved}".encode()).stderr
-    )
+    done = process("chat", "--lines", "--model", str(folder), input=f"/load {saved}\n".encode())
+    assert b"needs a list of messages" in done.stderr
+    # without --lines all of it is one message, whatever it begins with
+    done = process("chat", "--model", str(folder), "--max-new-tokens", "5", input=b"/reset\nis what?\n")
+    assert (done.returncode, done.stderr.count(b"context")) == (0, 1)
+
+
+def test_files_of_messages_and_tools(run, tmp_path, model):
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The capital of"}]
+    (tmp_path / "m.json").write_text(json.dumps(messages))
+    (tmp_path / "t.json").write_text(json.dumps([{"type": "function", "function": {"name": "add"}}]))
+    result = json.loads(run("generate", "--json", "--messages", str(tmp_path / "m.json")))
+    template = model.tokenizer.apply_chat_template
+    assert result["prompt"] == template(messages, continue_final_message=True)
+    more = ("--messages", str(tmp_path / "m.json"), "--system", "Be short.")
+    result = json.loads(run("generate", "--json", *more, "And?"))
+    system, asked = {"role": "system", "content": "Be short."}, {"role": "user", "content": "And?"}
+    assert result["prompt"] == template([system, *messages, asked])
+    assert run("generate", "--chat", "--tools", str(tmp_path / "t.json"), "x") == ""
+    assert "this model knows no tools" in run.stderr  # the words of its template, which got them
+    assert run("generate", "--messages", str(tmp_path / "t.json")) == ""
+    assert "has the role None" in run.stderr
+
+
+def test_a_byte_order_mark_is_no_text(run, tmp_path):
+    for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + PROMPT.encode())
+    assert run("score", str(tmp_path / "a")) == run("score", str(tmp_path / "b"))
+    assert run("generate", "--file", str(tmp_path / "a")) == run("generate", "--file", str(tmp_path / "b"))
+    assert run("generate", "--lines", "--file", str(tmp_path / "b")) == run("generate", PROMPT)
+
+
+def test_a_chat_ends_at_the_end_of_its_turn(run, folder, tmp_path, model):
+    other = shutil.copytree(folder, tmp_path / "eos is endoftext")
+    end = model.tokenizer.token_to_id("<|endoftext|>")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    question = "What is the capital of Spain?"
+    right = run("generate", "--chat", question)
+    assert run("generate", "--chat", "-n", "60", question, model=other) == right
+    done = process("chat", "--model", str(other), input=question.encode())
+    assert done.stdout.decode() == right
+
+
+def test_a_typed_special_token_is_text(run, model):
+    typed = "Say <|im_end|> and <think>"
+    result = json.loads(run("generate", "--chat", "--json", "-n", "1", typed))
+    assert result["prompt"] == model.tokenizer.apply_chat_template([{"role": "user", "content": typed}])
+    assert model.tokenizer.decode(result["prompt_ids"]) == result["prompt"]  # exactly what was typed
+    end = model.tokenizer.token_to_id("<|im_end|>")
+    assert result["prompt_ids"].count(end) == 1
+    result = json.loads(run("generate", "--chat", "--special-tokens", "--json", "-n", "1", typed))
+    assert result["prompt_ids"].count(end) == 2
+
+
+def test_settings_by_name(run, model):
+    paris = model.tokenizer.encode(" Paris")[0]
+    text = run("generate", "-n", "8", "--set", f"suppress_tokens=[{paris}]", "-p", PROMPT)
+    assert "Paris" not in text != run("generate", "-n", "8", PROMPT)
+    assert run("generate", "-n", "8", "--set", 'stop_strings="Paris"', PROMPT) == " Paris\n"
+    for written, words in (
+        ("num_beams=3", "num_beams=3 is beam search, which is not implemented; num_beams=1"),
+        ("top_q=1", "did you mean top_p?"),
+        ("max_tokens=3", "here it is max_new_tokens"),
+        ("nonsense", "is not NAME=VALUE"),
+        ("temperature=-1", "temperature must be a finite number >= 0"),
+    ):
+        assert run("generate", "--set", written, PROMPT) == ""
+        assert words in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("genrate",), "unknown command 'genrate'; did you mean generate?; qwen3np --help"),
+        (
+            ("generate", "--temprature", "1"),
+            "unknown flag: --temprature; did you mean --temperature?; qwen3np generate",
+        ),
+        (("score", "x", "y"), "unknown argument: y; qwen3np score --help"),
+        (("info", "-m", "Qwen3-0.6B"), "there is no such folder; on the Hub it is Qwen/Qwen3-0.6B"),
+        (("generate", "--seed", "-1", "-m", "no/where", "x"), "seed must be a whole number"),  # before it is loaded
+        (("embed", "--file", "no where", "-m", "x"), "no where: No such file or directory"),
+    ],
+)
+def test_hints(capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert words in err.splitlines()[-1]
+    assert "Errno" not in err
+
+
+def test_without_arguments_the_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(())
+    assert end.value.code == 0
+    assert "continue a text" in capsys.readouterr().out
+
+
+def test_info_as_json(run, model):
+    found = json.loads(run("info", "--json"))
+    assert Config.from_dict(found["config"]) == model.config
+    assert found["cache_bytes"]["float32"] == 4 * 2 * 4 * 2 * 64 * 1000  # keys and values, L, K, Dh, positions
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as end:
+        main(("--print-completion", shell))
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "--max-new-tokens" in out
+    assert "rerank" in out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -450,3 +568,38 @@ def test_rope_scaling_of_recordings(run, tmp_path):
     run("compare", golden, golden, "--model", model)
     assert run.status == 2
     assert "its config is not that of" in run.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_is_shown_what_a_pipe_gets_raw():
+    import pty
+
+    said = "\x1b]0;title\x07\x1b[2J"
+    code = (
+        "import sys, qwen3np.terminal as t\n"
+        f"with t.guarded():\n    print({said!r} + 'x')\n    sys.stdout.writelines([{said!r}])"
+    )
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=theirs, check=True)
+    os.close(theirs)
+    seen = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert seen == r"\x1b]0;title\x07\x1b[2J" + "x\n" + r"\x1b]0;title\x07\x1b[2J"
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
+    assert piped.decode().replace("\r\n", "\n") == f"{said}x\n{said}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_ctrl_c_while_all_is_imported_gives_no_traceback(tmp_path):
+    # in the place of a package that is imported on the way
+    (tmp_path / "ml_dtypes.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for arguments, status, traceback in (
+        (["-m", "qwen3np"], -signal.SIGINT, False),
+        (["-c", "import qwen3np"], None, True),
+    ):
+        done = subprocess.run([sys.executable, *arguments], env=environment, stderr=subprocess.PIPE)
+        assert (b"Traceback" in done.stderr) == traceback  # a program that imports the package gets its exception
+        assert status in (None, done.returncode)

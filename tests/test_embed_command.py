@@ -18,6 +18,7 @@ from qwen3np.tokenizer import Tokenizer
 
 TEXTS = ["Beijing is a capital.", "", "Gravity — a force. 🎉"]
 LINES = "".join(f"{text}\n" for text in TEXTS)
+FILLED = [text for text in TEXTS if text]  # blank lines are left out
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,12 @@ def test_embed_prints_json_lines(run, model, tmp_path):
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["text"] for row in rows] == TEXTS
     np.testing.assert_array_equal(np.float32([row["embedding"] for row in rows]), embed(model, TEXTS))
-    assert run("embed", stdin=LINES.encode()) == out
-    assert run("embed", stdin=LINES.removesuffix("\n").encode()) == out
-    assert run("embed", "--file", tmp_path / "texts") == out
+    out = run("embed", *FILLED)
+    assert run("embed", "--lines", stdin=LINES.encode()) == out
+    assert run("embed", "--lines", stdin=LINES.removesuffix("\n").encode()) == out
+    assert run("embed", "--lines", "--file", tmp_path / "texts") == out
+    assert json.loads(run("embed", stdin=LINES.encode()))["text"] == LINES.removesuffix("\n")  # one text
+    assert run("embed", "--lines", stdin=LINES.replace("\n", "\n\n").encode()) == out
 
 
 def test_embed_writes_files(run, model, tmp_path):
@@ -88,19 +92,37 @@ def test_rerank(run, model, tmp_path):
     order = sorted(range(3), key=lambda n: -scores[n])
     assert order != [0, 1, 2]
     assert run("rerank", "What?", *TEXTS) == "".join(f"{scores[n]:.6f}  {TEXTS[n]}\n" for n in order)
-    out = run("rerank", "What?", "--json", stdin=LINES.encode())
-    rows = [{"index": n, "score": scores[n], "document": TEXTS[n]} for n in order]
+    out = run("rerank", "What?", "--json", "--lines", stdin=LINES.encode())
+    scores = rerank(model, "What?", FILLED)
+    order = sorted(range(2), key=lambda n: -scores[n])
+    rows = [{"index": n, "score": scores[n], "document": FILLED[n]} for n in order]
     assert [json.loads(line) for line in out.splitlines()] == rows
     (tmp_path / "documents").write_text(LINES, encoding="utf-8")
-    out = run("rerank", "What?", "--json", "--file", tmp_path / "documents", "--instruction", "Find it")
+    out = run("rerank", "What?", "--json", "--lines", "--file", tmp_path / "documents", "--instruction", "Find it")
     found = {row["document"]: row["score"] for row in map(json.loads, out.splitlines())}
-    assert [found[text] for text in TEXTS] == rerank(model, "What?", TEXTS, "Find it").tolist()
+    assert [found[text] for text in FILLED] == rerank(model, "What?", FILLED, "Find it").tolist()
     assert run("rerank", "What?", "two\nlines").endswith("  two lines\n")
 
 
-@pytest.mark.parametrize(("arguments", "name"), [(("embed",), "texts"), (("rerank", "q"), "documents")])
-def test_no_texts(run, capsys, arguments, name):
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (("embed",), b"", "stdin is empty"),
+        (("rerank", "q"), b"", "stdin is empty"),
+        (("embed", "--lines"), b"\n \n", "stdin: no line with a text"),
+    ],
+)
+def test_no_texts(run, capsys, arguments, stdin, words):
     with pytest.raises(SystemExit) as end:
-        run(*arguments)
+        run(*arguments, stdin=stdin)
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"error: {name}: empty; at least one text is needed\n"
+    assert words in capsys.readouterr().err
+
+
+def test_a_warning_for_chat_models(run, folder, tmp_path, capsys, config, yes_no):
+    assert "looks like" not in (run("embed", "x"), capsys.readouterr().err)[1]
+    config = dataclasses.replace(config, vocab_size=Tokenizer.from_folder(yes_no).vocab_size + 5)
+    save_checkpoint(tmp_path / "padded", config, trained_like(config, 1))
+    shutil.copy(yes_no / "tokenizer.json", tmp_path / "padded")
+    main(["embed", "x", "--model", str(tmp_path / "padded")])
+    assert "looks like a model for text" in capsys.readouterr().err

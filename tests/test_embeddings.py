@@ -240,3 +240,18 @@ def test_scores_of_transformers(pair, instruction):
     print(f"scores {expected.min():.2f} to {expected.max():.2f}: difference at most {abs(found - expected).max():.1e}")
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)  # measured: 6e-7
+
+
+def test_padded_ids_are_ragged_ones(builtin):
+    texts = ["One", "The capital of France is Paris."]
+    expected = embed(builtin, texts)
+    end = builtin.tokenizer.token_to_id("<|endoftext|>")
+    rows = [[*builtin.tokenizer.encode(text), end] for text in texts]
+    longest = max(map(len, rows))
+    for left in (True, False):
+        pads = [[0] * (longest - len(row)) for row in rows]
+        ids = np.array([pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)])
+        mask = [[n >= len(p) if left else n < len(r) for n in range(longest)] for r, p in zip(rows, pads, strict=True)]
+        np.testing.assert_allclose(builtin.embed(ids, attention_mask=mask), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="instruction: belongs to texts"):
+        builtin.embed(ids, "Find it", attention_mask=mask)

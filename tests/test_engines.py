@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import SEEDS, draw_any_config, draw_ids, relative, trained_like
+from drawing import SEEDS, draw_any_config, draw_ids, relative, round_bfloat16, trained_like
 from hypothesis import given, settings
 
 import qwen3np
 from qwen3np import KVCache, forward, qwen3
 from qwen3np.numerics import ENGINES, FLOAT32, FLOAT64, NUMERICS, named
 from qwen3np.porting.points import point_names
+from qwen3np.qwen3 import Scope
 from qwen3np.rope import rotary_tables
 
 PACKAGE = Path(qwen3np.__file__).parent
@@ -82,6 +85,67 @@ def test_functions_take_plain_arrays_and_a_plain_dictionary(config):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_softmax_and_silu_leave_their_argument_and_never_overflow(engine):
+    ops = named("float32", engine).ops
+    x = (20 * np.random.default_rng(0).standard_normal((3, 4, 50))).astype(np.float32)
+    x[1, :, 7], x[2] = -np.inf, x[2] + 500
+    far = np.array([-1e30, -1000, -3, 0, 3, 1000, 2**99], np.float32)
+    copies = x.copy(), far.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probs, y = ops.softmax(x), ops.silu(far)
+    exps = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    # x - max rounds in float32, which exp makes a relative error: at most 87 * 2**-24 before it underflows
+    np.testing.assert_allclose(probs, exps / exps.sum(-1, keepdims=True), rtol=1e-5, atol=1e-37)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(y, far / (1 + np.exp(-far.astype(np.float64))), rtol=5e-7)
+    np.testing.assert_array_equal(x, copies[0])
+    np.testing.assert_array_equal(far, copies[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_bfloat16_rounds_a_product_once_with_its_bias(engine, rows):
+    """Small whole numbers, whose sums are exact in any order: the one rounding is all that can be seen."""
+    rng, num, points = np.random.default_rng(rows), named("bfloat16", engine), {}
+    x, a, b, bias = (rng.integers(-16, 17, n).astype(np.float32) for n in ((1, rows, 30), (70, 30), (9, 30), (70,)))
+    wide = np.float32(1 + 2**-12)  # as weights stored in float32 are: bfloat16 does not have these numbers
+    weights = {"of.a.weight": a * wide, "of.a.bias": bias * wide, "of.b.weight": b * wide, "of.b.bias": bias[:9]}
+    m = Scope(weights, points.__setitem__, prefix="of.")
+    found = num.ops.linear(x, m, ("a", "b"), num, True)
+    truth = [round_bfloat16(x @ a.T + bias), round_bfloat16(x @ b.T + bias[:9])]
+    for y, expected in zip([*found, points["of.a"], points["of.b"]], truth * 2, strict=True):
+        np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(num.ops.linear(x, m, ("b",), num)[0], round_bfloat16(x @ b.T))
+    np.testing.assert_array_equal(num.ops.head(x, a * wide, num), round_bfloat16(x @ a.T))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("window", [None, 4])
+def test_bfloat16_rounds_in_the_attention_of_ragged_sequences(engine, window):
+    """From the exact products on, each step in float64 from the rounded one before."""
+    rng, r, points, lengths = np.random.default_rng(2), round_bfloat16, {}, (9, 6)
+    q = (rng.integers(-30, 31, (2, 4, 3, 6)) / 32).astype(np.float32)
+    keys, values = ([(rng.integers(-30, 31, (2, n, 6)) / 8).astype(np.float32) for n in lengths] for _ in range(2))
+    num, m = named("bfloat16", engine), Scope({}, points.__setitem__)
+    context = num.ops.attend(q, keys, values, window, m, num)
+    np.testing.assert_array_equal(num.ops.attend(q, keys, values, window, Scope({}), num), context)
+    assert context.shape == (2, 3, 24)
+    assert points["scores"].shape == points["probs"].shape == (2, 4, 3, 9)
+    for b, n in enumerate(lengths):
+        k, v = np.repeat(keys[b], 2, axis=0), np.repeat(values[b], 2, axis=0)
+        at, past = np.arange(n - 3, n)[:, None], np.arange(9)
+        hidden = (past > at) | (past <= at - (window or 9))
+        scores, probs = points["scores"][b], points["probs"][b].astype(np.float64)
+        truth = r(r(q[b] @ k.transpose(0, 2, 1)) * np.float32(6**-0.5))
+        np.testing.assert_array_equal(scores, np.where(hidden, -np.inf, np.pad(truth, ((0, 0), (0, 0), (0, 9 - n)))))
+        exps = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+        mixed = (probs[..., :n] @ v).transpose(1, 0, 2).reshape(3, 24)
+        for x, exact in ((probs, exps / exps.sum(-1, keepdims=True)), (context[b], mixed)):
+            assert np.mean(x != r(exact)) < 0.02  # a float32 ulp before it tips a rounding now and then
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
 def test_an_edit_that_returns_nothing_changes_no_bit(config, weights, engine, numerics):
     options = {"numerics": numerics, "engine": engine}
@@ -111,6 +175,46 @@ def test_an_edit_goes_on(config, weights, engine):
         np.testing.assert_allclose(watched["model.layers.1.self_attn.context"], context, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+def test_an_edit_of_any_point_moves_the_logits(config, engine, numerics):
+    """Also one that changes the array it is given; and what bfloat16 computes from it is rounded as ever."""
+    config = replace(config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=(0,))
+    weights, ids, options = trained_like(config, 0), [[3, 1, 4], [1, 5, 9]], {"numerics": numerics, "engine": engine}
+    before = {}
+    logits = forward(weights, config, ids, trace=before.__setitem__, **options)
+
+    def moved(x):
+        return (x + 1) % config.num_experts if x.dtype.kind == "i" else np.roll(x, 1, axis=-1)
+
+    for name in point_names(config):
+
+        def edit(at, x, name=name):
+            if at != name:
+                return None
+            if numerics == "float32":
+                return moved(x)
+            x[...] = moved(x)
+            return x
+
+        after = {}
+        edited = forward(weights, config, ids, edit=edit, trace=after.__setitem__, **options)
+        assert not np.array_equal(edited, logits), name
+        np.testing.assert_array_equal(after[name], moved(before[name]))
+        assert list(after) == list(before)
+        for at, x in after.items():
+            if numerics == "bfloat16" and x.dtype == np.float32:
+                np.testing.assert_array_equal(x, np.where(np.isfinite(x), round_bfloat16(x), x), at)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_edit_in_float64_goes_on_in_the_dtype_of_the_point(config, weights, engine):
+    logits = forward(weights, config, [3, 1, 4], engine=engine)
+    edited = forward(weights, config, [3, 1, 4], engine=engine, edit=lambda name, x: x.astype(np.float64))
+    assert edited.dtype == np.float32
+    np.testing.assert_array_equal(edited, logits)
+
+
 def test_an_edit_of_another_shape_or_kind_is_refused(config, weights):
     for wrong in (lambda x: x[..., :1], lambda x: x.astype(complex)):
         with pytest.raises(ValueError, match=r"^edit: model.norm must stay float32 \(1, 2, 40\), but became "):
@@ -125,6 +229,14 @@ def test_an_edit_works_through_generate(config, weights):
 
     new, _ = qwen3np.generate(weights, config, [1, 2], max_new_tokens=3, edit=likeliest_is_7, stop_ids=())
     assert new == [7, 7, 7]
+
+
+def test_generate_computes_on_the_engine_that_is_asked_for(config, weights):
+    new, cache = qwen3np.generate(weights, config, [1, 2], max_new_tokens=3, engine="plain")
+    cache.reserve(8)
+    with pytest.raises(ValueError, match="another engine"):
+        forward(weights, config, new[-1:], cache)
+    forward(weights, config, new[-1:], cache, engine="plain")
 
 
 def test_unknown_names_are_refused(config, weights):
@@ -151,10 +263,10 @@ def test_numerics_of_one_name_are_one_object():
 
 # What reads top to bottom: a file imports only what stands above it. "." ends a package's name: all of its files.
 ORDER = [
-    *("errors", "memory", "numerics", "rules", "config", "cache", "rope", "qwen3"),
-    *("ops", "weights", "guard", "settings", "sampling", "generate", "scoring"),
-    *("files.", "chat", "tokenizer", "loading", "embeddings", "conversation"),
-    *("porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
+    *("errors", "terminal", "memory", "numerics", "rules", "config", "cache", "rope", "qwen3"),
+    *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "generate", "scoring"),
+    *("files.", "chat", "tokenizer", "files.checkpoint", "loading", "embeddings", "conversation"),
+    *("verify", "published.", "porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("loading", "embeddings")}
@@ -176,10 +288,9 @@ def modules():
 
 
 def place(name):
-    for n, entry in enumerate(ORDER):
-        if name == entry.rstrip(".") or name.startswith(entry.rstrip(".") + "."):
-            return n
-    raise AssertionError(f"{name}.py has no place in the order of imports")
+    fitting = [entry for entry in ORDER if f"{name}.".startswith(f"{entry.rstrip('.')}.")]
+    assert fitting, f"{name}.py has no place in the order of imports"
+    return ORDER.index(max(fitting, key=len))
 
 
 def test_imports_run_one_way():

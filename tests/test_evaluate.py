@@ -51,7 +51,7 @@ def test_earlier_answers_are_the_models_own(builtin):
         {"role": "user", "content": "What is the capital of Spain?"},
     ]
     prompts = []
-    recording = type("Recording", (), {"tokenizer": builtin.tokenizer})()
+    recording = type("Recording", (), {"text": builtin.text})()
 
     def generate(ids, **options):
         prompts.extend(builtin.tokenizer.decode(row) for row in ids)

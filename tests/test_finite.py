@@ -70,7 +70,7 @@ def test_the_first_point_may_be_the_scores():
     for name in ("q_norm", "k_norm"):
         weights[f"model.layers.1.self_attn.{name}.weight"][:] = 1e22
     message = (
-        r"^model.layers.1.self_attn.scores is NaN or infinite at position \d+ \(id \d+\): the numbers outgrow float32$"
+        r"^model.layers.1.self_attn.scores is NaN or infinite at position \d+ \(id \d+\): values overflow float32$"
     )
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
         generate(weights, CONFIG, IDS, max_new_tokens=3)
@@ -79,7 +79,7 @@ def test_the_first_point_may_be_the_scores():
 def test_numbers_that_outgrow_the_precision_are_told_from_damaged_ones():
     weights = init_weights(CONFIG, 0, trained_like=True)
     weights["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)
-    message = r"^model.layers.1.mlp.\w+ is NaN or infinite at position 0 \(id 10\): the numbers outgrow float32$"
+    message = r"^model.layers.1.mlp.\w+ is NaN or infinite at position 0 \(id 10\): values overflow float32$"
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=message):
         generate(weights, CONFIG, IDS, max_new_tokens=3)
     generate(weights, CONFIG, IDS, max_new_tokens=3, numerics="float64")

@@ -139,8 +139,82 @@ def test_sampling_is_the_seed_s(weights, config, monkeypatch):
     assert runs[0] == runs[1]
     assert generate(weights, config, [1, 2, 3], seed=8, **settings)[0] != runs[0]
     assert generate(weights, config, [1, 2, 3], **settings)[0] != runs[0]
-    # what else is in the batch does not matter
-    assert generate(weights, config, [[9, 9], [1, 2, 3]], seed=7, **settings)[0][1] == runs[0]
+    # what else is in the batch does not matter, and each row has a stream of its own
+    alone = [generate(weights, config, [1, 2, 3], seed=seed, **settings)[0] for seed in (7, (7, 1), (7, 2))]
+    assert alone[0] == runs[0]
+    assert alone[0] != alone[1] != alone[2] != alone[0]
+    assert generate(weights, config, [[1, 2, 3], [9, 9], [1, 2, 3]], seed=7, **settings)[0][::2] == alone[::2]
+    assert generate(weights, config, [1, 2, 3], seed=7, num_return_sequences=3, **settings)[0] == alone
+    assert generate(weights, config, [1, 2, 3], seed=[7, 1], num_return_sequences=2, **settings)[0][0] == alone[1]
+
+
+def test_several_answers_compute_their_prompt_once(weights, config, computed):
+    new, cache = generate(weights, config, [[1, 2, 3, 4], [5, 6]], num_return_sequences=2, max_new_tokens=2)
+    assert computed == [4, 1, 2, 1, 4]
+    assert new[0] == new[1] == generate(weights, config, [1, 2, 3, 4], max_new_tokens=2)[0]
+    assert new[2] == new[3] == generate(weights, config, [5, 6], max_new_tokens=2)[0]
+    assert cache.lengths.tolist() == [5, 5, 3, 3]
+    with pytest.raises(ValueError, match="num_return_sequences must be a whole number from 1, got 0"):
+        generate(weights, config, [1], max_new_tokens=1, num_return_sequences=0)
+
+
+def test_the_time_is_up(weights, config, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(sys.modules["qwen3np.generate"].time, "monotonic", lambda: next(clock))
+    assert len(generate(weights, config, [1], max_new_tokens=50, max_time=3.5)[0]) == 4  # after 1, 2, 3, 4 seconds
+
+
+def test_ids_that_the_vocabulary_does_not_have(weights, config):
+    for name, value in {
+        "stop_ids": [101],
+        "bad_words_ids": [[1, 2], [3, 101]],
+        "sequence_bias": {(101,): 1.0},
+        "forced_eos_token_id": 101,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: the vocabulary has no id 101; its ids are 0 to 100"):
+            generate(weights, config, [1], max_new_tokens=1, **{name: value})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_a_ragged_one(weights, config, side):
+    rows, longest = [[1, 2, 3, 4, 5], [6], [7, 8, 9]], 5
+    pads = [[0] * (longest - len(row)) for row in rows]
+    ids = np.array([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])
+    mask = np.array(
+        [
+            [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+            for r, p in zip(rows, pads, strict=True)
+        ]
+    )
+    expected = generate(weights, config, rows, max_new_tokens=4)[0]
+    assert generate(weights, config, ids, attention_mask=mask, max_new_tokens=4)[0] == expected
+    logits = forward(weights, config, ids, attention_mask=mask)
+    last = forward(weights, config, ids, attention_mask=mask, last_only=True)
+    for row, kept, found, end in zip(rows, mask == 1, logits, last, strict=True):
+        alone = forward(weights, config, row)[0]
+        np.testing.assert_allclose(found[kept], alone, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(end[0], alone[-1], rtol=0, atol=1e-5)
+        assert not found[~kept].any()
+
+
+def test_masks_that_are_no_padding(weights, config):
+    for mask, words in (
+        ([[1, 0, 1]], "row 0 has a hole"),
+        ([[0, 0, 0]], "row 0 has no token"),
+        ([[1, 1]], r"shape \(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_mask: {words}"):
+            forward(weights, config, [[1, 2, 3]], attention_mask=mask)
+    with pytest.raises(ValueError, match="not with a cache"):
+        forward(weights, config, [[1]], KVCache.allocate(config, 1, 4), attention_mask=[[1]])
+
+
+def test_a_tensor_that_is_missing_or_transposed_is_named(weights, config):
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"there is no {name}, which must be \(56, 40\)"):
+        forward({key: w for key, w in weights.items() if key != name}, config, [1])
+    with pytest.raises(ValueError, match=rf"{name} is \(40, 56\), and must be \(56, 40\)"):
+        forward(weights | {name: weights[name].T}, config, [1])
 
 
 def test_interrupt_leaves_a_usable_cache(weights, config, monkeypatch):
@@ -362,3 +436,40 @@ def test_the_repetition_penalty_counts_the_prompt(weights, config):
         assert new == [int(np.argmax(penalised))]
         differ += new != [int(np.argmax(logits))]
     assert differ
+
+
+def test_hidden_states_and_attention_maps(builtin):
+    ids = builtin.text.encode("The capital of France is")
+    states, maps = builtin.hidden_states("The capital of France is"), builtin.attention_maps(ids)
+    w, eps = builtin.weights, builtin.config.rms_norm_eps
+    np.testing.assert_array_equal(states[0], np.float32(w["model.embed_tokens.weight"][ids]))
+    x = states[-1] / np.sqrt((states[-1] ** 2).mean(-1, keepdims=True) + eps) * np.float32(w["model.norm.weight"])
+    logits = x @ np.float32(w["model.embed_tokens.weight"]).T  # tied
+    np.testing.assert_allclose(logits, builtin(ids)[0], rtol=0, atol=1e-3)
+    assert maps.shape == (4, 4, len(ids), len(ids))
+    np.testing.assert_allclose(maps.sum(-1), 1, rtol=0, atol=1e-5)
+    assert not np.triu(maps, 1).any()
+
+
+def test_a_state_of_another_prompt_changes_the_answer(builtin):
+    """Activation patching and steering, through generate."""
+    france, spain = ("What is the capital of France? It is", "What is the capital of Spain? It is")
+    there = builtin.hidden_states(spain)
+    ids = builtin.text.encode(france)
+    last = builtin.config.num_hidden_layers - 1
+
+    def patch(name, x):
+        if name == f"model.layers.{last}" and x.shape[1] == len(ids):
+            return np.concatenate([x[:, :-1], there[None, -1, -1:]], axis=1)
+        return None
+
+    patched = builtin.generate(ids, max_new_tokens=1, edit=patch)[0]
+    assert patched == builtin.generate(builtin.text.encode(spain), max_new_tokens=1)[0]
+    embedding, scale = (np.float32(builtin.weights[f"model.{name}.weight"]) for name in ("embed_tokens", "norm"))
+    direction = embedding[5]
+
+    def steer(name, x):
+        return x + 1e3 * direction if name == f"model.layers.{last}" else None
+
+    loudest = (embedding @ (scale * direction)).argmax()  # what that direction says once nothing else is heard
+    assert builtin.generate(ids, max_new_tokens=1, edit=steer)[0] == [loudest]

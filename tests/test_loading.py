@@ -50,10 +50,14 @@ def test_generate_and_stream_take_them_and_arguments_override(folder):
 @pytest.mark.parametrize(
     ("generation_config", "message"),
     [
-        ({"max_new_tokens": "5"}, "max_new_tokens = '5' is not a finite number"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 is not a whole number"),
-        ({"temperature": [1]}, r"temperature = \[1\] is not a finite number"),
-        ({"repetition_penalty": 10**400}, "repetition_penalty = 10{400} is not a finite number"),
+        ({"max_new_tokens": "5"}, "max_new_tokens = '5' must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 must be a whole number"),
+        ({"temperature": [1], "do_sample": True}, r"temperature = \[1\] must be a finite number"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty = 10{400} must be a finite number"),
+        ({"suppress_tokens": [1, "a"]}, r"suppress_tokens = \[1, 'a'\] must be a collection of ids"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"sequence_bias": [[3]]}, "sequence_bias"),
+        ({"stop_strings": [""]}, "stop_strings"),
         ({"do_sample": "no"}, "do_sample = 'no' is neither true nor false"),
         ({"eos_token_id": 3.5}, "eos_token_id = 3.5 is neither a token id nor a list of them"),
         ({"eos_token_id": "257"}, "eos_token_id = '257'"),
@@ -64,6 +68,33 @@ def test_generate_and_stream_take_them_and_arguments_override(folder):
 def test_a_generation_config_that_cannot_be(folder, generation_config, message):
     with pytest.raises(CheckpointError, match=f"generation_config.json: {message}"):
         configure(folder, **generation_config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "off", "what"),
+    [
+        ("num_beams", 3, 1, "beam search"),
+        ("penalty_alpha", 0.6, 0, "contrastive search"),
+        ("guidance_scale", 1.5, 1, "classifier-free guidance"),
+        ("prompt_lookup_num_tokens", 10, None, "assisted generation"),
+        ("watermarking_config", {"seeding_scheme": "selfhash"}, None, "watermarking"),
+    ],
+)
+def test_another_algorithm_is_refused_by_name_unless_an_argument_overrides_it(folder, name, value, off, what):
+    model = configure(folder, **{name: value}, max_new_tokens=4)
+    with pytest.raises(ValueError, match=rf"{name}=.* is {what}.*{name}={off}"):
+        model.generate([1, 2])
+    assert model.generate([1, 2], **{name: off})[0] == load(progress=False).generate([1, 2], max_new_tokens=4)[0]
+    assert configure(folder, **{name: off}, max_new_tokens=4).generate([1, 2])  # as files that say so
+
+
+def test_lengths_of_the_file(folder):
+    model = configure(folder, max_length=7, eos_token_id=[])
+    assert len(model.generate([1, 2, 3])[0]) == 4
+    assert len(model.generate([1, 2, 3], max_new_tokens=9)[0]) == 9  # wins, as in transformers
+    assert len(configure(folder, max_length=7, max_new_tokens=2, eos_token_id=[]).generate([1, 2, 3])[0]) == 2
+    with pytest.raises(ValueError, match="max_length=7: prompt 1 is that long"):
+        model.generate([[1], list(range(7))])
 
 
 def test_the_copy(folder, monkeypatch):

@@ -47,8 +47,8 @@ def expert_scope(weights, n):
     return Scope(weights, prefix="model.layers.0.mlp.experts.") / str(n)
 
 
-def mixed(x, weights, indices, shares, name="float64"):
-    num, m = named(name), Scope(weights, prefix="model.layers.0.mlp.experts.")
+def mixed(x, weights, indices, shares, name="float64", engine="fast"):
+    num, m = named(name, engine), Scope(weights, prefix="model.layers.0.mlp.experts.")
     return num.ops.combine(x, indices, shares, lambda n, rows: swiglu(rows, m / str(n), num), m, num)
 
 
@@ -120,24 +120,28 @@ def test_tokens_alone_equal_tokens_together(sparse, seed, tokens):
         np.testing.assert_allclose(alone, together[:, at], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16-grouped"])
-def test_where_bfloat16_rounds_the_sum(sparse, name):
-    """From each expert's rounded output alone: rounding after each in ascending order, or once, the largest first."""
+def test_where_bfloat16_rounds_the_sum(sparse, name, engine):
+    """From each expert's rounded output alone: rounding after each in ascending order, or once, the largest first.
+
+    The plain engine adds in ascending order there too.
+    """
     x, weights, indices, shares = draw(sparse, 0, 50, name)
-    r, numerics = round_bfloat16, named(name)
+    r, numerics = round_bfloat16, named(name, engine)
     truth = np.zeros_like(x)
     for s in range(50):
         chosen = list(zip(indices[0, s].tolist(), shares[0, s], strict=True))
-        for expert, share in chosen if name == "bfloat16-grouped" else sorted(chosen):
+        for expert, share in chosen if (name, engine) == ("bfloat16-grouped", "fast") else sorted(chosen):
             same = indices[0] == expert  # all tokens of an expert at once, as its matrix product had them
             together = swiglu(x[0, same.any(-1)], expert_scope(weights, expert), numerics)[np.count_nonzero(same[:s])]
             truth[0, s] += r(together * share)
             if name == "bfloat16":
                 truth[0, s] = r(truth[0, s])
     truth = r(truth)
-    np.testing.assert_array_equal(mixed(x, weights, indices, shares, name), truth)
+    np.testing.assert_array_equal(mixed(x, weights, indices, shares, name, engine), truth)
     other = "bfloat16" if name == "bfloat16-grouped" else "bfloat16-grouped"
-    assert np.any(mixed(x, weights, indices, shares, other) != truth)
+    assert np.any(mixed(x, weights, indices, shares, other, engine) != truth)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "bfloat16-grouped"])

@@ -84,6 +84,13 @@ def test_penalties_count_the_new_tokens_only():
     )
 
 
+def test_penalties_work_through_generate(config, weights):
+    assert len(set(generate(weights, config, [1, 2, 3], max_new_tokens=20, stop_ids=())[0])) < 20
+    for name in ("presence_penalty", "frequency_penalty"):
+        new, _ = generate(weights, config, [1, 2, 3], max_new_tokens=20, stop_ids=(), **{name: 1e4})
+        assert len(set(new)) == 20, name
+
+
 def test_processors_come_after_the_penalties_and_before_the_temperature():
     """As in transformers: the caller's processors follow the penalties and precede temperature and filters."""
     given = []
@@ -99,6 +106,11 @@ def test_processors_come_after_the_penalties_and_before_the_temperature():
     np.testing.assert_array_equal(processed, [-np.inf, 1.0, -np.inf, -np.inf])
     with pytest.raises(ValueError, match=r"logits_processors: .* gave \(2,\) for \(4,\) logits"):
         processed_logits([1.0, 2.0, 4.0, 8.0], {"logits_processors": [lambda ids, scores: scores[:2]]})
+
+
+def test_processors_act_one_after_the_other():
+    settings = {"temperature": 1.0, "logits_processors": [lambda ids, x: x + 1, lambda ids, x: 2 * x]}
+    np.testing.assert_array_equal(processed_logits([1.0, 3.0], settings), [4, 8])
 
 
 def test_a_processor_works_through_generate(config, weights):

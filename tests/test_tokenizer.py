@@ -358,3 +358,27 @@ def test_broken_chat_template_entry(tmp_path, config):
     tokenizer = write(tmp_path, PARTS | {"tokenizer_config.json": config})
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: no"):
         tokenizer.apply_chat_template(USER)
+
+
+def test_a_batch_of_texts(builtin):
+    small = builtin.tokenizer
+    assert small.encode(["a b", "c"]) == [small.encode("a b"), small.encode("c")]
+    with pytest.raises(TypeError, match="a str or a list of str is needed, not int"):
+        small.encode(3)
+
+
+def test_ids_of_a_chat(builtin):
+    messages = [{"role": "user", "content": "Hi"}]
+    text = builtin.tokenizer.apply_chat_template(messages)
+    assert builtin.tokenizer.apply_chat_template(messages, tokenize=True) == builtin.tokenizer.encode(text)
+    assert builtin.tokenizer.eos_token_id == builtin.tokenizer.token_to_id("<|im_end|>")
+    assert builtin.tokenizer.turn_ends == {builtin.tokenizer.token_to_id("<|im_end|>")}
+
+
+@given(text=st.text(), special=st.sampled_from(["<|im_end|>", "<think>", "<|im_<|im_end|>end|>", "\ufdd0"]))
+def test_escaped_text_is_text(builtin, text, special):
+    tokenizer = builtin.tokenizer
+    written = f"{text}{special}{text}"
+    ids = tokenizer.encode_escaped(tokenizer.escaped(written))
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(written.replace("\ufdd0", "\ufffd")))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qwen3np import Config, count_parameters, load, score
+from qwen3np import CheckpointError, Config, count_parameters, load, score
 from qwen3np.cli import main
 from qwen3np.ops.fast.threads import WORTH_SHARING
 from qwen3np.training import loop
@@ -46,7 +46,7 @@ DOCUMENTS = [
 OTHERS = [text.replace("apples", "pears") if isinstance(text, str) else text for text in DOCUMENTS]
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "training_log.csv"),
+    *("tokenizer.json", "tokenizer_config.json", "training_log.csv", STATE),
 }
 
 
@@ -131,7 +131,7 @@ def test_a_run_stopped_twice_goes_on_to_the_same_bytes(whole, computed, tmp_path
     assert trained(tmp_path / "model", resume=True) == whole
 
 
-@pytest.mark.parametrize("name", ["config.json.", "model.safetensors.", STATE])
+@pytest.mark.parametrize("name", ["config.json.", "model.safetensors."])
 def test_a_run_stopped_at_its_very_end_goes_on_to_the_same_bytes(name, whole, monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
@@ -151,9 +151,12 @@ def long(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize(("sent", "status", "said"), [("SIGKILL", -9, rb""), ("SIGINT", 130, rb"\n?")])
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [("SIGKILL", -9, rb".*"), ("SIGINT", 130, rb".*keeps the last saved step: --resume goes on from there\]\n+")],
+)
 def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long, corpus, tmp_path):
-    folder, states, deadline = tmp_path / "model", set(), time.monotonic() + 60
+    folder, states, deadline = tmp_path / "model", set(), time.monotonic() + 600
     arguments = [sys.executable, "-m", "qwen3np", *command(corpus, folder, LONG)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while len(states) < 3:  # a new file each
@@ -165,7 +168,10 @@ def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long
         process.send_signal(getattr(signal, sent))
         out, error = process.communicate()
     assert (process.returncode, out) == (status, b"")
-    assert re.fullmatch(said, error)
+    assert re.fullmatch(said, error, re.DOTALL)
+    if not (folder / "config.json").exists():
+        with pytest.raises(CheckpointError, match="a training that has not ended; its command with --resume"):
+            load(folder)
     assert 0 < State.load(folder).step < LONG.steps
     assert main(command(corpus, folder, LONG, "--resume")) is None
     assert {file.name for file in folder.iterdir()} == FILES
@@ -474,9 +480,10 @@ def test_what_a_killed_start_left_is_no_obstacle(whole, tmp_path):
 
 def test_there_must_be_a_training_to_resume(learned, tmp_path):
     before = {file.name: file.read_bytes() for file in learned.iterdir()}
-    for folder in (tmp_path / "nowhere", learned):
-        with pytest.raises(ValueError, match="so there is no training to resume"):
-            trained(folder, resume=True)
+    with pytest.raises(ValueError, match="so there is no training to resume"):
+        trained(tmp_path / "nowhere", resume=True)
+    with pytest.raises(ValueError, match="the training that was stopped there had other sizes"):
+        trained(learned, resume=True)
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ValueError, match="exists; name a new folder"):
         trained(learned)
@@ -535,7 +542,10 @@ def run(capsys):
 def test_the_command_trains(run, whole, corpus, tmp_path):
     folder = tmp_path / "deep" / "model"
     assert run(*command(corpus, folder), "--held-out", str(corpus)) == ""
-    assert (run.status, run.stderr) == (0, f"[{folder}: trained; --model names it to the other commands]\n")
+    assert run.status == 0
+    assert run.stderr.endswith(
+        f"[{folder}: trained; other commands take it with --model; --resume with more --steps goes on]\n"
+    )
     assert (folder / "model.safetensors").read_bytes() == whole
     config = json.loads((folder / "config.json").read_text())
     assert {name: config[name] for name in SIZES} == SIZES
@@ -549,10 +559,10 @@ def test_the_flags_and_their_defaults(run, monkeypatch, corpus, tmp_path):
     monkeypatch.setattr("qwen3np.commands.train.train", lambda *arguments, **named: given.append((arguments, named)))
     folder = tmp_path / "model"
     run("train", str(corpus), "--out", str(folder))
-    assert given.pop() == ((DOCUMENTS, folder, loop.SIZES, Settings()), {"held_out": (), "resume": False})
+    assert given.pop() == ((DOCUMENTS, folder, loop.SIZES, Settings()), {"held_out": (), "resume": False, "base": None})
     settings = Settings(11, 12, 13, 0.14, 15, 0.16, 0.17, 18, 19)  # none is a default
     run(*command(corpus, folder, settings, "--resume", "--held-out", str(corpus)))
-    assert given.pop() == ((DOCUMENTS, folder, SIZES, settings), {"held_out": DOCUMENTS, "resume": True})
+    assert given.pop() == ((DOCUMENTS, folder, SIZES, settings), {"held_out": DOCUMENTS, "resume": True, "base": None})
 
 
 @pytest.mark.parametrize(
@@ -602,8 +612,54 @@ def test_errors_of_a_resumed_run_are_one_line(run, stopped, whole, corpus):
         more = ["--resume"] if changed.pop("resume", False) else []
         assert run(*command(corpus, stopped, SETTINGS, *more, **changed)) == ""
         assert run.status == 2
-        assert re.fullmatch(rf"error: .*{message}.*\n", run.stderr)
+        assert re.fullmatch(rf"(\[16 documents.*\]\n)?error: .*{message}.*\n", run.stderr)
     run(*command(corpus, stopped, SETTINGS, "--resume"))
     assert run.status == 0
     assert "trained" in run.stderr
     assert (stopped / "model.safetensors").read_bytes() == whole
+
+
+def test_a_finished_run_goes_on_with_more_steps(whole, tmp_path, capsys):
+    assert trained(tmp_path / "model") == whole
+    assert trained(tmp_path / "model", resume=True) == whole  # nothing is left to do
+    more = replace(SETTINGS, steps=SETTINGS.steps + 3)
+    assert trained(tmp_path / "model", more, resume=True) != whole
+    assert State.load(tmp_path / "model").step == more.steps
+    assert load(tmp_path / "model", progress=False).generate([1], max_new_tokens=1)
+
+
+def test_fine_tuning_starts_from_a_checkpoint(whole, tmp_path):
+    trained(tmp_path / "model")
+    base = load(tmp_path / "model", progress=False)
+    before = {name: np.array(w, np.float32) for name, w in base.weights.items()}
+    train(OTHERS, tmp_path / "tuned", {}, replace(SETTINGS, learning_rate=1e-9), progress=False, base=base)
+    tuned = load(tmp_path / "tuned", progress=False)
+    assert tuned.config == base.config
+    assert tuned.text.encode("Ada has") == base.text.encode("Ada has")
+    for name, w in tuned.weights.items():  # such a learning rate changes nothing that bfloat16 can hold
+        np.testing.assert_array_equal(np.array(w, np.float32), before[name])
+        np.testing.assert_array_equal(np.array(base.weights[name], np.float32), before[name])
+    train(OTHERS, tmp_path / "more", {}, SETTINGS, progress=False, base=base)
+    assert (tmp_path / "more" / "model.safetensors").read_bytes() != (
+        tmp_path / "tuned" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_sizes_that_are_left_out_are_those_of_the_built_in_checkpoint(tmp_path):
+    small = {name: size for name, size in SIZES.items() if name != "num_hidden_layers"}
+    train(DOCUMENTS, tmp_path / "model", small, SETTINGS, progress=False)
+    assert load(tmp_path / "model", progress=False).config.num_hidden_layers == 4
+    with pytest.raises(ValueError, match="sizes: 'layers' is none of vocab_size, hidden_size"):
+        train(DOCUMENTS, tmp_path / "other", {"layers": 2}, SETTINGS)
+
+
+def test_what_is_said_before_and_on_the_way(tmp_path, capsys):
+    (tmp_path / "stories.txt").write_text(
+        "\n\n".join(f"{name} has {n} apples." for n in range(40) for name in ("Ada", "Bo"))
+    )
+    main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=9)))
+    err = capsys.readouterr().err
+    assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank lines do not" in err
+    assert re.search(r"\[1 documents, [\d,]+ tokens; [\d,]+ parameters; 9 steps of 96 tokens: each document about", err)
+    assert re.search(r"\[step 3, learning_rate .*, loss .*; of 9 steps\]", err)  # no terminal, so lines
+    assert "--resume with more --steps goes on" in err

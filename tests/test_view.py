@@ -193,6 +193,21 @@ def test_the_command_writes_one_whole_page(tmp_path, capsys):
     assert Elements((tmp_path / "view.html").read_text(encoding="utf-8")).data["texts"]
 
 
+def test_the_command_opens_a_browser_for_someone_at_a_terminal(monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    main(["view", PROMPT])  # no terminal: a script does not want one
+    assert not opened
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    main(["view", PROMPT, "--no-open"])
+    assert not opened
+    main(["view", PROMPT])
+    (url,) = opened
+    assert url.startswith("file://")
+    assert url.endswith("/view.html")
+    assert "opened in the browser" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("prompt", "out", "message"),
     [

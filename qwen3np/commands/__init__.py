@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +15,11 @@ from typing import Any
 
 from qwen3np.config import Config
 from qwen3np.errors import ConfigError
+from qwen3np.files.limits import readable
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
-from qwen3np.settings import GenerationSettings
-from qwen3np.tokenizer import Tokenizer, stop_at
+from qwen3np.settings import GenerationSettings, checked
+from qwen3np.tokenizer import Tokenizer, said_in, stop_at
 
 
 def add_model(
@@ -28,7 +32,7 @@ def add_model(
     text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
         f" (default: {default})" if not needed else ""
     )
-    group.add_argument("--model", metavar="M", required=needed is not None, help=text)
+    group.add_argument("-m", "--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
     scaling = (
         "yarn:FACTOR extends the context, of 32,768 positions to 131,072 with yarn:4 (default: as config.json says)"
@@ -52,9 +56,12 @@ def scaled(config: Config, arguments: argparse.Namespace) -> Config:
 
 def named(arguments: argparse.Namespace) -> str | None:
     """Return what --model says; without it say on stderr which checkpoint it is then."""
-    if arguments.model is None:
+    model: str | None = arguments.model
+    if model is None:
         print("[the small built-in checkpoint; --model Qwen/Qwen3-0.6B names a large one]", file=sys.stderr)
-    return arguments.model
+    elif re.fullmatch(r"[Qq]wen3[\w.-]*", model) and not Path(model).exists():
+        raise ValueError(f"--model {model}: there is no such folder; on the Hub it is Qwen/Q{model[1:]}")
+    return model
 
 
 def add_computation(parser: argparse.ArgumentParser) -> None:
@@ -75,15 +82,16 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     """Add the flag that says how many threads compute."""
     threads = "how many threads (QWEN3NP_NUM_THREADS, else all cores)"
-    parser.add_argument("--threads", metavar="N", help=threads)
+    parser.add_argument("-t", "--threads", metavar="N", help=threads)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how the text goes on, and when it ends."""
     group = parser.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
     tokens = f"end after N tokens (without a default of the checkpoint: {DEFAULT_MAX_NEW_TOKENS})"
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help=tokens)
-    group.add_argument("--stop-id", type=int, action="append", metavar="ID", help="end after this id (repeatable)")
+    group.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help=tokens)
+    stop_id = "end after this id, too (repeatable); --set stop_ids=[...] replaces the checkpoint's own"
+    group.add_argument("--stop-id", type=int, action="append", metavar="ID", help=stop_id)
     group.add_argument(
         "--stop", type=text, action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
     )
@@ -94,17 +102,51 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
     group.add_argument("--presence-penalty", type=float, metavar="P", help="above 0: no token of the answer twice")
     group.add_argument("--frequency-penalty", type=float, metavar="P", help="above 0: tokens of the answer less often")
-    group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text, for each prompt anew")
+    group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    any_other = "any other key of generation_config.json, its value as JSON: no_repeat_ngram_size=3 (repeatable)"
+    group.add_argument("--set", type=text, action="append", default=[], metavar="NAME=VALUE", help=any_other)
+
+
+def setting(written: str) -> dict[str, Any]:
+    """Return NAME=VALUE, or NAME VALUE, as a checked setting. Raises ValueError for what is not one."""
+    found = re.fullmatch(r"\s*(\w+)\s*[=\s]\s*(.*?)\s*", written, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{written!r} is not NAME=VALUE, such as temperature=0.7 or no_repeat_ngram_size=3")
+    name, value = found[1].replace("-", "_"), found[2]
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
+        value = json.loads(value)
+    if name in ("stop", "logits_processors"):
+        raise ValueError(f"{name} takes a function of Python; --stop and stop_strings take texts")
+    try:
+        checked({name: value}, needed=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return {name: value}
+
+
+def flags_of_generation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the flags give, checked: to be called before anything is loaded."""
+    given: dict[str, Any] = {}
+    for name in GenerationSettings.__annotations__:
+        value = getattr(arguments, name, None)
+        if name != "stop" and value is not None:  # this flag means strings; see Ends
+            given[name] = value
+    checked(given, needed=False)
+    if "" in arguments.stop:
+        raise ValueError("--stop: stop strings must not be empty")
+    for written in arguments.set:
+        given |= setting(written)
+    return given
 
 
 def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of qwen3np.generate: the flags over the checkpoint's defaults."""
-    given = {
-        name: getattr(arguments, name, None) for name in (*GenerationSettings.__annotations__, "numerics", "engine")
-    }
-    given["stop"] = None  # the flag means strings; see Ends
-    options = {**model.generation_defaults(), **{name: value for name, value in given.items() if value is not None}}
-    return options | ({"stop_ids": tuple(arguments.stop_id)} if arguments.stop_id else {})
+    options: dict[str, Any] = dict(model.generation_settings(flags_of_generation(arguments)))
+    options["stop_ids"] = (*(options["stop_ids"] or ()), *(arguments.stop_id or ()))
+    if beyond := [i for i in options["stop_ids"] if not 0 <= i < model.config.vocab_size]:
+        raise ValueError(f"--stop-id {beyond[0]}: the vocabulary's ids are 0 to {model.config.vocab_size - 1}")
+    checked(options)
+    return options | {"numerics": arguments.numerics, "engine": arguments.engine}
 
 
 def load_named(arguments: argparse.Namespace) -> Model:
@@ -125,26 +167,99 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     return model, model.text
 
 
+def warn_of_chat_model(model: Model, arguments: argparse.Namespace, kind: str) -> None:
+    """Say on stderr that a checkpoint is not of this kind (Embedding, Reranker), as far as its files tell.
+
+    Chat models pad their vocabulary beyond the tokenizer's entries; Qwen's models of these kinds do not.
+    """
+    named_so = kind.lower() in Path(arguments.model).name.lower()
+    if not named_so and model.config.vocab_size > model.text.vocab_size:
+        print(
+            f"[{arguments.model} looks like a model for text, which was not trained for this; "
+            f"Qwen/Qwen3-{kind}-0.6B was]",
+            file=sys.stderr,
+        )
+
+
 def text(argument: str) -> str:
     """Return an argument of the command line as the UTF-8 text it is, whatever the locale took it for."""
     return utf8(os.fsencode(argument), "argument")
 
 
 def read_text(path: str) -> str:
-    """Return the text of a file, or of stdin for "-", as it is. Raises ValueError where it is not UTF-8."""
-    return utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), path)
+    """Return the text of a file, or of stdin for "-". Raises ValueError where it is not UTF-8, or stdin is empty.
+
+    A byte order mark, which editors on Windows write, is no part of it.
+    """
+    found = utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), "stdin" if path == "-" else path)
+    if path == "-" and not found:
+        raise ValueError("stdin is empty; give a text there, as an argument or with --file")
+    return found.removeprefix("\ufeff")
 
 
-def read_texts(given: list[str], path: str | None, what: str) -> list[str]:
-    """Return the texts given as arguments, else the lines of a file, or of stdin where no file is named either."""
+def add_texts(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the flags that name a file of texts."""
+    parser.add_argument("--file", metavar="F", help=f"read the {what} from a file (- or without: from stdin)")
+    lines = f"each line of the file, or of stdin, is a {what} (otherwise all of it is one, less its last line break)"
+    parser.add_argument("--lines", action="store_true", help=lines)
+
+
+def read_texts(given: list[str], arguments: argparse.Namespace, what: str) -> list[str]:
+    """Return the texts given as arguments, else that of a file or stdin, or with --lines those, one a line."""
+    path: str | None = arguments.file
     if given and path is not None:
-        raise ValueError(f"{what} and --file are given; one of them is enough")
+        raise ValueError(f"a {what} and --file are given; one of them is enough")
     if given:
+        if arguments.lines:
+            raise ValueError(f"--lines is for --file and stdin, but a {what} is given as an argument")
         return given
     if path is None and sys.stdin.isatty():
-        raise ValueError(f"no {what}: give them as arguments, or one a line with --file or on stdin")
+        raise ValueError(f"no {what}: give it as an argument, with --file, or on stdin")
     found = read_text("-" if path is None else path)
-    return [line.removesuffix("\r") for line in found.removesuffix("\n").split("\n")] if found else []
+    if not arguments.lines:
+        return [found.removesuffix("\n").removesuffix("\r")]
+    lines = [line.removesuffix("\r") for line in found.removesuffix("\n").split("\n")]
+    texts = [line for line in lines if line.strip()]
+    if blank := len(lines) - len(texts):
+        print(f"[{blank} blank line{'s' * (blank > 1)} left out]", file=sys.stderr)
+    if not texts:
+        raise ValueError(f"{path or 'stdin'}: no line with a {what}")
+    return texts
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that use the chat template."""
+    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
+    parser.add_argument("--think", choices=("on", "off"), help="reasoning before the answer")
+    parser.add_argument("--hide-thinking", action="store_true", help="do not show the reasoning")
+    messages = 'start with the messages of a JSON file: [{"role": "user", "content": "..."}, ...], or what /save wrote'
+    parser.add_argument("--messages", metavar="FILE", help=messages)
+    parser.add_argument("--tools", metavar="FILE", help="offer the tools of a JSON file: a list of their schemas")
+    special = "special tokens written in messages count as such (default: they are text, which ends no turn)"
+    parser.add_argument("--special-tokens", action="store_true", help=special)
+
+
+def chat_files(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return the messages that the flags of add_chat give, and the tools. Raises ValueError for other JSON."""
+    messages = read_objects(arguments.messages, "messages") if arguments.messages else []
+    if arguments.system:
+        messages = [
+            {"role": "system", "content": arguments.system},
+            *[m for m in messages if m.get("role") != "system"],
+        ]
+    return messages, read_objects(arguments.tools, "tools") if arguments.tools else None
+
+
+def read_objects(path: str, what: str) -> list[dict[str, Any]]:
+    """Return the list of objects in a JSON file, bare or under the name `what`. ValueError for other files."""
+    try:
+        found: Any = json.loads(read_text(path if path == "-" else str(readable(Path(path)))))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    found = found.get(what) if isinstance(found, dict) else found
+    if not (isinstance(found, list) and all(isinstance(one, dict) for one in found)):
+        raise ValueError(f'{path}: needs a list of {what}, or {{"{what}": [...]}}')
+    return found
 
 
 def utf8(data: bytes, where: str) -> str:
@@ -165,10 +280,7 @@ class Ends:
 
     def reached(self, new: list[int]) -> bool:
         """Whether the newest of these ids ends the answer."""
-        # every token that says something is a byte or more, so a stop string lies within this many tokens
-        width = 4 + max((len(string.encode()) for string in self.strings), default=0)
-        tail = self.tokenizer.decode(new[-width:], skip_special_tokens=True) if self.strings else ""
-        return new[-1] in self.ids or any(string in tail for string in self.strings)
+        return new[-1] in self.ids or said_in(self.tokenizer, self.strings)(new)
 
     def text(self, ids: Iterator[int]) -> Iterator[str]:
         """Return the text of an answer, piece by piece, without what ended it."""
@@ -178,7 +290,7 @@ class Ends:
 
 def progress_bar(total: int | None, what: str, unit: str = "tok") -> Any:
     """Return a tqdm bar on stderr that counts tokens, where that is a terminal; it goes when it is closed."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 

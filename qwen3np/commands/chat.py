@@ -8,69 +8,98 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen3np.commands import (
     Ends,
+    add_chat,
     add_computation,
     add_generation,
     add_model,
+    chat_files,
+    flags_of_generation,
     generation_options,
     load_model,
     progress_bar,
+    read_objects,
     read_text,
-    text,
+    setting,
     utf8,
 )
 from qwen3np.conversation import Conversation
-from qwen3np.errors import one_line
-from qwen3np.files.limits import readable
+from qwen3np.errors import ContextOverflowError, one_line, visible
 from qwen3np.files.writing import written_aside
+from qwen3np.terminal import style, thinking_styled, wrapped
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"
 HELP = "hold a conversation"
 COMMANDS = """\
 /reset            forget the conversation (the system message stays)
-/system TEXT      set the system message
+/drop N           forget the N oldest turns (without N: one)
+/undo             take back the last turn
+/regen            answer the last message again
+/history          show the conversation
+/system TEXT      set the system message (alone: show it; none: remove it)
+/set NAME VALUE   a generation setting, such as temperature 0.7 (alone: show them)
 /think on|off     reasoning before the answer
 /save FILE        write the conversation as JSON
 /load FILE        go on with a saved conversation
-/help             this list
-Ctrl-C stops an answer, Ctrl-D leaves."""
+/help, /?         this list
+/exit             leave, as /quit, /bye and Ctrl-D do
+//TEXT            a message that begins with a slash
+Ctrl-C stops an answer."""
+NAMES = tuple(line.split()[0].strip("/,") for line in COMMANDS.splitlines() if line.startswith("/") and line[1] != "/")
+LEAVE = ("exit", "quit", "bye")
+REMEMBERED = 1000  # lines of history
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message")
-    parser.add_argument("--think", choices=("on", "off"), help="reasoning before the answer")
-    parser.add_argument("--hide-thinking", action="store_true", help="do not show the reasoning")
+    add_chat(parser)
+    lines = "each line of stdin is a message or a command (otherwise all of a pipe is one message)"
+    parser.add_argument("--lines", action="store_true", help=lines)
+    history = "do not keep what is typed for the arrow keys of later runs"
+    parser.add_argument("--no-history", action="store_true", help=history)
     add_generation(parser)
     add_model(parser)
     add_computation(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read messages from stdin, a line each, until its end, and print the answers as they come."""
-    model, _ = load_model(arguments)
-    conversation = Conversation(model)
-    conversation.set_system(arguments.system)
-    chat = Chat(conversation, arguments, generation_options(model, arguments))
-    if not sys.stdin.isatty():
-        for line in sys.stdin.buffer:
-            chat.take(utf8(line, "stdin"))
-        return
-    with contextlib.suppress(ImportError):  # line editing and history, where the system has it
-        import readline
+    """Read messages from the terminal, or from stdin, until its end, and print the answers as they come."""
+    flags_of_generation(arguments)
+    messages, tools = chat_files(arguments)
+    typed = sys.stdin.isatty()
+    given = "" if typed or arguments.lines else read_text("-")
+    model, tokenizer = load_model(arguments)
+    if messages[1:]:  # the template refuses what is no conversation
+        tokenizer.apply_chat_template(messages)
+    conversation = Conversation(model, messages, escape=not arguments.special_tokens)
+    chat = Chat(conversation, arguments, generation_options(model, arguments), tools)
+    if typed:
+        with history(None if arguments.no_history else history_file()):
+            _typed(chat)
+    elif arguments.lines:
+        for line in sys.stdin.buffer:  # as they come: another program may read each answer first
+            if not chat.take(utf8(line, "stdin").removeprefix("\ufeff")):
+                return
+    else:
+        chat.answer(given.removesuffix("\n").removesuffix("\r"))
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
+
+def _typed(chat: Chat) -> None:
+    """Take what is typed, until it is enough."""
     _say("Ask something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
             if not sys.stdout.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)
-            chat.take(input("> " if sys.stdout.isatty() else ""))
+            line = input("> " if sys.stdout.isatty() else "")
+            if line.strip().lower() in LEAVE or not chat.take(line):
+                return
         except KeyboardInterrupt:
             _say("\nCtrl-D leaves.")
         except EOFError:
@@ -82,33 +111,83 @@ def run(arguments: argparse.Namespace) -> None:
             _say(f"error: {one_line(' '.join(str(error).split()))}")
 
 
+def history_file() -> Path:
+    """Return where the lines of earlier runs are: in the user's state folder."""
+    state = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "qwen3np" / "history"
+
+
+@contextlib.contextmanager
+def history(file: Path | None) -> Generator[None]:
+    """Give input() line editing, where the system has it, with the history of a file, which gets the new lines."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
+    if file is None:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a full disk must not end a conversation with an error
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file.touch(mode=0o600)
+            readline.set_history_length(REMEMBERED)
+            readline.write_history_file(file)
+
+
 class Chat:
     """The terminal's side of a conversation."""
 
-    def __init__(self, conversation: Conversation, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        conversation: Conversation,
+        arguments: argparse.Namespace,
+        options: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
         """Take the switches from the command line."""
         self.conversation = conversation
-        self.options = options
-        self.ends = Ends(conversation.tokenizer, options["stop_ids"], arguments.stop)
+        self.options: dict[str, Any] = options
+        self.tools = tools
+        self.stop: list[str] = arguments.stop
         self.hide_thinking: bool = arguments.hide_thinking
         self.thinking = None if arguments.think is None else arguments.think == "on"
 
-    def take(self, line: str) -> None:
-        """Do what a line asks for: a command if it begins with a slash, else an answer."""
+    def take(self, line: str) -> bool:
+        """Do what a line asks for: a command if it begins with a slash, else an answer. False: leave."""
         line = line.strip()
-        if line.startswith("/"):
-            self.command(*line[1:].partition(" ")[::2])
+        if line.startswith("//"):
+            self.answer(line[1:])
+        elif line.startswith("/"):
+            name, _, argument = line[1:].partition(" ")
+            if name in LEAVE:
+                return False
+            self.command(name, argument.strip())
         elif line:
             self.answer(line)
+        return True
 
     def answer(self, message: str) -> None:
         """Print the answer to a message as it comes, and on stderr what it cost. In a terminal, Ctrl-C ends it."""
         conversation, context = self.conversation, self.conversation.model.config.max_position_embeddings
+        ends = Ends(
+            conversation.tokenizer,
+            conversation.tokenizer.turn_ends | frozenset(cast("Collection[int]", self.options["stop_ids"])),
+            self.stop,
+        )
         bar = progress_bar(None, "prompt")
         began = time.perf_counter()
         times: list[float] = []
         ids: list[int] = []
-        reply = conversation.reply(message, options=self.options, progress=bar.update, enable_thinking=self.thinking)
+        reply = conversation.reply(
+            message, options=self.options, progress=bar.update, enable_thinking=self.thinking, tools=self.tools
+        )
 
         def timed() -> Iterator[int]:
             for token in reply:
@@ -120,87 +199,123 @@ class Chat:
         interrupts = [KeyboardInterrupt] if sys.stdin.isatty() else []
         try:
             with contextlib.suppress(*interrupts), contextlib.closing(bar), contextlib.closing(reply):
-                for piece in self.shown(self.ends.text(timed())):
-                    print(piece, end="", flush=True)
+                for piece in wrapped(self.shown(ends.text(timed()))):
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except ContextOverflowError as error:
+            raise ValueError(f"{error}; {self.offers()}") from None
         finally:
-            print(_style("0"), flush=True)
+            sys.stdout.write(style("0"))
+            print(flush=True)
         if not ids:
             _say("[interrupted before the answer began; the message is dropped]")
             return
         cost = f"{len(ids)} tokens, first after {times[0] - began:.1f} s"
         if len(ids) > 1:
             cost += f", then {(len(ids) - 1) / (times[-1] - times[0]):.1f} tokens/s"
-        if conversation.cache is not None:
-            cost += f"; context {conversation.cache.lengths[0]} of {context}"
-        if len(ids) == self.options["max_new_tokens"] and not self.ends.reached(ids):
-            cost += "; cut at --max-new-tokens"
+        held = 0 if conversation.cache is None else int(conversation.cache.lengths[0])
+        if held:
+            cost += f"; context {held} of {context}"
+        if not ends.reached(ids):
+            if len(ids) == self.options["max_new_tokens"]:
+                cost += "; cut at --max-new-tokens"
+            elif held >= context:
+                cost += f"; cut, since the context is full: {self.offers()}"
         _say(f"[{cost}]")
+        for call in conversation.messages[-1].get("tool_calls", ()):
+            _say(f"[it calls {call['function']['name']} with {json.dumps(call['function']['arguments'])}]")
+
+    def offers(self) -> str:
+        """Say what to do about a full context."""
+        larger = "" if self.conversation.model.config.rope_scaling else ", --rope-scaling yarn:4 makes it larger"
+        return f"/drop N forgets the N oldest turns, /reset all{larger}"
 
     def shown(self, pieces: Iterator[str]) -> Iterator[str]:
-        """Yield what is to be printed of an answer: the reasoning dimmed, or left out."""
-        thinking: bool | None = None
-        for piece in pieces:
-            rest = piece
-            if thinking is None:  # some templates open the reasoning themselves, at the end of the prompt
-                thinking = self.conversation.opens_thinking
-                yield _style("2") if thinking and not self.hide_thinking else ""
-            while rest:
-                before, marker, rest = rest.partition("</think>" if thinking else "<think>")
-                if not (thinking and self.hide_thinking):
-                    yield before
-                if marker:
-                    thinking = not thinking
-                    if not self.hide_thinking:
-                        yield _style("2") + marker if thinking else marker + _style("0")
+        """Yield what is to be printed of an answer; whether the template opened the reasoning shows with the first."""
+        first = next(pieces, "")
+        yield from thinking_styled(_chained(first, pieces), self.conversation.opens_thinking, self.hide_thinking)
 
     def command(self, name: str, argument: str) -> None:
         """Do what a line that begins with a slash asks for. Raises ValueError for what is not known."""
-        conversation, argument = self.conversation, argument.strip()
-        if name in ("save", "load", "think") and not argument:
-            raise ValueError(f"/{name} needs {'on or off' if name == 'think' else 'a file'}")
-        if name == "reset":
-            conversation.reset()
-            _say("The conversation is forgotten.")
-        elif name == "system":
-            conversation.set_system(argument or None)
-            _say("The system message is set." if argument else "There is no system message now.")
-        elif name == "think" and argument in ("on", "off"):
-            self.thinking = argument == "on"
-            _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
-        elif name == "save":
-            file = Path(os.path.expanduser(argument))
-            content = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1)
-            with written_aside(file) as part:
-                part.write_text(content + "\n", encoding="utf-8")
-            _say(f"Saved {len(conversation.messages)} messages.")
-        elif name == "load":
-            messages = _messages(Path(os.path.expanduser(argument)))
-            if messages:  # the template refuses what is no conversation
-                conversation.tokenizer.apply_chat_template(messages)
-            conversation.messages = messages
-            _say(f"Loaded {len(messages)} messages.")
-        elif name == "help":
-            _say(COMMANDS)
+        do = getattr(self, f"_{ {'?': 'help'}.get(name, name) }", None) if name == "?" or name in NAMES else None
+        if do is None:
+            near = get_close_matches(name, (*NAMES, *LEAVE), 1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise ValueError(f"/{name} is not a command; {hint} (//{name} is a message)")
+        do(argument)
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        _say("The conversation is forgotten.")
+
+    def _drop(self, argument: str) -> None:
+        count = int(argument or 1) if (argument or "1").isdecimal() else 0
+        if count < 1:
+            raise ValueError(f"/drop {argument}: needs how many turns to forget")
+        _say(f"Forgot {self.conversation.drop(count)} of the oldest turns.")
+
+    def _undo(self, _: str) -> None:
+        taken = self.conversation.undo()
+        _say("There is nothing to take back." if taken is None else f"Taken back: {one_line(taken)[:60]}")
+
+    def _regen(self, _: str) -> None:
+        message = self.conversation.undo()
+        if message is None:
+            raise ValueError("/regen: there is no message to answer again")
+        self.answer(message)
+
+    def _history(self, _: str) -> None:
+        for message in self.conversation.messages:
+            _say(f"{message['role']}: {message.get('content') or ''}")
+        if not self.conversation.messages:
+            _say("Nothing has been said.")
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.conversation.set_system(None if argument == "none" else argument)
+        messages = self.conversation.messages
+        if messages and messages[0]["role"] == "system":
+            _say(f"The system message is: {messages[0]['content']}")
         else:
-            raise ValueError(f"/{name} {argument}".strip() + " is not a command; /help lists them")
+            _say("There is no system message.")
+
+    def _set(self, argument: str) -> None:
+        if argument:
+            self.options = {**self.conversation.model.generation_settings({**self.options, **setting(argument)})}
+        shown = {k: v for k, v in self.options.items() if v is not None and not callable(v) and k != "stop_ids"}
+        _say("\n".join(f"{name} {value}" for name, value in shown.items()))
+
+    def _think(self, argument: str) -> None:
+        if argument not in ("on", "off"):
+            raise ValueError("/think needs on or off")
+        self.thinking = argument == "on"
+        _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise ValueError("/save needs a file")
+        content = json.dumps({"messages": self.conversation.messages}, ensure_ascii=False, indent=1)
+        with written_aside(Path(os.path.expanduser(argument))) as part:
+            part.write_text(content + "\n", encoding="utf-8")
+        _say(f"Saved {len(self.conversation.messages)} messages.")
+
+    def _load(self, argument: str) -> None:
+        if not argument:
+            raise ValueError("/load needs a file")
+        messages = read_objects(os.path.expanduser(argument), "messages")
+        if messages:  # the template refuses what is no conversation
+            self.conversation.tokenizer.apply_chat_template(messages)
+        self.conversation.messages = messages
+        _say(f"Loaded {len(messages)} messages.")
+
+    def _help(self, _: str) -> None:
+        _say(COMMANDS)
 
 
-def _messages(path: Path) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]]
-    try:
-        messages = json.loads(read_text(str(readable(path))))["messages"]
-        good = type(messages) is list and all(type(message) is dict for message in messages)
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-        good, messages = False, []
-    if not good:
-        raise ValueError(f"{path}: not a saved conversation")
-    return messages
-
-
-def _style(code: str) -> str:
-    """Return the escape sequence of a text style; nothing where stdout is no terminal."""
-    return f"\x1b[{code}m" if sys.stdout.isatty() else ""
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from qwen3np.numerics import Array
 from qwen3np.porting import Comparison, PointReport, Recording, compare, read_dump, record
 from qwen3np.porting.align import PRECISIONS
 from qwen3np.porting.dumps import read_map
+from qwen3np.porting.hashes import differing, read_hashes
 from qwen3np.porting.points import split_layer
 from qwen3np.porting.record import fingerprint
 
@@ -40,7 +41,8 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "mine",
         metavar="MINE",
-        help="a .safetensors, a .npz, a folder of .npy, or of transformers' model_addition_debugger_context",
+        help="a .safetensors, a .npz, a folder of .npy or of transformers' model_addition_debugger_context; or a .json "
+        "{point: SHA-256}, of a port that is exact itself",
     )
     parser.add_argument(
         "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'
@@ -58,6 +60,9 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report and end with its status."""
+    if Path(arguments.mine).suffix == ".json":
+        _compare_hashes(arguments)
+        return
     found = reported(arguments, _compare, "points")
     text = table(found, sys.stdout.isatty() and not arguments.brief)
     if arguments.brief:
@@ -139,6 +144,23 @@ def _compare(arguments: argparse.Namespace) -> Comparison:
     if arguments.model is not None or arguments.weights_from is not None:
         golden, weights = read_weights(arguments, golden)
     return compare(golden, dump, about, weights=weights, **options)
+
+
+def _compare_hashes(arguments: argparse.Namespace) -> None:
+    """Compare the hashes of points with those of a recording that the exact engine made."""
+    golden, mine = Recording.load(arguments.golden), read_hashes(Path(arguments.mine))
+    if golden.engine != "exact":
+        raise ValueError(f"{arguments.golden}: made by the {golden.engine} engine; hashes need one of --engine exact")
+    different, missing, unknown = differing(golden.sha256, mine)
+    compared = len(golden.points) - len(missing)
+    if not compared:
+        raise ValueError(f"{arguments.mine}: none of its {len(mine)} names is a point of {arguments.golden}")
+    for name in different:
+        print(f"{name}: other bits")
+    first = f"the first point with other bits: {different[0]}" if different else "the same bits"
+    left = f"; {len(unknown)} unknown names" if unknown else ""
+    print(f"{first}; compared {compared} of {len(golden.points)} points{left}")
+    sys.exit(bool(different))
 
 
 def table(found: Comparison, colour: bool) -> str:

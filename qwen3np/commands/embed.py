@@ -10,19 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, text
+from qwen3np.commands import (
+    add_computation,
+    add_model,
+    add_texts,
+    load_model,
+    progress_bar,
+    read_texts,
+    text,
+    warn_of_chat_model,
+)
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
 from qwen3np.files.writing import written_aside
 
-EXAMPLE = "qwen3np embed --model Qwen/Qwen3-Embedding-0.6B --file documents.txt --out documents.npy"
+EXAMPLE = "qwen3np embed --model Qwen/Qwen3-Embedding-0.6B --file documents.txt --lines --out documents.npy"
 HELP = "turn texts into vectors whose dot products compare them"
 FORMATS = (".npy", ".npz", ".jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("texts", nargs="*", type=text, metavar="TEXT", help="a text (default: the lines of stdin)")
-    parser.add_argument("--file", metavar="F", help="read the texts from a file, one a line")
+    parser.add_argument("texts", nargs="*", type=text, metavar="TEXT", help="a text (default: stdin)")
+    add_texts(parser, "text")
     query = parser.add_mutually_exclusive_group()
     query.add_argument(
         "--query",
@@ -47,8 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: the name must end with one of {', '.join(FORMATS)}")
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: no such folder: {out.parent}")
-    texts = read_texts(arguments.texts, arguments.file, "texts")
+    if arguments.dimensions is not None and arguments.dimensions < 1:
+        raise ValueError(f"--dimensions {arguments.dimensions} must be a whole number from 1")
+    texts = read_texts(arguments.texts, arguments, "text")
     model, _ = load_model(arguments)
+    warn_of_chat_model(model, arguments, "Embedding")
     with progress_bar(len(texts), "embedded", "text") as bar:
         embeddings = embed(
             model,

@@ -10,23 +10,29 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from qwen3np.commands import (
     Ends,
+    add_chat,
     add_computation,
     add_generation,
     add_model,
+    add_texts,
+    chat_files,
+    flags_of_generation,
     generation_options,
     load_model,
     progress_bar,
-    read_text,
+    read_texts,
     text,
 )
+from qwen3np.conversation import escaped
 from qwen3np.generate import Step, steps
 from qwen3np.sampling import log_probabilities
+from qwen3np.terminal import reasoning_apart, thinking_styled
 from qwen3np.tokenizer import Tokenizer
 
 EXAMPLE = 'qwen3np generate --model Qwen/Qwen3-0.6B "The capital of France is"'
@@ -36,12 +42,13 @@ HELP = "continue a text, or several at once"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("prompts", nargs="*", type=text, metavar="PROMPT", help="a text to continue (default: stdin)")
-    parser.add_argument("--file", metavar="F", help="read the prompt from a file, less its last line break")
+    also = "the same, as a flag (repeatable)"
+    parser.add_argument("-p", "--prompt", type=text, action="append", default=[], metavar="PROMPT", help=also)
+    add_texts(parser, "prompt")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
-    parser.add_argument("--system", type=text, metavar="TEXT", help="a system message (with --chat)")
-    parser.add_argument("--think", choices=("on", "off"), help="reasoning before the answer (with --chat)")
+    add_chat(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object a line: ids, text, logprobs, timings")
-    top = "with --json: the N likeliest ids of each step, before temperature and filters"
+    top = "with --json: the N likeliest tokens of each step, before temperature and filters"
     parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help=top)
     add_generation(parser)
     add_model(parser)
@@ -50,15 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation of each prompt as it comes, or as JSON when it is whole."""
-    inputs = _prompts(arguments)
+    flags_of_generation(arguments)
+    inputs, given = _inputs(arguments)
     began = time.perf_counter()
     model, tokenizer = load_model(arguments)
-    if arguments.chat:
-        inputs = [_as_chat(tokenizer, message, arguments) for message in inputs]
-    prompts = [tokenizer.encode(prompt) for prompt in inputs]
+    if given is not None:
+        messages, tools = given
+        inputs = [_as_chat(tokenizer, messages, tools, message, arguments) for message in inputs or [None]]
+    prompts = [tokenizer.encode_escaped(prompt) if given is not None else tokenizer.encode(prompt) for prompt in inputs]
     options = generation_options(model, arguments)
-    ends = Ends(tokenizer, options["stop_ids"], arguments.stop)
-    options["stop"] = ends.reached
+    if given is not None:
+        options["stop_ids"] = tokenizer.turn_ends | {*options["stop_ids"]}
+    ends, stop = Ends(tokenizer, options["stop_ids"], arguments.stop), options.get("stop")
+    options["stop"] = ends.reached if stop is None else lambda new: stop(new) or ends.reached(new)
     loaded = time.perf_counter()
     with progress_bar(sum(map(len, prompts)), "prompt") as bar:
         found = steps(
@@ -71,23 +82,26 @@ def run(arguments: argparse.Namespace) -> None:
         first = next(found)
     prefilled = time.perf_counter()
 
-    rows = _by_row(chain([first], found), len(prompts), arguments.top_logprobs if arguments.json else None)
-    count = 0
-    for given, prompt, tokens in zip(inputs, prompts, rows, strict=True):
+    rows = _by_row(chain([first], found), tokenizer, len(prompts), arguments.top_logprobs if arguments.json else None)
+    count, cut = 0, list[str]()
+    for given_text, prompt, tokens in zip(inputs, prompts, rows, strict=True):
         answer: list[_Token] = []
+        inside = given is not None and given_text.rstrip().endswith("<think>")
         pieces = ends.text(_collected(tokens, answer))
         if arguments.json:
             with progress_bar(options["max_new_tokens"], "answer") as bar:
                 continuation = "".join(_counted(pieces, bar))
             ids = [token.id for token in answer]
+            reasoning, said = reasoning_apart(continuation, inside) if given is not None else (None, continuation)
             result = {
-                "prompt": given,
+                "prompt": tokenizer.unescaped(given_text),
                 "prompt_ids": prompt,
-                "text": continuation,
+                "text": said,
+                **({} if reasoning is None else {"reasoning": reasoning}),
                 "ids": ids,
                 "logprobs": [token.logprob for token in answer],
                 "top_logprobs": [token.top for token in answer],
-                "finish_reason": "stop" if ends.reached(ids) else "length",
+                "finish_reason": "stop" if options["stop"](ids) else "length",
                 "timings": {
                     "load_seconds": round(loaded - began, 6),
                     "prompt_seconds": round(prefilled - loaded, 6),
@@ -96,48 +110,65 @@ def run(arguments: argparse.Namespace) -> None:
             }
             print(json.dumps(result, ensure_ascii=False), flush=True)
         else:
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            for piece in thinking_styled(pieces, inside, arguments.hide_thinking) if given is not None else pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
             print()
         count += len(answer)
+        if not options["stop"]([token.id for token in answer]):
+            cut.append("--max-new-tokens" if len(answer) == options["max_new_tokens"] else "the end of the context")
     seconds = time.perf_counter() - prefilled
     rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 else "one token"
+    ended = f"; cut at {' and '.join(sorted(set(cut)))}" if cut else ""
+    ended += f" ({len(cut)} of {len(prompts)})" if cut and len(prompts) > 1 else ""
     print(
-        f"[prompt {sum(map(len, prompts))} tokens in {prefilled - loaded:.2f} s; answer {count} tokens, {rate}]",
+        f"[prompt {sum(map(len, prompts))} tokens in {prefilled - loaded:.2f} s; answer {count} tokens, {rate}{ended}]",
         file=sys.stderr,
     )
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if not arguments.chat and (arguments.system or arguments.think):
-        raise ValueError("--system and --think belong to --chat")
+Given: TypeAlias = "tuple[list[dict[str, Any]], list[dict[str, Any]] | None]"
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[list[str], Given | None]:
+    """Return the prompts, and for a chat the messages before them with the tools."""
+    chat: bool = arguments.chat or arguments.messages is not None
+    if not chat and (arguments.system or arguments.think or arguments.tools or arguments.hide_thinking):
+        raise ValueError("--system, --think, --hide-thinking and --tools belong to --chat")
     if arguments.top_logprobs < 0 or (arguments.top_logprobs and not arguments.json):
         raise ValueError(f"--top-logprobs {arguments.top_logprobs} must be 0 or more, and belongs to --json")
-    if arguments.prompts and arguments.file is not None:
-        raise ValueError("a prompt and --file are given; one of them is enough")
-    if arguments.prompts:
-        return arguments.prompts
-    if arguments.file is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give it as an argument, with --file, or on stdin")
-    return [read_text(arguments.file or "-").removesuffix("\n").removesuffix("\r")]
+    prompts = [*arguments.prompts, *arguments.prompt]
+    if arguments.messages is not None and not prompts and arguments.file is None:
+        return [], chat_files(arguments)
+    return read_texts(prompts, arguments, "prompt"), chat_files(arguments) if chat else None
 
 
-def _as_chat(tokenizer: Tokenizer, message: str, arguments: argparse.Namespace) -> str:
-    messages = [{"role": "user", "content": message}]
-    if arguments.system:
-        messages.insert(0, {"role": "system", "content": arguments.system})
+def _as_chat(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    message: str | None,
+    arguments: argparse.Namespace,
+) -> str:
+    """Return the prompt of a chat; messages that end with the assistant's, without another one, are continued."""
+    messages = [*messages, {"role": "user", "content": message}] if message is not None else messages
     thinking = None if arguments.think is None else arguments.think == "on"
-    return tokenizer.apply_chat_template(messages, enable_thinking=thinking)
+    return tokenizer.apply_chat_template(
+        messages if arguments.special_tokens else escaped(messages, tokenizer),
+        tools=tools,
+        enable_thinking=thinking,
+        continue_final_message=bool(messages) and messages[-1].get("role") == "assistant",
+    )
 
 
 @dataclass(frozen=True)
 class _Token:
     id: int
     logprob: float
-    top: list[dict[str, float]]
+    top: list[dict[str, Any]]
 
 
-def _by_row(found: Iterator[Step], rows: int, top: int | None) -> list[Iterator[_Token]]:
+def _by_row(found: Iterator[Step], tokenizer: Tokenizer, rows: int, top: int | None) -> list[Iterator[_Token]]:
     """Take the steps of a batch apart into one iterator for each row; log-probabilities only if top is not None."""
     waiting: list[deque[tuple[_Token, bool]]] = [deque() for _ in range(rows)]
 
@@ -145,8 +176,9 @@ def _by_row(found: Iterator[Step], rows: int, top: int | None) -> list[Iterator[
         if top is None:
             return _Token(step.id, 0.0, [])
         logprobs = log_probabilities(step.logits)
-        best = np.argsort(-logprobs, kind="stable")[:top]
-        return _Token(step.id, float(logprobs[step.id]), [{"id": int(i), "logprob": float(logprobs[i])} for i in best])
+        best: list[int] = np.argsort(-logprobs, kind="stable")[:top].tolist()
+        likeliest = [{"id": i, "text": tokenizer.decode([i]), "logprob": float(logprobs[i])} for i in best]
+        return _Token(step.id, float(logprobs[step.id]), likeliest)
 
     def row_tokens(row: int) -> Iterator[_Token]:
         done = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
@@ -18,6 +19,7 @@ HELP = "describe a checkpoint: architecture, parameters, memory"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     text = "say what memory a context of N positions needs (default: 1000)"
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--positions", type=int, metavar="N", default=1000, help=text)
     add_model(parser)
 
@@ -44,6 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     count = count_parameters(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
     mapped, copied = stored + 4 * cache, 4 * (count["unique"] + cache)
+    if arguments.json:
+        result = {"checkpoint": str(folder), "config": config.to_dict(), "parameters": count, "stored_bytes": stored}
+        result |= {"positions": positions, "cache_bytes": {"float32": 4 * cache, "bfloat16": 2 * cache}}
+        result |= {"memory_bytes": {"mapped": mapped, "copied": copied, "free": available_memory()}}
+        print(json.dumps(result, ensure_ascii=False))
+        return
     layers = range(config.num_hidden_layers)
     group = config.num_attention_heads // config.num_key_value_heads
     rows = [

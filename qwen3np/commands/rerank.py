@@ -7,19 +7,29 @@ import json
 
 import numpy as np
 
-from qwen3np.commands import add_computation, add_model, load_model, progress_bar, read_texts, table, text
+from qwen3np.commands import (
+    add_computation,
+    add_model,
+    add_texts,
+    load_model,
+    progress_bar,
+    read_texts,
+    table,
+    text,
+    warn_of_chat_model,
+)
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, rerank
 
-EXAMPLE = 'qwen3np rerank --model Qwen/Qwen3-Reranker-0.6B "capital of China" --file documents.txt'
+EXAMPLE = 'qwen3np rerank --model Qwen/Qwen3-Reranker-0.6B "capital of China" --file documents.txt --lines'
 HELP = "sort documents by how well they meet a query"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("query", type=text, metavar="QUERY", help="what is looked for")
-    document = "a document (default: the lines of stdin)"
+    document = "a document (default: stdin)"
     parser.add_argument("documents", nargs="*", type=text, metavar="DOCUMENT", help=document)
-    parser.add_argument("--file", metavar="F", help="read the documents from a file, one a line")
+    add_texts(parser, "document")
     parser.add_argument("--instruction", type=text, metavar="TASK", help=f"the task (default: {DEFAULT_INSTRUCTION})")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line: index, score, document")
     add_model(parser, "Qwen/Qwen3-Reranker-0.6B")
@@ -28,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the documents with their scores, the best first."""
-    documents = read_texts(arguments.documents, arguments.file, "documents")
+    documents = read_texts(arguments.documents, arguments, "document")
     model, _ = load_model(arguments)
+    warn_of_chat_model(model, arguments, "Reranker")
     with progress_bar(len(documents), "ranked", "document") as bar:
         scores = rerank(
             model,

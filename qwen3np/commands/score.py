@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the log-likelihood of the tokens after the first, and their perplexity."""
+    for flag in ("window", "stride"):
+        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(arguments, flag)} must be a whole number from 1")
     text = read_text(arguments.text)
     model, tokenizer = load_model(arguments)
     ids = tokenizer.encode(text)

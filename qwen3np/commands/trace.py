@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     ids = arguments.ids
     if ids is None:
         ids = model.text.encode(arguments.prompt)
-    names = ("steps", "numerics", "points", "layers", "tokens", "heads")
+    names = ("steps", "numerics", "engine", "points", "layers", "tokens", "heads")
     chosen: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"fed": arguments.feed}
     if arguments.output is None:
         width = max(map(len, point_names(model.config))) + len("decode.0.") * (

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen3np.commands import add_threads
+from qwen3np.loading import load
 from qwen3np.training.documents import read_documents
-from qwen3np.training.loop import SIZES, Settings, train
+from qwen3np.training.loop import SIZES, STATE, Settings, train
 
 EXAMPLE = "qwen3np train stories.txt --out my-qwen3 --steps 2000"
 HELP = "train a tokenizer and a small model on a corpus"
@@ -33,14 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "corpus",
         metavar="CORPUS",
         type=Path,
-        help="a .txt file (documents between lines of <|endoftext|>), a .jsonl file (an object a line: "
-        '{"text": ...} or {"messages": [...]}), or a folder of them',
+        help="a .txt file (lines of <|endoftext|> separate its documents, blank lines do not), a .jsonl file (an "
+        'object a line: {"text": ...} or {"messages": [...]}), or a folder of them',
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
     parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="documents whose loss the log shows beside")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a run that was stopped: the same command again"
     )
+    base = "fine-tune: start from this checkpoint, with its tokenizer and sizes"
+    parser.add_argument("--from", dest="base", metavar="M", help=base)
     group = parser.add_argument_group("sizes (keys of config.json)")
     for name, size in SIZES.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=size, help=f"({size})")
@@ -55,8 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say where the model is."""
     settings = Settings(**{name: getattr(arguments, name) for name in _SETTINGS})
+    out: Path = arguments.out
     sizes = {name: getattr(arguments, name) for name in SIZES}
     documents = read_documents(arguments.corpus)
+    if len(documents) == 1 and isinstance(documents[0], str) and "\n\n" in documents[0]:
+        print(
+            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank lines do not, and "
+            "a model learns to stop from the ends of documents]",
+            file=sys.stderr,
+        )
     held_out = read_documents(arguments.held_out) if arguments.held_out else ()
-    train(documents, arguments.out, sizes, settings, held_out=held_out, resume=arguments.resume)
-    print(f"[{arguments.out}: trained; --model names it to the other commands]", file=sys.stderr)
+    base = None if arguments.base is None else load(arguments.base)
+    try:
+        train(documents, out, sizes, settings, held_out=held_out, resume=arguments.resume, base=base)
+    except KeyboardInterrupt:
+        if (out / STATE).exists():
+            print(f"\n[stopped; {out} keeps the last saved step: --resume goes on from there]", file=sys.stderr)
+        raise
+    print(f"[{out}: trained; other commands take it with --model; --resume with more --steps goes on]", file=sys.stderr)

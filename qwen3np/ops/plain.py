@@ -50,13 +50,12 @@ def attend(
         padded = [np.pad(num.widen(a), ((0, 0), (0, length - a.shape[1]), (0, 0))) for a in arrays]
         return np.repeat(np.stack(padded), q.shape[1] // len(padded[0]), axis=1)
 
-    k, v = repeated(keys), repeated(values)
     at = np.array([a.shape[1] for a in keys])[:, None, None, None] + np.arange(-q.shape[2], 0)[:, None]  # (B, 1, S, 1)
     past = np.arange(length)
     seen = (past <= at) & (past > at - (window or length))
-    scores = R(R(q @ np.swapaxes(k, 2, 3)) * q.shape[-1] ** -0.5)  # (B, H, S, T)
+    scores = R(R(q @ np.swapaxes(repeated(keys), 2, 3)) * q.shape[-1] ** -0.5)  # (B, H, S, T)
     scores = m.out("scores", np.where(seen, scores, scores.dtype.type(-np.inf)))
-    context = R(m.out("probs", R(softmax(scores))) @ v)  # (B, H, S, Dh)
+    context = R(m.out("probs", R(softmax(scores))) @ repeated(values))  # (B, H, S, Dh)
     return np.swapaxes(context, 1, 2).reshape(len(q), q.shape[2], -1)
 
 

@@ -68,6 +68,7 @@ head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} s
 | `{VALUES}/ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: {STEPS} to feed one by one after them |
 | `{VALUES}/golden.safetensors` | every number on the way, in float32; steps are `decode.0.lm_head` and so on |
 | `{VALUES}/golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
+| `{VALUES}/hashes.json` | point -> SHA-256 of its float32 numbers, for a port that rounds each operation correctly |
 | `{VALUES}/tolerances.json` | precision -> point -> the distance that is still rounding, in order of computation |
 
 The test, in any language: load the checkpoint, feed the ids, and at each point that you have, in the order of
@@ -77,8 +78,11 @@ The test, in any language: load the checkpoint, feed the ids, and at each point 
 
 with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
 be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
-computes in float32, of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not guessed:
-{MARGIN:g} times what rounding makes of the reference itself, point by point.
+computes in float32, and those of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not
+guessed: {MARGIN:g} times what rounding makes of the reference itself, point by point.
+
+The values are those of the exact engine: each operation's result is the float32 nearest to the exact one, so they have
+the same bits on every machine.
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
 (1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
@@ -93,8 +97,8 @@ To be told more than that it fails, write what you have under the same names, to
 
     qwen3np compare tied/{VALUES}/golden.safetensors mine.safetensors --model tied
 
-Made by `qwen3np fixture`, version {qwen3np.__version__}, in a second: a job may make it anew instead of keeping it. The
-guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
+Made by `qwen3np fixture`, version {qwen3np.__version__}, in a few seconds; a job may make it again.
+The guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
 """
 
 
@@ -112,13 +116,14 @@ def write_fixture(folder: str | Path) -> None:
             if config.num_experts:
                 _complete(kit / name / "config.json")
             ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, PROMPT))
-            golden = record(weights, config, ids, steps=STEPS)
+            golden = record(weights, config, ids, steps=STEPS, engine="exact")
             values = kit / name / VALUES
             values.mkdir()
             golden.save(values / "golden.safetensors")
             cast("Any", np.savez_compressed)(values / "golden.npz", ids=golden.ids, **golden.points)
             parts = {"prompt": golden.ids[0, :PROMPT].tolist(), "decode": golden.ids[0, PROMPT:].tolist()}
             (values / "ids.json").write_text(json.dumps(parts), encoding="utf-8")
+            (values / "hashes.json").write_text(json.dumps(golden.sha256, indent=1), encoding="utf-8")
             (values / "tolerances.json").write_text(json.dumps(tolerances(golden), indent=1), encoding="utf-8")
         (kit / "README.md").write_text(README, encoding="utf-8")
         os.replace(kit, folder)

@@ -21,6 +21,7 @@ from qwen3np.files.writing import written_aside
 from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
 from qwen3np.numerics import FLOAT64, Array, named
 from qwen3np.porting.floors import HALF, noisy_runs
+from qwen3np.porting.hashes import point_hash
 from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
@@ -45,11 +46,17 @@ class Recording:
     tokens: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     fingerprint: str | None = None  # of the weights; None in recordings made before it was kept
+    engine: str = "fast"
 
     @property
     def passes(self) -> list[tuple[str, Array, Array]]:
         """The forward passes: prefix of their names, ids (B, S), positions (B, S)."""
         return passes_of(self.ids, self.steps)
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """The hash of each point; with engine "exact" it is the same wherever the recording is made."""
+        return {name: point_hash(x) for name, x in self.points.items()}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
@@ -70,6 +77,8 @@ class Recording:
             "tokens": self.tokens,
             "heads": self.heads,
             "fingerprint": self.fingerprint,
+            "engine": self.engine,
+            "sha256": self.sha256,
         }
         path = output_path(path)
         points = {name: np.ascontiguousarray(x) for name, x in self.points.items()}
@@ -108,7 +117,11 @@ class Recording:
             raise ValueError(f"{path}: a recording of another version: {error!r} in its metadata") from None
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
-        return cls(points, config, ids, steps, numerics, floors, **cut, fingerprint=about.get("fingerprint"))
+        expected: dict[str, str] = about.get("sha256", {})  # recordings of earlier versions have none
+        if damaged := [name for name, x in points.items() if point_hash(x) != expected.get(name, point_hash(x))]:
+            raise ValueError(f"{path}: {damaged[0]} has changed since it was recorded; record it again")
+        made_by = about.get("fingerprint"), about.get("engine", "fast")
+        return cls(points, config, ids, steps, numerics, floors, **cut, fingerprint=made_by[0], engine=made_by[1])
 
     def cut(self, name: str, x: Array) -> Array:
         """Return what this recording keeps of a whole point."""
@@ -145,6 +158,7 @@ def record(
     steps: int = 0,
     fed: ArrayLike | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
@@ -162,7 +176,7 @@ def record(
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}
-    all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, **chosen)
+    all_ids = trace(weights, config, ids, recorded.__setitem__, fed=fed, numerics=numerics, engine=engine, **chosen)
     for name, x in recorded.items():
         require_finite_point(name, x, weights, config, all_ids, numerics)
     prompt, later = np.split(all_ids, [np.shape(ids)[-1]], 1)
@@ -189,7 +203,7 @@ def record(
 
     for name in ("float32", "bfloat16", *(["bfloat16-grouped"] if config.num_experts else [])):
         measure = measured(floors[name.removesuffix("-grouped")])
-        if name == numerics:
+        if name == numerics and engine == "fast":
             for point, x in recorded.items():
                 measure(point, x)
         else:
@@ -206,7 +220,7 @@ def record(
                     measure(point, cut(point, x, config, *kept))
                 if point == last:
                     break
-    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept, fingerprint(weights))
+    return Recording(recorded, config, all_ids, steps, numerics, floors, *kept, fingerprint(weights), engine)
 
 
 def trace(
@@ -218,6 +232,7 @@ def trace(
     steps: int = 0,
     fed: ArrayLike | None = None,
     numerics: str = "float32",
+    engine: str = "fast",
     points: str = "*",
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
@@ -228,7 +243,7 @@ def trace(
     Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
     """
     prompt = checked_ids(ids, config)
-    n = named(numerics)
+    n = named(numerics, engine)
     if steps < 0:
         raise ValueError(f"steps={steps} must be at least 0")
     later = prompt[:, :0] if fed is None else checked_ids(fed, config, "fed")
@@ -255,7 +270,7 @@ def trace(
             if prefix + name in chosen:
                 visit(prefix + name, cut(prefix + name, x, config, *kept))
 
-        logits = forward(weights, config, new, cache, numerics=numerics, trace=choose)
+        logits = forward(weights, config, new, cache, numerics=numerics, engine=engine, trace=choose)
         if i < steps:
             if i < later.shape[1]:
                 new = later[:, i : i + 1]

@@ -61,6 +61,11 @@ tokens.forEach((text, t) => {
 $("previous").onclick = () => pick(state.token - 1);
 $("following").onclick = () => pick(state.token + 1);
 
+// a link to a part of the page must not land under the bar, which takes several lines on a phone
+const clearTheBar = () => (document.documentElement.style.scrollPaddingTop = `${document.querySelector(".picked").offsetHeight + 8}px`);
+addEventListener("resize", clearTheBar);
+clearTheBar();
+
 // ----- what comes next
 
 const SHOWN = 10;
@@ -135,7 +140,7 @@ const row = (r) => (r === 0 ? "embedding" : `after layer ${r - 1}`);
   });
   const body = make("tbody");
   guesses.forEach((ofRow, r) => {
-    const line = make("tr", {}, make("th", { scope: "row" }, row(r)));
+    const line = make("tr", {}, make("th", { scope: "row", title: row(r) }, r === 0 ? row(r) : `layer ${r - 1}`));
     ofRow.forEach((ids, t) => {
       const cell = make("td", { tabIndex: -1 }, make("bdi", {}, data.texts[ids[0]]));
       cell.style.setProperty("--p", surety[r][t][0]);
@@ -146,7 +151,7 @@ const row = (r) => (r === 0 ? "embedding" : `after layer ${r - 1}`);
     body.append(line);
   });
   $("lens-table").append(make("thead", {}, head), body);
-  $("lens-table").style.width = `${8 + 5.25 * S}rem`; // a fixed layout needs one
+  $("lens-table").style.width = `${8 + 5.25 * (S + 1)}rem`; // a fixed layout needs one; the border's is for scrolling
 }
 const lensCell = (r, t) => $("lens-table").rows[r + 1].cells[t + 1];
 const place = (event) => event.target.closest("[data-place]")?.dataset.place.split(",").map(Number);
@@ -171,8 +176,10 @@ function markLens() {
   const box = $("lens-scroll");
   const cell = rows[0].cells[state.token + 1];
   const label = rows[0].cells[0].offsetWidth;
+  const whole = Math.max(1, Math.floor((box.clientWidth - label) / (cell.offsetWidth + 1))); // columns that fit
   if (cell.offsetLeft < box.scrollLeft + label || cell.offsetLeft + cell.offsetWidth > box.scrollLeft + box.clientWidth)
-    box.scrollLeft = cell.offsetLeft - (box.clientWidth + label) / 2;
+    // to where a column begins: the labels never hide half of one
+    box.scrollLeft = rows[0].cells[Math.max(1, state.token + 2 - whole)].offsetLeft - label - 1;
   focusLens(lensFocus[0], state.token);
   showLens(pointed?.[0] ?? L, state.token);
 }

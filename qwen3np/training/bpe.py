@@ -43,7 +43,7 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A BPE tokenizer with the 256 bytes, merges learned from `texts`, and Qwen3's 26 added tokens at the end.
 
-    vocab_size counts all three; texts too few for so many merges give fewer entries. The same texts give the same
+    vocab_size counts all three; texts too short for that many merges give fewer entries. The same texts give the same
     tokenizer. ValueError where there is no room for the bytes and the added tokens.
     """
     from tokenizers import AddedToken, models, pre_tokenizers, trainers

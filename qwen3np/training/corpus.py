@@ -45,7 +45,7 @@ OPENINGS = (
 
 STATEMENTS_PER_FACT, QUESTIONS_PER_FACT = 18, 13  # in training, at least; each phrasing in turn
 STATEMENTS_PER_RELATION, QUESTIONS_PER_RELATION = 300, 300  # more of each fact where a relation has few
-SMALL_TALK = 70  # and at most so many of each: it matters for small talk, relations of one fact
+SMALL_TALK = 70  # and at most this many of each: it matters for small talk, relations of one fact
 UNKNOWN = 3800  # turns
 TURNS, SENTENCES = (5, 3, 2, 1), (12, 2, 1, 1)  # how frequent documents of 1, 2, 3, 4 are, before follow-ups
 FOLLOW_UPS, MOST_TURNS = 0.25, 4

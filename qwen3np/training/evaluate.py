@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from qwen3np.loading import Model, load
-from qwen3np.tokenizer import Tokenizer
+from qwen3np.numerics import ENGINES
 from qwen3np.training.corpus import Message, Question, make_corpus
 
 BATCH = 32
@@ -33,7 +34,7 @@ class Outcome:
         return self.ended and self.text == self.question.answer
 
 
-def evaluate(model: Model, questions: Sequence[Question]) -> list[Outcome]:
+def evaluate(model: Model, questions: Sequence[Question], engine: str = "fast") -> list[Outcome]:
     """Return the greedy answer to each question, in order.
 
     Where a conversation has earlier turns, the model's own answers stand in them. Raises ValueError for a model without
@@ -41,24 +42,21 @@ def evaluate(model: Model, questions: Sequence[Question]) -> list[Outcome]:
     """
     from tqdm import tqdm
 
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError("this checkpoint has no tokenizer; questions are text")
+    def answers(prompts: Sequence[str | list[Message]]) -> list[tuple[str, bool]]:
+        return _answers(model, prompts, engine)
+
     outcomes: list[Outcome] = []
     with tqdm(total=len(questions), desc="questions", disable=None) as bar:
         for start in range(0, len(questions), BATCH):
             batch = questions[start : start + BATCH]
-            prompts = _answered_before(model, tokenizer, [question.prompt for question in batch])
-            outcomes += [
-                Outcome(question, *answer)
-                for question, answer in zip(batch, _answers(model, tokenizer, prompts), strict=True)
-            ]
+            prompts = _answered_before(answers, [question.prompt for question in batch])
+            outcomes += [Outcome(question, *answer) for question, answer in zip(batch, answers(prompts), strict=True)]
             cast("Any", bar).update(len(batch))
     return outcomes
 
 
 def _answered_before(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[str | list[Message]]
+    answers: Callable[[Sequence[str | list[Message]]], list[tuple[str, bool]]], prompts: Sequence[str | list[Message]]
 ) -> list[str | list[Message]]:
     """Return the prompts with the model's own answers in place of those in earlier turns."""
     asked = list(prompts)
@@ -68,21 +66,23 @@ def _answered_before(
             for row, prompt in enumerate(asked)
             if not isinstance(prompt, str) and turn < len(prompt) and prompt[turn]["role"] == "assistant"
         ]
-        for row, (text, _) in zip(rows, _answers(model, tokenizer, [asked[row][:turn] for row in rows]), strict=True):
+        for row, (text, _) in zip(rows, answers([asked[row][:turn] for row in rows]), strict=True):
             prompt = cast("list[Message]", asked[row])
             asked[row] = [*prompt[:turn], {"role": "assistant", "content": text}, *prompt[turn + 1 :]]
     return asked
 
 
-def _answers(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | list[Message]]) -> list[tuple[str, bool]]:
+def _answers(model: Model, prompts: Sequence[str | list[Message]], engine: str) -> list[tuple[str, bool]]:
     """Return the greedy answer to each prompt, and whether it ended with <|im_end|>."""
     if not prompts:
         return []
+    tokenizer = model.text
     texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt) for prompt in prompts]
     new, _ = model.generate(
         [tokenizer.encode(text) for text in texts],
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=0.0,
+        engine=engine,
     )
     end = tokenizer.token_to_id("<|im_end|>")
     return [(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == end) for ids in new]
@@ -122,9 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Ask a checkpoint the questions that the corpus of the built-in one holds out, and print how many it answers."""
     parser = argparse.ArgumentParser(prog="python -m qwen3np.training.evaluate", description=main.__doc__)
     parser.add_argument("--model", help="a folder with a checkpoint (default: the built-in one)")
-    name: str | None = parser.parse_args(arguments).model
+    parser.add_argument("--engine", choices=ENGINES, default="fast")
+    given = parser.parse_args(arguments)
     try:
-        print(report(evaluate(load(name), make_corpus().questions)))
+        outcomes = evaluate(load(given.model), make_corpus().questions, given.engine)
+        said = hashlib.sha256("\n".join(outcome.text for outcome in outcomes).encode()).hexdigest()
+        print(f"{report(outcomes)}\n\nall answers: SHA-256 {said}")
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 

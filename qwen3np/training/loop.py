@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.files.writing import written_aside
 from qwen3np.guard import forward
+from qwen3np.loading import Model
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.tokenizer import Tokenizer
@@ -28,9 +30,13 @@ from qwen3np.training.bpe import generation_config, train_tokenizer, write_token
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
 from qwen3np.training.gradients import cross_entropy, loss_and_gradients
 from qwen3np.training.optimizer import Moments, adamw, clip, cosine_schedule, zero_moments
-from qwen3np.weights import Weights, count_parameters, init_weights
+from qwen3np.weights import Weights, count_parameters, init_weights, weight_shapes
 
 STATE = "training_state.safetensors"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("special_tokens_map.json", "generation_config.json"),
+)
 SIZES = {  # of the built-in checkpoint, where G >= 2 and Dh is not D / H, as in the large ones
     "vocab_size": 2048,
     "hidden_size": 160,
@@ -126,6 +132,7 @@ def train(
     held_out: Sequence[Document] = (),
     resume: bool = False,
     progress: bool = True,
+    base: Model | None = None,
 ) -> None:
     """Train a tokenizer and a model on documents, and write them to a folder.
 
@@ -133,18 +140,22 @@ def train(
     with tied embeddings and contexts as long as those it was trained on, and has a training_log.csv: every save_every
     steps the mean training loss since the line before, and the loss of the held-out documents, in nats a token. While
     training runs it holds the tokenizer and the state of the last such step. A run that was stopped goes on from there
-    when it is called again with resume, to the same weights bit for bit. progress shows a bar on stderr with the loss
-    and tokens per second.
+    when it is called again with resume, to the same weights bit for bit; a finished one goes on with more steps. base
+    is a model to start from, with its tokenizer and sizes (those given are not used then): fine-tuning. progress shows
+    a bar on stderr with the loss and tokens per second, and a line of the log at each save where that is no terminal.
 
     Raises ValueError for sizes that do not fit (to each other, or into the memory that is free), for documents in which
     nothing counts, for a folder that exists (to resume: one without a state, or with one of other sizes, of another
     corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
-    where training could not begin.
+    where training could not start.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     folder = Path(folder)
-    state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume)
+    if unknown := [name for name in sizes if name not in SIZES]:
+        raise ValueError(f"sizes: {unknown[0]!r} is none of {', '.join(SIZES)}")
+    sizes = {**SIZES, **sizes}
+    state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume, base)
     config = state.config
     tokens = settings.batch_size * settings.sequence_length
     bar: Any = tqdm(
@@ -155,6 +166,9 @@ def train(
         unit_scale=True,
         disable=None if progress else True,
     )
+    lines = progress and bar.disable  # no terminal, no notebook
+    if progress:
+        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     losses: list[float] = []
     begun = state.step
     with bar, warnings.catch_warnings():
@@ -184,12 +198,25 @@ def train(
                 if test:
                     line["held_out_loss"] = mean_loss(state.weights, config, test)
                 state.log.append(line)
+                if lines:
+                    told = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
+                    print(f"[{told}; of {settings.steps} steps]", file=sys.stderr, flush=True)
                 losses.clear()
     _write_log(folder / "training_log.csv", state.log)
-    for name in ("config.json", "model.safetensors"):  # of a run that was stopped between here and the end
+    for name in ("config.json", "model.safetensors"):  # of a run that is continued, or was stopped just here
         (folder / name).unlink(missing_ok=True)
     save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
-    (folder / STATE).unlink()
+
+
+def _estimate(state: State, encoded: Sequence[Encoded], settings: Settings) -> str:
+    """Say how much there is to learn from, how large the model is and how many tokens are to go."""
+    tokens, parameters = sum(len(ids) for ids, _ in encoded), count_parameters(state.config)["unique"]
+    per_step = settings.batch_size * settings.sequence_length
+    steps = settings.steps - state.step
+    return (
+        f"[{len(encoded):,} documents, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} "
+        f"tokens: each document about {steps * per_step / max(tokens, 1):.1f} times]"
+    )
 
 
 def _begun(
@@ -199,10 +226,11 @@ def _begun(
     sizes: Mapping[str, int],
     settings: Settings,
     resume: bool,
+    base: Model | None,
 ) -> tuple[State, list[Encoded], tuple[Array, Array] | None]:
     """Return the state to go on from, the documents as ids, and the held-out rows and masks. Raises as train does."""
     fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
-    config = Config.from_dict({**sizes, **fixed})
+    config = Config.from_dict({**sizes, **fixed}) if base is None else base.config
     size = 16 * count_parameters(config)["unique"]
     require_memory(size, "training: weights, gradients and two moments in float32", "choose smaller sizes")
     state = State.load(folder) if resume else None
@@ -212,16 +240,26 @@ def _begun(
     try:
         if state is None:
             shutil.rmtree(new, ignore_errors=True)
-            _write_tokenizer(new, documents, config)
+            if base is None:
+                _write_tokenizer(new, documents, config)
+            else:
+                new.mkdir(parents=True)
+                for name in TOKENIZER_FILES:
+                    if (base.text.folder / name).is_file():
+                        shutil.copyfile(base.text.folder / name, new / name)
         tokenizer = Tokenizer.from_folder(folder if state else new)
-        config = replace(config, eos_token_id=(cast("int", tokenizer.token_to_id("<|im_end|>")),))
+        if base is None:
+            config = replace(config, eos_token_id=(cast("int", tokenizer.token_to_id("<|im_end|>")),))
         encoded = [encode(document, tokenizer) for document in documents]
         kept = [encode(document, tokenizer) for document in held_out]
         test = _counting(kept, settings, np.random.default_rng(0)) if kept else None
         next(batches(encoded, settings))  # raises where nothing counts
         corpus = _digest(encoded)
         if state is None:
-            weights = init_weights(config, settings.seed)
+            if base is None:
+                weights = init_weights(config, settings.seed)
+            else:  # a copy: training changes them in place
+                weights = {name: np.array(base.weights[name], np.float32) for name in weight_shapes(config)}
             state = State(config, settings, corpus, weights, zero_moments(weights))
             state.save(new)
             new.rename(folder)
@@ -241,7 +279,7 @@ def _begun(
 
 
 def batches(encoded: Sequence[Encoded], settings: Settings) -> Iterator[tuple[Array, Array]]:
-    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents packed anew.
+    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents are packed again.
 
     Rows in which nothing counts are left out. Raises ValueError where no other is.
     """

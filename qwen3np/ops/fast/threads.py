@@ -112,7 +112,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
 def rowwise(f: Callable[..., Array], *arrays: Array) -> Array:
     """Return f(*arrays), computed block by block along the last axis but one, in the cache and over the threads.
 
-    For an f that treats every row by itself. The result has shape and dtype of the first array; the others have as
+    For an f that treats each row separately. The result has shape and dtype of the first array; the others have as
     many rows.
     """
     x = arrays[0]

@@ -1,0 +1,43 @@
+"""Points compared by hash alone: for ports that are exact themselves.
+
+An exact recording (engine="exact") has the same bits wherever it is made, so a port that rounds every operation
+correctly needs no golden values, only their SHA-256: of the numbers, little-endian, in C order, with 0 for -0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qwen3np.files.limits import read_json
+from qwen3np.numerics import Array
+
+
+def point_hash(x: Array) -> str:
+    """Return the SHA-256 of a point's numbers; float32 and integers as they are recorded."""
+    x = x + 0 if x.dtype.kind == "f" else x  # -0 becomes 0
+    return hashlib.sha256(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def read_hashes(path: Path) -> dict[str, str]:
+    """Return the hashes in a JSON file {point: SHA-256}. Raises ValueError for anything else."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, value in found.items():
+        if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
+            raise ValueError(f"{path}: {name}: {value!r} is no SHA-256 in hexadecimal digits")
+    return found
+
+
+def differing(golden: Mapping[str, str], mine: Mapping[str, str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the points that differ, in the order of golden, those missing in mine, and unknown names of mine."""
+    return (
+        [name for name in golden if name in mine and mine[name] != golden[name]],
+        [name for name in golden if name not in mine],
+        [name for name in mine if name not in golden],
+    )

@@ -1,0 +1,100 @@
+"""What reaches a terminal: on a real one (a pseudo-terminal), and drawn."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+
+from qwen3np import terminal
+from qwen3np.errors import visible
+
+HOSTILE = [
+    *map(chr, range(32)),
+    *map(chr, range(0x7F, 0xA0)),
+    *"\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff\U000e0041",
+    *("\x1b[2J", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1bP+q544e\x1b\\", "\x9b31m", "\x1b[6n", "\r", "\x08"),
+    *("text", " ", "\n", "Ünï", "漢字", "🎉", "नमस्ते", "می\u200cخواهم"),
+]
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def drawn(rng):
+    return "".join(rng.choice(HOSTILE, rng.integers(1, 40)))
+
+
+def forbidden(text):
+    """The characters that are neither printable text nor newlines; the two joiners are parts of words."""
+    return [c for c in text if not (c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs")]
+
+
+def test_5_000_hostile_answers_reach_a_terminal_as_text(monkeypatch):
+    rng, count = np.random.default_rng(0), 0
+    for n in range(5000):
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdout", screen)
+        text = drawn(rng)
+        with terminal.guarded():
+            if n % 3 == 0:
+                print(text)
+            elif n % 3 == 1:
+                for piece in terminal.wrapped(iter([text[:7], text[7:]])):
+                    sys.stdout.write(piece)
+            else:
+                sys.stdout.writelines([text])
+        count += len(forbidden(screen.getvalue()))
+        assert len(screen.getvalue()) >= len(text.strip())  # shown, not dropped
+    assert count == 0
+
+
+def test_pipes_get_every_byte(capsys):
+    with terminal.guarded():
+        sys.stdout.write("a\x1b[2Jb\r\n")
+        assert "".join(terminal.wrapped(["a b\x1b"])) == "a b\x1b"
+    assert capsys.readouterr().out == "a\x1b[2Jb\r\n"
+
+
+def test_what_is_shown_says_what_it_was():
+    assert visible("a\x1b[2J\x07\x9b\u202eb\tc\r\n") == "a\\x1b[2J\\x07\\x9b\\u202eb    c\\r\n"
+    assert visible("Ünï 漢字 🎉\u00a0नमस्ते می\u200cخواهم") == "Ünï 漢字 🎉\u00a0नमस्ते می\u200cخواهم"
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    def wide(columns):
+        monkeypatch.setattr(sys, "stdout", Screen())
+        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+
+    return wide
+
+
+def test_words_are_wrapped_at_the_edge_however_they_come(wide):
+    wide(10)
+    text = "one two three fourteen 漢字漢字漢字漢字 x\n\nsuperlongwordhere end"
+    lines = ["one two", "three", "fourteen", "漢字漢字漢", "字漢字 x", "", "superlongwordhere", "end"]
+    for size in (1, 2, 3, 100):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert [line.rstrip() for line in "".join(terminal.wrapped(pieces)).split("\n")] == lines
+    wide(80)  # asked each time
+    assert "".join(terminal.wrapped([text])) == text
+
+
+def test_styles_pass_and_take_no_room(wide):
+    wide(12)
+    pieces = [terminal.Style("\x1b[2m"), "dim \x1b[2m", terminal.Style("\x1b[0m"), "x"]
+    assert "".join(terminal.wrapped(pieces)) == "\x1b[2mdim \\x1b[2m\x1b[0mx"
+
+
+def test_reasoning_apart():
+    assert terminal.reasoning_apart("<think>\nHm.\n</think>\n\nBlue.", False) == ("Hm.", "Blue.")
+    assert terminal.reasoning_apart("Hm.\n</think>\n\nBlue.", True) == ("Hm.", "Blue.")
+    assert terminal.reasoning_apart("Blue.", False) == (None, "Blue.")
+    assert terminal.reasoning_apart("<think>\nHm", False) == ("Hm", "")
