@@ -142,7 +142,7 @@ def _nearest(bench: Bench) -> list[Trial]:
     for trial in [t for t in whole if t.left <= 1.01 * whole[0].left + ALIKE * bench.error(bench.point)][:MOST]:
         parts = [trial]
         if bench.spoils(trial):
-            parts = list(bench.attempt((part,) for part in bench.scopes(trial.bugs[0])))
+            parts = list(bench.attempt((part,) for part in bench.scopes(trial.bugs[0], apart=True)))
             parts = [t for t in parts if t.left <= 1.01 * trial.left and not bench.spoils(t)][:1]
         found += parts
     return found
