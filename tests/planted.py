@@ -468,13 +468,20 @@ def forgetful_decode(oracle, model, monkeypatch):
     monkeypatch.setattr(oracle.modeling_qwen3, "eager_attention_forward", attention)
 
 
+FITTED = {  # (plant, the first wrong point, the cause with its number)
+    "theta 500,000": (theta(5e5), f"{ATTENTION}q_rope", "rotary: rope_theta is 500,000"),
+    "eps 1e-4": (
+        edit("input_layernorm", set_eps(1e-4)),
+        "model.layers.0.input_layernorm",
+        "norm: rms_norm_eps is 1e-4",
+    ),
+}
+
 UNKNOWN = {
     "values normalised": (edit("v_proj", wrapped(values_normalised)), f"{ATTENTION}v_proj"),
     "half of the lanes rotated": (patched_rotation(quarter_rotation), f"{ATTENTION}q_rope"),
     "only keys rotated": (patched_rotation(keys_alone), f"{ATTENTION}q_rope"),
     "positions halved": (slow_positions, f"{ATTENTION}q_rope"),
-    "theta 500,000": (theta(5e5), f"{ATTENTION}q_rope"),
-    "eps 1e-4": (edit("input_layernorm", set_eps(1e-4)), "model.layers.0.input_layernorm"),
     "mean subtracted": (edit("input_layernorm", wrapped(mean_subtracted)), "model.layers.0.input_layernorm"),
     "unbiased mean": (edit("q_norm", wrapped(unbiased)), f"{ATTENTION}q_norm"),
     "first KV head for all": (first_kv_head, f"{ATTENTION}scores"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drawing import draw_config, draw_ids, trained_like
-from planted import BUGS, FAMILY, FAMILY_BUGS, FORMS, PAIRS, UNKNOWN, both, recorded
+from planted import BUGS, FAMILY, FAMILY_BUGS, FITTED, FORMS, PAIRS, UNKNOWN, both, recorded
 from safetensors.numpy import save_file
 
 from qwen3np import save_checkpoint
@@ -296,6 +296,18 @@ def test_family_bugs(oracle, config, monkeypatch, bug):
             assert best is not None
             assert (best.name, best.sure, found.unexplained) == (cause, True, [])
             assert best.explained > 0.999999  # measured: 0.99999999 at the least
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("bug", FITTED)
+def test_fitted_bugs(oracle, config, weights, golden, monkeypatch, bug):
+    """Their number is found, from all points and from logits alone."""
+    plant, first, cause = FITTED[bug]
+    dump = dumped(oracle, config, weights, golden, monkeypatch, plant)
+    for mine, point in ((dump, first), (logits(dump), "lm_head")):
+        found = diagnose(golden, mine, weights=weights)
+        best = row(bug, found)
+        assert (found.first_point, best.name, best.sure) == (point, cause, True)
 
 
 @pytest.mark.oracle

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3np import processed_logits
-from qwen3np.generate import said_in
+from qwen3np.tokenizer import said_in
 
 CASES = 1000
 

@@ -182,7 +182,8 @@ def table(found: Comparison, colour: bool) -> str:
             kind = split_layer(report.name)[1]
             own[kind] = max(own.get(kind, 0.0), report.added)
     if own:
-        lines.append("an error of its own adds: " + ", ".join(f"{kind} ({x:.1e})" for kind, x in own.items()))
+        kinds = ", ".join(f"{kind} ({x:.1e})" for kind, x in own.items())
+        lines.append(f"points that add an error of their own: {kinds}")
     return "\n".join([*lines, found.meaning])
 
 

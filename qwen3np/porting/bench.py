@@ -184,8 +184,12 @@ class Bench:
                 consistent = False
         return replace(trial, everywhere=everywhere, consistent=consistent, rest=tuple(rest))
 
-    def scopes(self, bug: Bug) -> Iterator[Bug]:
-        """Yield a bug in parts: in some of its points, in some passes, in some layers."""
+    def scopes(self, bug: Bug, apart: bool = False) -> Iterator[Bug]:
+        """Yield a bug in parts: in some of its points, in some passes, in some layers.
+
+        Points that are changed in different ways belong together, unless they are said to be apart: half of two changes
+        is another bug.
+        """
         yield from bug.parts
         passes = [split_pass(name)[0] for name in self.adding]
         alone: list[Bug] = []
@@ -206,15 +210,15 @@ class Bench:
             if 1 < count <= MOST_LAYERS and all(split_layer(f"model.layers.0.{p}")[1] == p for p in bug.points):
                 alone += [replace(bug, layers=frozenset([i])) for i in range(count)]
         yield from alone
-        if own and len(own) < len(bug.points):
+        apart = apart or len(set(bug.changes.values())) == 1
+        if apart and own and len(own) < len(bug.points):
             yield from (b.at(*own) for b in (bug, *alone))
 
 
 def told_apart(one: Trial, other: Trial, bench: Bench) -> bool:
     """Whether what the other leaves is more than what the one leaves, by more than noise can make."""
-    a = {name: one.everywhere[name] for name in bench.seen}
-    for name in bench.seen:
-        here, there = a[name], other.everywhere[name]
+    for name in one.everywhere.keys() & other.everywhere.keys():
+        here, there = one.everywhere[name], other.everywhere[name]
         count = bench.aligned.found[name].part.size
         if there > 1.3 * here and (there - here) / max(here, 1e-12) * count > 400:
             return True

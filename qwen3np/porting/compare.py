@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3np.numerics import Array
 from qwen3np.porting.align import PRECISIONS, Aligned, align, reroute
-from qwen3np.porting.bench import Bench, Trial, usable
+from qwen3np.porting.bench import TINY, Bench, Trial, usable
 from qwen3np.porting.changes import Bug
 from qwen3np.porting.judge import Comparison, PointReport, Setting, coverage, judge
 from qwen3np.porting.points import POINTS, Point, split_layer, split_pass
@@ -18,7 +18,8 @@ from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.shapes import HEAD_ORDER
 
 EXPLAINED = 0.9  # the least share of the squared error that a setting explains
-MOST = 3  # settings of one port
+ALIKE = 1e-6  # the share in which settings may differ that a point cannot tell apart
+MOST = 4  # settings of one port, or of those
 
 
 @dataclass(frozen=True)
@@ -113,37 +114,38 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
         if point is None or point not in aligned.found or not usable(aligned.found[point]):
             break
         bench = Bench(golden, aligned, weights, reports, point, table)
-        trial = _best(bench)
-        if trial is None:
-            break
-        explained = 1 - trial.left / max(bench.error(point), 1e-300)
-        planted = trial.bugs[0].planted(table)
         before = set(bench.adding)
-        _, after = judge(golden, aligned, weights, planted)
-        settled = [_settled(r, reports[r.name]) for r in after.points]
-        adding = {r.name for r in settled if r.adds}
-        if point in adding or len(adding) >= len(before) or adding - before:
+        best: tuple[int, Trial, Comparison] | None = None
+        for trial in _nearest(bench):
+            _, after = judge(golden, aligned, weights, trial.bugs[0].planted(table))
+            after = replace(after, points=[_settled(r, reports[r.name]) for r in after.points])
+            adding = {r.name for r in after.points if r.adds}
+            if point not in adding and not adding - before and (best is None or len(adding) < best[0]):
+                best = len(adding), trial, after
+        if best is None:
             break
-        table = planted
-        found.append((point, trial.bugs[0], explained))
-        reports = {r.name: r for r in settled}
-        now = replace(after, points=settled)
+        _, trial, now = best
+        table = trial.bugs[0].planted(table)
+        found.append((point, trial.bugs[0], 1 - trial.left / max(bench.error(point), TINY)))
+        reports = {r.name: r for r in now.points}
     if not found:
         return result
     return _told(golden, replace(result, table=table, reports=reports, settings=found), now)
 
 
-def _best(bench: Bench) -> Trial | None:
-    """Return the setting that leaves least of the error at the point, in part if that is nearer."""
+def _nearest(bench: Bench) -> list[Trial]:
+    """Return the settings that leave least of the error at the point, in part where the whole spoils other points."""
     whole = sorted(bench.attempt((s,) for s in SETTINGS if s.applies(bench.golden.config)), key=lambda t: t.left)
     if not whole or whole[0].left > (1 - EXPLAINED) * bench.error(bench.point):
-        return None
-    best = min(whole, key=lambda t: t.left)
-    if not bench.spoils(best):
-        return best
-    parts = list(bench.attempt((part,) for part in bench.scopes(best.bugs[0])))
-    good = [t for t in parts if t.left <= 1.01 * best.left and not bench.spoils(t)]
-    return good[0] if good else None
+        return []
+    found: list[Trial] = []
+    for trial in [t for t in whole if t.left <= 1.01 * whole[0].left + ALIKE * bench.error(bench.point)][:MOST]:
+        parts = [trial]
+        if bench.spoils(trial):
+            parts = list(bench.attempt((part,) for part in bench.scopes(trial.bugs[0], apart=True)))
+            parts = [t for t in parts if t.left <= 1.01 * trial.left and not bench.spoils(t)][:1]
+        found += parts
+    return found
 
 
 def _settled(now: PointReport, before: PointReport) -> PointReport:

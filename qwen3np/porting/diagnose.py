@@ -111,7 +111,8 @@ def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None) -> str:
     point = bench.point
     if best is not None and best.sure:
         return f"{_sentence(best)} at {point}; look at: {best.look}"
-    if best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point):
+    spoken_against = bool(trials) and bool(trials[0].everywhere) and not trials[0].consistent
+    if best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point) and not spoken_against:
         return f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but it is not sure"
     nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
     return f"nothing in the catalogue explains the error at {point}{nearest}"
@@ -162,17 +163,32 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
     def held(some: Sequence[Trial]) -> list[Trial]:
         return [bench.held(t) if bench.explains(t.left, bench.point) else t for t in some]
 
-    trials = by_rank(held(trials))
+    trials, fits = by_rank(held(trials)), list[Trial]()
     families = tuple(family.name.split(" is ")[0] for family in FAMILIES)
     leaders = [t.name for t in trials[:LEADERS]]
     if not trials or not trials[0].consistent or any(name.startswith(families) for name in leaders):
-        trials = _without_neighbours(trials, held(list(fitted(bench))), bench)
+        fits = held(list(fitted(bench)))
+        trials = _without_neighbours(trials, fits, bench)
     if not trials or not trials[0].consistent:
-        parts = list(bench.attempt((part,) for bug in bugs for part in bench.scopes(bug)))
+        parts = list(
+            bench.attempt((part,) for bug in (*bugs, *(t.bugs[0] for t in fits)) for part in bench.scopes(bug))
+        )
         trials = by_rank([*trials, *held(parts)])
-    if not trials or not (trials[0].consistent or bench.explains(trials[0].left, bench.point)):
+    if trials and not trials[0].consistent and trials[0].left > bench.rounding(bench.point):
         trials = by_rank([*trials, *held(_pairs(bench, trials))])
-    return trials
+    return _first_named(trials, bench)
+
+
+def _first_named(trials: list[Trial], bench: Bench) -> list[Trial]:
+    """Put first, of causes that the dump cannot tell apart, the one that comes first in the catalogue."""
+    if not trials or not trials[0].consistent:
+        return trials
+    order = {bug.name: i for i, bug in reversed(list(enumerate(BUGS)))}
+    alike = [t for t in trials if t.consistent and len(t.bugs) == 1 and not told_apart(trials[0], t, bench)]
+    first = min(alike, key=lambda t: order.get(t.name, -1), default=trials[0])
+    if len(trials[0].bugs) > 1 or trials[0].name not in order or first.name not in order:
+        return trials
+    return [first, *(t for t in trials if t is not first)]
 
 
 def _without_neighbours(trials: list[Trial], fits: list[Trial], bench: Bench) -> list[Trial]:

@@ -35,9 +35,14 @@ class Family:
 
 
 def number(value: float) -> str:
-    """Return a number in three digits, without noughts that say nothing."""
+    """Return a number in three digits, without noughts that say nothing: 12,000, 0.005 or 1e-4."""
     rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+    if rounded >= 1000:
+        return f"{rounded:,.0f}"
+    if rounded >= 1e-3:
+        return f"{rounded:g}"
+    digits, exponent = f"{rounded:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 FAMILIES = (

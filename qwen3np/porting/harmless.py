@@ -10,7 +10,7 @@ import numpy as np
 from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import Found, tolerance
 from qwen3np.porting.floors import MARGIN, U
-from qwen3np.porting.points import POINTS, split_layer, split_pass
+from qwen3np.porting.points import CHOICE, POINTS, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
 from qwen3np.qwen3 import rotate
 from qwen3np.rope import inverse_frequencies, rotary_tables
@@ -129,7 +129,9 @@ def misread(wrong: Mapping[str, float], right: Collection[str], found: Mapping[s
     """
     names: list[str] = []
     for name, away in wrong.items():
-        if name in found and not found[name].fault and away > CLEARLY[port] and is_wholesale(found[name]):
+        if name not in found or found[name].fault or name.endswith(CHOICE):
+            continue
+        if away > CLEARLY[port] and is_wholesale(found[name]):
             after = next((other for other in found if follows(name, other)), None)
             if after in right:
                 names.append(name)

@@ -79,11 +79,12 @@ def judge(
         and r.rel_l2 is not None
         and r.rel_l2 <= limit(r.floor or 0.0, aligned.found[r.name].part.size)
     }
-    others = misread(wrong, right, aligned.found, aligned.precision) if wrong else []
+    shifts, agree = shifted(aligned.found, golden, aligned.precision) if wrong else ({}, False)
+    turned = {name: x for name, x in wrong.items() if name not in shifts}
+    others = misread(turned, right, aligned.found, aligned.precision) if turned else []
     if others:
         aligned = replace(aligned, misread=frozenset(others))
         reports = _reports(golden, aligned, weights, table)
-    shifts, agree = shifted(aligned.found, golden, aligned.precision) if wrong else ({}, False)
     later = ("scores", "probs", "context", "o_proj", "lm_head", "norm")
     shown = any(r.name in right and r.name.rpartition(".")[2].endswith(later) for r in reports)
     if agree and shifts and shown:

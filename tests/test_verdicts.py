@@ -1,0 +1,512 @@
+"""Verdicts on ports that are right in another way, on settings, and on what programs print instead of points."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from drawing import draw_ids, trained_like
+from foreign import Foreign
+from foreign_bugs import BUGS
+from safetensors.numpy import load_file, save_file
+
+from qwen3np import save_checkpoint
+from qwen3np.cli import main
+from qwen3np.config import Config
+from qwen3np.numerics import BFLOAT16
+from qwen3np.porting import Recording, compare, read_dump, record
+from qwen3np.porting.diagnose import diagnose
+from qwen3np.porting.dumps import read_map
+
+PROMPT, STEPS = 40, 2
+
+
+@pytest.fixture(scope="module")
+def short_weights(config):
+    return {name: w.astype(BFLOAT16) for name, w in trained_like(config, 0).items()}
+
+
+@pytest.fixture(scope="module")
+def golden(config, short_weights):
+    return record(short_weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT), steps=STEPS)
+
+
+def report(found, name):
+    return next(r for r in found.points if r.name == name)
+
+
+# --- right in another way ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("short", [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_another_implementation_is_rounding(config, short_weights, golden, short, with_weights):
+    dump = Foreign(config, short_weights, short).run(golden)
+    found = compare(golden, dump, weights=short_weights if with_weights else None)
+    assert (found.verdict, found.precision) == ("rounding", np.dtype(short).name)
+    assert found.meaning == f"{found.precision} rounding only; all 123 recorded points compared"
+
+
+def test_sums_one_after_the_other():
+    """Sums of squares and of products in float32, number by number, at the width of a released model."""
+    config = Config(
+        vocab_size=64,
+        hidden_size=2560,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        rope_theta=1e6,
+        max_position_embeddings=64,
+    )
+    weights = trained_like(config, 0)
+
+    def norm(own, at, x, *more):
+        squares = np.add.accumulate(np.square(x, dtype=np.float32), -1, dtype=np.float32)[..., -1:]
+        return own(x) * np.sqrt(np.square(x, dtype=np.float64).sum(-1, keepdims=True) / squares)
+
+    def linear(own, at, x, *weight):
+        w = weight[0] if weight else weights[f"{at.name}.weight"]
+        y = np.zeros((*x.shape[:-1], len(w)), np.float32)
+        for i in range(x.shape[-1]):
+            y += x[..., i : i + 1] * w[:, i].astype(np.float32)
+        return y
+
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, 12), steps=1)
+    dump = Foreign(config, weights, norm=norm, linear=linear).run(golden)
+    away = report(compare(golden, dump), "model.layers.0.input_layernorm")
+    assert away.rel_l2 > 3e-7  # several times the error of a sum in blocks
+    for some in (weights, None):
+        assert compare(golden, dump, weights=some).verdict == "rounding"
+
+
+def turned_by(angles):
+    def rope(own, at, x, positions):
+        half = x.shape[-1] // 2
+        turns = np.exp(1j * angles(positions, half).astype(np.float64))
+        z = (x[..., :half].astype(np.float64) + 1j * x[..., half:]) * turns[:, None]
+        return np.moveaxis(np.concatenate((z.real, z.imag), -1), 2, 1)
+
+    return rope
+
+
+THETA = np.float32(1e6)
+WAYS = {
+    "power": lambda p, n: p[:, None].astype(np.float32) / THETA ** (np.arange(n, dtype=np.float32) / n),
+    "reciprocal": lambda p, n: p[:, None].astype(np.float32) * THETA ** (-np.arange(n, dtype=np.float32) / n),
+    "exp2": lambda p, n: p[:, None].astype(np.float32) * np.exp2(-np.arange(n, dtype=np.float32) / n * np.log2(THETA)),
+    "recurrence": lambda p, n: np.multiply.accumulate(
+        np.concatenate((p[:, None], np.full((len(p), n - 1), THETA ** np.float32(-1 / n))), 1).astype(np.float32), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start", [0, 32_700])
+def test_right_ways_to_rotate(config, start, way):
+    config = replace(config, num_hidden_layers=1, max_position_embeddings=40_960)
+    weights = trained_like(config, 0)
+    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, 60), steps=1)
+    if start:  # the same floors would take a prompt of so many positions
+        from qwen3np.porting.floors import rotary_angles
+
+        positions = np.arange(start, start + 60)
+        angles = WAYS[way](positions, config.head_dim // 2)
+        mine = rotary_angles(config, positions[None])[:, 0]
+        assert np.abs(mine - angles).max((1, 2)).min() <= 2 * np.spacing(np.float32(start))
+        return
+    dump = Foreign(config, weights, rope=turned_by(WAYS[way])).run(golden)
+    for some in (weights, None):
+        assert compare(golden, dump, weights=some).verdict == "rounding"
+
+
+def test_positions_and_heads_in_another_way(config, short_weights, golden):
+    """Queries and keys 1,000 positions on; heads of all projections in another order."""
+
+    def later(own, at, x, positions):
+        return own(x, positions + 1000)
+
+    found = compare(golden, Foreign(config, short_weights, rope=later).run(golden), weights=short_weights)
+    assert found.verdict == "rounding"
+    assert found.meaning.startswith("positions shifted by 1000, for queries and keys alike")
+    dump = Foreign(
+        config, short_weights, rope=lambda own, at, x, p: later(own, at, x, p) if not at.prefix else own(x, p)
+    )
+    found = compare(golden, dump.run(golden), weights=short_weights)
+    assert (found.verdict, found.first_point) == ("different", "model.layers.0.self_attn.q_rope")
+    ropes = {k: x for k, x in dump.points.items() if k.startswith(("model.layers.0", "decode.0.model.layers.0"))}
+    ropes = {k: x for k, x in ropes.items() if k.endswith(("_proj", "_norm", "_rope"))}
+    assert compare(golden, ropes, weights=short_weights).verdict == "different"
+
+    order = np.r_[48:96, 0:48]  # the heads of the two key heads exchanged
+    moved = dict(short_weights)
+    for i in range(2):
+        at = f"model.layers.{i}.self_attn."
+        moved[f"{at}q_proj.weight"] = moved[f"{at}q_proj.weight"][order]
+        moved[f"{at}o_proj.weight"] = moved[f"{at}o_proj.weight"][:, order]
+        for n in "kv":
+            moved[f"{at}{n}_proj.weight"] = np.roll(moved[f"{at}{n}_proj.weight"], 16, 0)
+    found = compare(golden, Foreign(config, moved).run(golden), weights=short_weights)
+    assert found.verdict == "rounding"
+    assert found.meaning.startswith("the same up to the order of the heads")
+    alone = dict(short_weights)
+    alone["model.layers.0.self_attn.q_proj.weight"] = moved["model.layers.0.self_attn.q_proj.weight"]
+    found = compare(golden, Foreign(config, alone).run(golden), weights=short_weights)
+    assert (found.verdict, found.first_point) == ("different", "model.layers.0.self_attn.q_proj")
+
+
+def test_misread_points(golden, short_weights):
+    """A point that is another tensor throughout, though what follows is right, is no bug."""
+    dump = {name: x.copy() for name, x in golden.points.items()}
+    dump["model.norm"] = dump["model.layers.1"] * np.float32(0.3)
+    for some in (short_weights, None):
+        found = compare(golden, dump, weights=some)
+        assert found.verdict == "rounding"
+        assert "model.norm: not what its successors were computed from" in found.meaning
+        assert report(found, "model.norm").verdict == "misread"
+    dump["lm_head"] = dump["lm_head"] * np.float32(1.01)
+    assert compare(golden, dump, weights=short_weights).verdict == "different"
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def kept_as(short):
+    return lambda own, at, kind, old, new: own(kind, old, short(new))
+
+
+def groups(x, size):
+    """Quantise to 8 bits in groups of the last axis."""
+    y = x.reshape(*x.shape[:-1], -1, size)
+    step = np.abs(y).max(-1, keepdims=True) / 127
+    return (np.rint(y / np.where(step, step, 1)) * step).reshape(x.shape).astype(np.float32)
+
+
+def half(x):
+    return x.astype(np.float16).astype(np.float32)
+
+
+def brain(x):
+    return x.astype(BFLOAT16).astype(np.float32)
+
+
+SETTINGS = {
+    "KV cache in float16": {"cache": kept_as(half)},
+    "KV cache in bfloat16": {"cache": kept_as(brain)},
+    "KV cache in 8 bits, one scale for each head": {"cache": kept_as(lambda x: groups(x, 16))},
+    "norms in bfloat16": {"norm": lambda own, at, *x: brain(own(*x))},
+    "norms in float16": {"norm": lambda own, at, *x: half(own(*x))},
+    "inputs quantised to 8 bits with a scale for each row": {
+        "linear": lambda own, at, x, *w: own(groups(x, x.shape[-1]), *w),
+        "head": lambda own, at, x: own(groups(x, x.shape[-1])),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("part", ["all", "layers", "logits"])
+def test_settings(config, short_weights, golden, name, part):
+    dump = Foreign(config, short_weights, **SETTINGS[name]).run(golden)
+    if part != "all":
+        endings = ("lm_head",) if part == "logits" else ("layers.0", "layers.1", "lm_head")
+        dump = {k: x for k, x in dump.items() if k.endswith(endings)}
+    found = compare(golden, dump, weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
+    assert found.settings[0].explained > 0.9
+    assert found.meaning.startswith(f"float32 rounding, but for what was chosen: {name} explains ")
+
+
+# --- causes -----------------------------------------------------------------------------------------------------------
+
+
+def logits(dump):
+    return {name: x for name, x in dump.items() if name.endswith("lm_head")}
+
+
+@pytest.mark.parametrize("short", [np.float32, BFLOAT16])
+def test_numbers_are_fitted(config, short_weights, golden, short):
+    """A theta and an eps that nobody listed, from all points and from logits."""
+    for key, value, name in (
+        ("rope_theta", 5e6, "rotary: rope_theta is 5,000,000"),
+        ("rope_theta", 12_000.0, "rotary: rope_theta is 12,000"),
+        ("rms_norm_eps", 1e-3, "norm: rms_norm_eps is 0.001"),
+    )[: 2 if short is BFLOAT16 else 3]:
+        dump = Foreign(replace(config, **{key: value}), short_weights, short).run(golden)
+        for some in (dump, logits(dump)):
+            best = diagnose(golden, some, weights=short_weights).causes[0]
+            kind, number = best.name.rsplit(" ", 1)
+            assert kind == name.rsplit(" ", 1)[0]
+            assert float(number.replace(",", "")) == pytest.approx(value, rel=0.05 if short is BFLOAT16 else 0.005)
+
+
+def test_causes_in_part(config, short_weights, golden):
+    def tiled(own, at, p, v):
+        return own(p, v) if not at.prefix else own(p, np.tile(v, (1, 3, 1, 1)))
+
+    dump = Foreign(config, short_weights, context=tiled).run(golden)
+    best = diagnose(golden, dump, weights=short_weights).causes[0]
+    assert (best.name, best.scope, best.sure) == (
+        "attention: KV heads tiled instead of repeated",
+        "in decode steps alone",
+        True,
+    )
+
+    def gelu_in_layer_1(own, at, g, u):
+        from math import erf
+
+        return own(g, u) if at.layer == 0 else g * (1 + np.vectorize(erf)(g / np.sqrt(2))) / 2 * u
+
+    dump = Foreign(config, short_weights, act=gelu_in_layer_1).run(golden)
+    for some in (dump, logits(dump)):
+        best = diagnose(golden, some, weights=short_weights).causes[0]
+        assert (best.name, best.scope, best.sure) == ("mlp: GELU instead of SiLU", "in layer 1 alone", True)
+
+
+def test_what_cannot_be_told_apart(config, short_weights, golden):
+    def exchanged(own, at, x, positions):
+        half = x.shape[-1] // 2
+        turns = np.exp(1j * (np.pi / 2 - positions[:, None] * own.__self__.frequencies()))
+        z = (x[..., :half].astype(np.float64) + 1j * x[..., half:]) * turns[:, None]
+        return np.moveaxis(np.concatenate((z.real, z.imag), -1), 2, 1)
+
+    dump = Foreign(config, short_weights, rope=exchanged).run(golden)
+    best = diagnose(golden, logits(dump), weights=short_weights).causes[0]
+    assert {best.name, *best.alike} == {"rotary: sign of sin flipped", "rotary: cos and sin exchanged"}
+    best = diagnose(golden, dump, weights=short_weights).causes[0]
+    assert (best.name, best.alike) == ("rotary: cos and sin exchanged", ())
+
+
+def test_a_bug_below_rounding(config, short_weights, golden):
+    """An eps of 1e-5 in bfloat16: no distance shows it, its pattern does."""
+    weights = {
+        k: w if "embed" not in k else (w.astype(np.float32) / 8).astype(BFLOAT16) for k, w in short_weights.items()
+    }
+    golden = record(weights, config, golden.ids[:, :PROMPT], steps=STEPS)
+    dump = Foreign(replace(config, rms_norm_eps=1e-5), weights, BFLOAT16).run(golden)
+    found = diagnose(golden, dump, weights=weights)
+    assert found.verdict == "different"
+    assert found.causes[0].name == "norm: rms_norm_eps is 1e-5"
+    right = diagnose(golden, Foreign(config, weights, BFLOAT16).run(golden), weights=weights)
+    assert right.verdict == "rounding"
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_that_no_catalogue_has(config, short_weights, golden, bug):
+    replaced, first = BUGS[bug]
+    dump = Foreign(config, short_weights, **replaced).run(golden)
+    found = compare(golden, dump, weights=short_weights)
+    assert (found.verdict, found.first_point) == ("different", first), found.meaning
+
+
+# --- what programs print ----------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "one position, flat": ("decode.0.model.layers.0.self_attn.q_proj", lambda x: x.ravel()),
+    "one position, heads apart": ("decode.0.model.layers.0.self_attn.q_proj", lambda x: x.reshape(6, 16)),
+    "one more axis": ("model.layers.0.self_attn.q_proj", lambda x: x[None]),
+    "heads and their keys": ("decode.0.model.layers.1.self_attn.probs", lambda x: x.reshape(6, -1)),
+    "padded prompt": ("model.layers.1.mlp.act", lambda x: np.pad(x, ((0, 0), (0, 24), (0, 0)), constant_values=7)),
+    "padded on the left": ("model.layers.1.mlp.act", lambda x: np.pad(x, ((0, 0), (24, 0), (0, 0)), constant_values=7)),
+    "keys repeated": ("model.layers.0.self_attn.k_rope", lambda x: np.repeat(x, 3, 1)),
+    "transposed": ("model.layers.0.mlp.up_proj", lambda x: x[0].T),
+    "equal sequences": ("model.layers.0.self_attn.q_rope", lambda x: np.concatenate([x] * 3)),
+    "all in one row": ("model.layers.0", lambda x: x.ravel()),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(golden, shape):
+    name, change = SHAPES[shape]
+    dump = dict(golden.points)
+    dump[name] = change(dump[name])
+    assert compare(golden, dump).verdict == "equal"
+    if shape == "equal sequences":
+        dump[name] = dump[name].copy()
+        dump[name][1, 2, 5] += 1  # in one of them
+        assert compare(golden, dump).first_point == name
+
+
+def test_a_cache_of_fixed_length(golden):
+    dump = dict(golden.points)
+    for i in range(STEPS):
+        name = f"decode.{i}.model.layers.0.self_attn.k_rope"
+        cache = np.zeros((1, 2, 64, 16), np.float32)
+        cache[:, :, PROMPT + i] = golden.points[name][:, :, 0]
+        dump[name] = cache
+    assert compare(golden, dump).verdict == "equal"
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    return (x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))).astype(
+        np.float32
+    )
+
+
+def likeliest(dump, count):
+    views = {}
+    for name, x in logits(dump).items():
+        ids = np.argsort(-x, -1)[..., :count]
+        views[f"{name}.top_ids"] = ids
+        views[f"{name}.top_logprobs"] = np.take_along_axis(log_softmax(x), ids, -1)
+    return views
+
+
+@pytest.mark.parametrize("short", [np.float32, np.float16, BFLOAT16])
+def test_log_probabilities(config, short_weights, golden, short):
+    right = Foreign(config, short_weights, short).run(golden)
+    wrong = Foreign(replace(config, rope_theta=1e4), short_weights, short).run(golden)
+    for make in (
+        lambda dump: {name: log_softmax(x) for name, x in logits(dump).items()},
+        lambda dump: likeliest(dump, 20),
+        lambda dump: {f"{name}.ids": x.argmax(-1) for name, x in logits(dump).items()},
+    ):
+        found = compare(golden, make(right), weights=short_weights)
+        assert found.verdict in ("rounding", "equal"), found.meaning
+        assert compare(golden, make(wrong), weights=short_weights).verdict == "different"
+    full = {name: log_softmax(x) for name, x in logits(wrong).items()}
+    assert diagnose(golden, full, weights=short_weights).causes[0].name == "rotary: rope_theta is 10,000"
+    found = diagnose(golden, likeliest(wrong, 20), weights=short_weights)
+    assert found.causes[0].name == "rotary: rope_theta is 10,000"
+
+
+class Tensor:
+    """As much of torch's as is asked for."""
+
+    def __init__(self, x):
+        self.x, self.dtype = x, f"torch.{x.dtype}"
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def float(self):
+        return Tensor(self.x.astype(np.float32))
+
+    def numpy(self):
+        if self.x.dtype == BFLOAT16:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return self.x
+
+
+def test_tensors_as_they_are(golden):
+    dump = {name: Tensor(x.astype(BFLOAT16)) for name, x in golden.points.items()}
+    assert compare(golden, dump).precision == "bfloat16"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    printed = capsys.readouterr()
+    return end.value.code, printed.out, printed.err
+
+
+def test_green_means_compared(config, short_weights, golden, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model", config, short_weights)
+    golden.save(tmp_path / "golden.safetensors")
+    save_file({"head": golden.points["lm_head"]}, tmp_path / "mine.safetensors")
+    (tmp_path / "map.json").write_text(json.dumps({"head": "lm_head", "blk{N}.q": "layers.{N}.self_attn.q_proj"}))
+    assert read_map(tmp_path / "map.json")
+    files = tmp_path / "golden.safetensors", tmp_path / "mine.safetensors", "--map", tmp_path / "map.json"
+    status, out, _ = run(capsys, "compare", *files)
+    assert status == 0
+    assert out.splitlines()[-1] == (
+        "equal in every bit; 1 of 123 recorded points compared, none of decode.0, decode.1; "
+        "not in the dump, but in the map: blk{N}.q"
+    )
+    assert run(capsys, "compare", *files, "--brief")[1].count("\n") == 1
+    assert run(capsys, "compare", *files, "--require", "lm_head")[0] == 0
+    status, _, err = run(capsys, "compare", *files, "--require", "lm_head,decode.*")
+    assert status == 2
+    assert "nothing in the dump is decode.*, which is required" in err
+
+    status, _, err = run(capsys, "compare", files[1], files[0])
+    assert (status, "give GOLDEN first" in err) == (2, True)
+    np.savez(tmp_path / "golden.npz", **golden.points)
+    status, _, err = run(capsys, "compare", tmp_path / "golden.npz", files[1])
+    assert (status, "not a recording but bare arrays" in err) == (2, True)
+    assert Recording.load(files[0]).fingerprint == golden.fingerprint
+
+
+def test_weights_of_its_own(config, short_weights, golden, tmp_path, capsys):
+    """A port with quantised weights is held against a reference that has the same."""
+    golden.save(tmp_path / "golden.safetensors")
+    own = {k: groups(w.astype(np.float32), w.shape[-1]) if w.ndim == 2 else w for k, w in short_weights.items()}
+    save_checkpoint(tmp_path / "other", config, own)
+    save_file({k: np.ascontiguousarray(w) for k, w in own.items()}, tmp_path / "own.safetensors")
+    dump = Foreign(config, own).run(golden)
+    save_file({k: np.ascontiguousarray(x) for k, x in dump.items()}, tmp_path / "mine.safetensors")
+    files = tmp_path / "golden.safetensors", tmp_path / "mine.safetensors"
+    assert run(capsys, "compare", *files)[0] == 1
+    status, _, err = run(capsys, "compare", *files, "--model", tmp_path / "other")
+    assert (status, "its weights are not those of" in err) == (2, True)
+    for place in ("other", "own.safetensors"):
+        status, out, _ = run(capsys, "compare", *files, "--weights-from", tmp_path / place)
+        assert (status, "float32 rounding only" in out) == (0, True)
+
+
+# --- what other people's programs printed -----------------------------------------------------------------------------
+
+PORTS = {
+    "tied/llama.cpp.npz": "float32 rounding only",
+    "s06b/llama.cpp.npz": "float32 rounding only",
+    "tied/mlx-lm.npz": "float32 rounding only",
+    "tied/litgpt.npz": "float32 rounding only",
+    "tied/tinygrad.npz": "float32 rounding, but for what was chosen: KV cache in float16 explains 99.9",
+    "s06b/tinygrad.npz": "float32 rounding, but for what was chosen: KV cache in float16 explains 99",
+    "s06b/jax-llm-examples.npz": "float32 rounding, but for what was chosen: norms in bfloat16 explains 99.9",
+    "s06b/vllm-logprobs.npz": "float32 rounding only",
+    "tied/keras-hub.npz": "a bug at model.layers.0.self_attn.q_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def printed(data):
+    """What a real program printed, with the recording and the weights of its checkpoint."""
+    ports = data.parent / "ports"
+    if not ports.is_dir():
+        pytest.skip("what other programs printed is not here: see QWEN3NP_DATA")
+    found = {}
+
+    def of(file):
+        folder = ports / file.partition("/")[0]
+        if folder not in found:
+            weights = load_file(folder / "model.safetensors")
+            ids = json.loads((folder / "ids.json").read_text())
+            config = Config.from_file(folder / "config.json")
+            found[folder] = record(weights, config, [ids["prompt"]], fed=[ids["decode"]]), weights
+        dump, about = read_dump(ports / file)
+        names = read_map(folder / "litgpt-map.json") if "litgpt" in file else None
+        return *found[folder], dump, {"about": about, "names": names}
+
+    return of
+
+
+@pytest.mark.parametrize("file", PORTS)
+def test_ports(printed, file):
+    golden, weights, dump, options = printed(file)
+    found = compare(golden, dump, weights=weights, **options)
+    assert found.meaning.startswith(PORTS[file])
+    assert found.verdict == ("different" if "bug" in PORTS[file] else "rounding")
+    if "explains" not in PORTS[file]:
+        assert compare(golden, dump, **options).verdict == found.verdict
+
+
+def test_eps_of_keras_hub(printed):
+    """Its decoder does not hand its epsilon on to attention: q_norm and k_norm have 1e-5."""
+    golden, weights, dump, options = printed("tied/keras-hub.npz")
+    for some in (dump, logits(dump)):
+        found = diagnose(golden, some, weights=weights, **options)
+        assert (found.causes[0].name, found.causes[0].step, found.unexplained) == (
+            "norm: rms_norm_eps is 1e-5",
+            "self_attn.q_norm",
+            [],
+        )
