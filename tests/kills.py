@@ -23,13 +23,12 @@ from pathlib import Path
 from loopback_hub import LoopbackHub
 
 import qwen3np
+from qwen3np.training.loop import STATE
 
 # each prints a line when all is imported and the work begins; the folder is the first argument
 SAVE = """
 from dataclasses import replace
-from qwen3np.training.loop import STATE
 from qwen3np import Config, init_weights, save_checkpoint
-from qwen3np.training.loop import STATE
 from qwen3np.files.hub import BUILTIN
 config = replace(Config.from_file(BUILTIN), vocab_size=40_000)
 weights = init_weights(config, 0)
