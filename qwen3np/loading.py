@@ -34,6 +34,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
+from qwen3np.terminal import bars
 from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -348,7 +349,7 @@ def _copy_fits(size: int, progress: bool) -> bool:
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, which all threads make."""
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
     pieces: list[tuple[Array, Array]] = []
