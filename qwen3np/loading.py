@@ -366,7 +366,7 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
             put(tensor, copy)
             release(tensor)  # else the file and its copy would be in memory side by side
             with lock:
-                cast("Any", bar).update(copy.nbytes)
+                bar.update(copy.nbytes)
 
         share(pieces, total, make)
     return copies
