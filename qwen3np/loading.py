@@ -35,6 +35,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
+from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -349,7 +350,7 @@ def _copy_fits(size: int, progress: bool) -> bool:
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, which all threads make."""
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
     pieces: list[tuple[Array, Array]] = []
@@ -366,7 +367,7 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
             put(tensor, copy)
             release(tensor)  # else the file and its copy would be in memory side by side
             with lock:
-                cast("Any", bar).update(copy.nbytes)
+                bar.update(copy.nbytes)
 
         share(pieces, total, make)
     return copies

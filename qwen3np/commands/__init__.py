@@ -19,6 +19,7 @@ from qwen3np.files.limits import readable
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
 from qwen3np.settings import GenerationSettings, checked
+from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer, said_in, stop_at
 
 
@@ -298,7 +299,7 @@ class Ends:
 
 def progress_bar(total: int | None, what: str, unit: str = "tok") -> Any:
     """Return a tqdm bar on stderr that counts tokens, where that is a terminal; it goes when it is closed."""
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 
