@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen3np.errors import CheckpointError
-from qwen3np.tokenizer import Tokenizer, byte_level_bpe, refused
+from qwen3np.files.tokenizer_files import byte_level_bpe, refused
+from qwen3np.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

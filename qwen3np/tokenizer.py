@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import json
 import operator
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
 
 from qwen3np.chat import render_chat
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, read_json, readable
+from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, readable
+from qwen3np.files.tokenizer_files import read_backend, refused
 
 if TYPE_CHECKING:
     import tokenizers
-    from tokenizers import models
-
-# How Qwen3's tokenizer.json splits text before BPE; a folder with vocab.json and merges.txt alone does not say it.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 # Byte-level BPE writes each byte as one visible character: itself where Latin-1 shows it, else the next from U+0100.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -195,16 +187,8 @@ class Tokenizer:
 
     @overload
     def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        enable_thinking: bool | None = None,
-        *,
-        continue_final_message: bool = False,
-        tokenize: Literal[False] = False,
-        **kwargs: Any,
-    ) -> str: ...
+        self, messages: Sequence[Mapping[str, Any]], *arguments: Any, tokenize: Literal[True], **options: Any
+    ) -> list[int]: ...
     @overload
     def apply_chat_template(
         self,
@@ -214,9 +198,8 @@ class Tokenizer:
         enable_thinking: bool | None = None,
         *,
         continue_final_message: bool = False,
-        tokenize: Literal[True],
         **kwargs: Any,
-    ) -> list[int]: ...
+    ) -> str: ...
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -268,51 +251,7 @@ class Tokenizer:
         return backend
 
     def _from_files(self) -> tokenizers.Tokenizer:
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models
-
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            return self._from_vocab_and_merges()
-        with refused(f"{file}: not a tokenizer"):
-            backend = Backend.from_buffer(readable(file, 2 * MOST_BYTES).read_bytes())
-        if not isinstance(backend.decoder, decoders.ByteLevel):
-            raise CheckpointError(f"{file}: the decoder is {backend.decoder}, where Qwen3 has ByteLevel")
-        if backend.normalizer is not None:
-            normalizer = json.loads(backend.normalizer.__getstate__())
-            # others may make texts longer, by any factor
-            if any(part != {"type": "NFC"} for part in normalizer.get("normalizers", [normalizer])):
-                raise CheckpointError(f"{file}: the normalizer is {backend.normalizer}, where Qwen3 has NFC")
-        # What a training run may have saved: encode would silently cut, pad or choose at random.
-        backend.no_truncation()
-        backend.no_padding()
-        if isinstance(backend.model, models.BPE):
-            backend.model.dropout = None
-        return backend
-
-    def _from_vocab_and_merges(self) -> tokenizers.Tokenizer:
-        from tokenizers import AddedToken, models
-
-        vocab, merges = self.folder / "vocab.json", self.folder / "merges.txt"
-        with refused(f"{vocab} with {merges.name}: not a BPE vocabulary"):
-            files = [str(readable(file)) for file in (vocab, merges)]
-            backend = byte_level_bpe(models.BPE.from_file(*files))
-        config = self.folder / "tokenizer_config.json"
-        try:
-            if "added_tokens_decoder" in self._config or not (self.folder / "added_tokens.json").is_file():
-                added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
-            else:  # an older spelling, without what is special
-                ids = read_json(self.folder / "added_tokens.json")
-                added = {
-                    i: AddedToken(text, special=text.startswith("<|"), normalized=False) for text, i in ids.items()
-                }
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{config}: no usable added_tokens_decoder: {error!r}") from error
-        backend.add_tokens([token for _, token in sorted(added.items())])
-        for i, token in added.items():
-            if backend.token_to_id(token.content) != i:
-                raise CheckpointError(f"{config}: {token.content} has id {i}, which {vocab.name} does not lead to")
-        return backend
+        return read_backend(self.folder, self._config)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -345,33 +284,6 @@ class Tokenizer:
         except (TypeError, KeyError):
             pass
         raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template")
-
-
-def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
-    """A tokenizer that does with text what Qwen3's tokenizer.json does before and after its BPE model."""
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-@contextmanager
-def refused(what: str) -> Generator[None]:
-    """Turn what the library raises, which is a bare Exception or a panic of its Rust code, into CheckpointError."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _token_id(value: SupportsIndex) -> int:

@@ -103,7 +103,7 @@ class Blocks(Stored):
         blocks = np.ascontiguousarray(self.data).reshape(-1, 34)  # a float16 scale, then 32 whole numbers
         groups = out.reshape(-1, 32)
         np.copyto(groups, blocks[:, 2:].view(np.int8))
-        groups *= np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(FLOAT)
+        groups *= blocks.view("<f2")[:, :1].astype(FLOAT)
 
 
 def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:

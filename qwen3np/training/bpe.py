@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3np.tokenizer import byte_level_bpe
+from qwen3np.files.tokenizer_files import byte_level_bpe
 
 if TYPE_CHECKING:
     import tokenizers

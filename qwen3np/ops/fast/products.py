@@ -16,7 +16,7 @@ import numpy as np
 from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
 from qwen3np.qwen3 import Scope
-from qwen3np.stored import Stored, put
+from qwen3np.stored import IN_CACHE, Stored, put
 
 # At or below this many rows of x, use one matrix-vector product per row: a matrix product would first copy W into an
 # order of its own, which costs more than these rows do.
@@ -98,14 +98,16 @@ def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> lis
         return max(-(-len(w) // (blocks * NEAR)), 1) * NEAR
 
     def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
-        n, (start, stop), (a, b) = part
-        # other layouts would not reach BLAS, or give other bits
-        w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
-        y = ys[n][start:stop, a:b]
-        if count <= FEW_ROWS:
-            _few_rows(rows, w, y)
-        else:
-            np.matmul(rows[start:stop], np.transpose(w), out=y)
+        n, (start, stop), (first, last) = part
+        near = max(IN_CACHE // (ws[n].shape[1] * NEAR), 1) * NEAR if isinstance(ws[n], Stored) else last - first
+        for a, b in _pieces(first, last, near):
+            # other layouts would not reach BLAS, or give other bits
+            w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
+            y = ys[n][start:stop, a:b]
+            if count <= FEW_ROWS:
+                _few_rows(rows, w, y)
+            else:
+                np.matmul(rows[start:stop], np.transpose(w), out=y)
 
     parts = [
         (n, *piece)
