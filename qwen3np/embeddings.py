@@ -38,6 +38,7 @@ def embed(
     instruction: str | None = None,
     dimensions: int | None = None,
     *,
+    prompt: str | None = None,
     attention_mask: ArrayLike | None = None,
     numerics: str = "float32",
     engine: str = "fast",
@@ -49,23 +50,26 @@ def embed(
     instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
     the first ones, normalised again, which Qwen3-Embedding was trained for. With an attention_mask, texts are padded
     ids (N, S) instead, which end as the model wants it. progress is called with how many texts are done.
-    A sentence-transformers folder pools the hidden states, ends texts and puts its prompt in front as its files say.
+    A sentence-transformers folder pools the hidden states, ends texts and puts its default prompt in front as its files
+    say; prompt is the name of another of its prompts, such as "query" or "document".
 
-    Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
-    one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
-    CheckpointError and NonFiniteError as generate.
+    Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, a prompt that the folder does not have,
+    and a model without a tokenizer or with one that lacks <|endoftext|>; ContextOverflowError for a text that is too
+    long: none is cut short unasked; CheckpointError and NonFiniteError as generate.
     """
     size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
         raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
     skipped = 0
     if attention_mask is not None:
-        if instruction is not None:
-            raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are taken as they are")
+        if instruction is not None or prompt is not None:
+            raise ValueError(
+                "instruction, prompt: belong to texts; padded ids with an attention_mask are taken as they are"
+            )
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
         _check_texts(texts, "texts")
-        sequences, skipped = _with_prompt(model, texts, instruction)
+        sequences, skipped = _with_prompt(model, texts, instruction, prompt)
     if pooling.mode == "cls":  # no token before it, so its state depends on no other
         sequences = [sequence[:1] for sequence in sequences]
     if pooling.mode == "mean":
@@ -120,7 +124,9 @@ def rerank(
     return np.exp(log_probabilities(logits)[:, 1])
 
 
-def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) -> tuple[list[list[int]], int]:
+def _with_prompt(
+    model: Model, texts: Sequence[str], instruction: str | None, name: str | None
+) -> tuple[list[list[int]], int]:
     """Return the ids of texts after their prompt, and how many of its tokens do not count for a mean.
 
     A sentence-transformers folder ends texts as its own tokenizer.json does, other checkpoints as Qwen3-Embedding.
@@ -128,6 +134,12 @@ def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) ->
     pooling = model.pooling
     tokenizer, end = _tokenizer(model, "embed", *([] if pooling else ["<|endoftext|>"]))
     prompt = pooling.prompt if pooling else ""
+    if name is not None:
+        prompts = pooling.prompts if pooling else {}
+        if instruction is not None or name not in prompts:
+            known = ", ".join(sorted(prompts)) or "this model has none"
+            raise ValueError(f"prompt={name!r} must be one of its prompts, without an instruction: {known}")
+        prompt = prompts[name]
     if instruction is not None:
         _check_text(instruction, "instruction")
         prompt = f"Instruct: {instruction}\nQuery:"

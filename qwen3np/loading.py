@@ -152,6 +152,7 @@ class Model:
         instruction: str | None = None,
         dimensions: int | None = None,
         *,
+        prompt: str | None = None,
         attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
@@ -161,7 +162,7 @@ class Model:
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "progress": progress}
+        options: dict[str, Any] = {"prompt": prompt, "numerics": numerics, "engine": engine, "progress": progress}
         vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
         return vectors[0] if isinstance(texts, str) else vectors
 

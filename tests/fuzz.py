@@ -1,7 +1,8 @@
 """Changes the files of a checkpoint at random, loads and runs what comes out, and reports what is not refused well.
 
     python tests/fuzz.py --cases 100000 --seed 0    # in processes of 500 cases
-    python tests/fuzz.py --atheris                      # guided by coverage, until it is stopped; needs atheris
+    python tests/fuzz.py --cases 50000 --stored     # only quantised checkpoints, GGUF files and adapters
+    python tests/fuzz.py --atheris                  # guided by coverage, until it is stopped; needs atheris
 
 A case is good if it is refused by a named error, one line that says where, or loads and has the numbers that the
 safetensors library reads from the same files. A case that crashes its process, takes more than 5 seconds, needs much
@@ -338,9 +339,9 @@ def _same_numbers(weights: Mapping[str, np.ndarray], folder: Path) -> None:
         assert np.array_equal(tensor.astype(np.float32), other, equal_nan=True), name
 
 
-def cases(seed: int, count: int, report: Callable[[int, str], object]) -> None:
-    """Run these cases, each within SECONDS, and report each outcome."""
-    both = originals()
+def cases(seed: int, count: int, report: Callable[[int, str], object], stored: bool = False) -> None:
+    """Run these cases, each within SECONDS, and report each outcome; with stored, only of stored formats."""
+    some = originals()[2 if stored else 0 :]
     with suppress(ImportError):  # Windows
         import resource
 
@@ -355,7 +356,7 @@ def cases(seed: int, count: int, report: Callable[[int, str], object]) -> None:
             draw, began = random.Random(n), time.monotonic()
             signal.alarm(SECONDS)
             try:
-                outcome = run(mutate(draw.choice(both), draw), Path(name))
+                outcome = run(mutate(draw.choice(some), draw), Path(name))
                 if time.monotonic() - began > SECONDS:  # in a library, which the alarm does not interrupt
                     too_long()
             except Exception as error:
@@ -365,12 +366,13 @@ def cases(seed: int, count: int, report: Callable[[int, str], object]) -> None:
             report(n, outcome)
 
 
-def _in_processes(seed: int, count: int) -> None:
+def _in_processes(seed: int, count: int, stored: bool) -> None:
     outcomes: Counter[str] = Counter()
     bad: list[str] = []
     for first in range(seed, seed + count, PER_PROCESS):
         size = min(PER_PROCESS, seed + count - first)
         command = [sys.executable, __file__, "--worker", "--seed", str(first), "--cases", str(size)]
+        command += ["--stored"] * stored
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line]  # libraries print, too
         for n, outcome in lines:
@@ -408,15 +410,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stored", action="store_true")
     parser.add_argument("--atheris", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.atheris:
         _guided()
     elif a.worker:
-        cases(a.seed, a.cases, lambda n, outcome: print(n, ascii(outcome)[1:-1], sep="\t", flush=True))
+        cases(a.seed, a.cases, lambda n, outcome: print(n, ascii(outcome)[1:-1], sep="\t", flush=True), a.stored)
     else:
-        _in_processes(a.seed, a.cases)
+        _in_processes(a.seed, a.cases, a.stored)
 
 
 if __name__ == "__main__":

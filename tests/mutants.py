@@ -854,10 +854,16 @@ GROUPS = [
                 'problems = [f"{name}: extra: no such tensor in this model" for name in sorted(',
                 'problems = [f"{name}" for name in () and sorted(',
             ),
-            "names without model. refused": ('if not any(name.startswith("model.") for name in found):', "if False:"),
             "a tensor in two shards": ("for name in found.keys() & tensors.keys()]", "for name in ()]"),
             "another model's files replaced": (" and path.read_bytes() == files.get(name))", ")"),
             "the tokenizer left out": ("        files |= tokenizer.files()", "        pass"),
+        },
+    ),
+    (
+        "files/names.py",
+        "checkpoint",
+        {
+            "names without model. refused": ('if not any(name.startswith("model.") for name in tensors):', "if False:"),
         },
     ),
     (
@@ -876,8 +882,8 @@ GROUPS = [
             "auto: any size": ("fits = size <= free / 2", "fits = size <= 2 * free"),
             "auto: the size of the file": ("4 * tensor.size for", "tensor.nbytes for"),
             "copy: each piece the first": (
-                "tensor[start : start + PIECE]",
-                "tensor[: copy[start : start + PIECE].size]",
+                "(copies[name][n : n + step], tensor[n : n + step])",
+                "(copies[name][n : n + step], tensor[: len(copies[name][n : n + step])])",
             ),
             "stop ids of config.json alone": ('eos: Any = given.get("eos_token_id")', "eos: Any = None"),
         },
@@ -891,12 +897,18 @@ GROUPS = [
                 'self.token_bytes(i, skip_special_tokens).decode("utf-8", "replace")',
             ),
             "the end of a stream lost": ('decoder.decode(b"", final=True)', 'decoder.decode(b"")'),
-            "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
-            "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
             "stop string: its last character not awaited": (
                 "for n in range(len(stop)) if",
                 "for n in range(len(stop) - 1) if",
             ),
+        },
+    ),
+    (
+        "files/tokenizer_files.py",
+        "tokenizer",
+        {
+            "split without the look ahead": (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]+|\s+"),
+            "added tokens as words": ("AddedToken(**token)", 'AddedToken(**(token | {"single_word": True}))'),
         },
     ),
     (
@@ -934,7 +946,7 @@ GROUPS = [
         "embeddings.py",
         "embeddings",
         {
-            "the end token left out": ("[[*tokenizer.encode(text), end] for", "[tokenizer.encode(text) for"),
+            "the end token left out": ("[[*tokenizer.encode(prompt + text), *end]", "[tokenizer.encode(prompt + text)"),
             "mean pooling": (
                 "x[np.arange(len(group)), lengths[group] - 1 - start]",
                 "[row[: n - start].mean(0) for row, n in zip(x, lengths[group], strict=True)]",

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from qwen3np import CheckpointError, Config, forward, init_weights, load, save_checkpoint
+from qwen3np.files.adapter import LowRank
 from qwen3np.stored import Stored
 
 CONFIG = Config(
@@ -94,6 +95,16 @@ def test_embedding_and_head_adapted_or_replaced(base, tmp_path):
     assert not model.config.tie_word_embeddings
     truth = forward(plain, model.config, IDS, numerics="float64")
     assert np.linalg.norm(model(IDS) - truth) <= 3e-6 * np.linalg.norm(truth)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others():
+    rng = np.random.default_rng(0)
+    base, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 256), (128, 256), (70, 128)))
+    w = LowRank(base.shape, base, a, b, 0.5)
+    whole = np.asarray(w)
+    for step in (1, 3, 64, 69):
+        for start in range(0, 70, step):
+            np.testing.assert_array_equal(np.asarray(w[start : start + step]), whole[start : start + step])
 
 
 @pytest.mark.parametrize(

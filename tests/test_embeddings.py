@@ -253,5 +253,5 @@ def test_padded_ids_are_ragged_ones(builtin):
         ids = np.array([pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)])
         mask = [[n >= len(p) if left else n < len(r) for n in range(longest)] for r, p in zip(rows, pads, strict=True)]
         np.testing.assert_allclose(builtin.embed(ids, attention_mask=mask), expected, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="instruction: belongs to texts"):
+    with pytest.raises(ValueError, match="instruction and prompt are for texts"):
         builtin.embed(ids, "Find it", attention_mask=mask)

@@ -123,6 +123,8 @@ def test_a_score_head_is_kept_and_saved(tmp_path):
     np.testing.assert_array_equal(model.weights["score.weight"], score["score.weight"])
     model.save(tmp_path / "again")
     assert load(tmp_path / "again", progress=False).weights.keys() == model.weights.keys()
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["architectures"], saved["num_labels"]) == (["Qwen3ForSequenceClassification"], 1)
 
 
 def shards(folder, count=3):

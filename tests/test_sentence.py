@@ -74,6 +74,22 @@ def test_the_default_prompt_and_what_the_mean_leaves_out(tmp_path, included):
         np.testing.assert_allclose(vector, truth / np.linalg.norm(truth), atol=3e-6)
 
 
+def test_prompts_by_name(tmp_path):
+    prompts = {"query": "is the ", "document": ""}
+    path = folder(tmp_path / "x", texts={"prompts": prompts, "default_prompt_name": "query"})
+    model = load(path, progress=False)
+    for name, prompt in prompts.items():
+        for text, vector in zip(TEXTS, embed(model, TEXTS, prompt=name), strict=True):
+            truth = states(model, model.tokenizer.encode(prompt + text)).mean(0)
+            np.testing.assert_allclose(vector, truth / np.linalg.norm(truth), atol=3e-6)
+    np.testing.assert_array_equal(model.embed("is the river", prompt="document"), model.embed("river", prompt="query"))
+    for unfit in ({"prompt": "x"}, {"prompt": "query", "instruction": "find it"}):
+        with pytest.raises(ValueError, match=r"prompt='.*' must be one of its prompts.*: document, query"):
+            embed(model, TEXTS, **unfit)
+    with pytest.raises(ValueError, match="this model has none"):
+        embed(load(progress=False), TEXTS, prompt="query")
+
+
 @pytest.mark.parametrize(
     ("settings", "modules", "message"),
     [

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     instruction = "the texts are queries for this task, such as --query's: " + DEFAULT_INSTRUCTION
     query.add_argument("--instruction", type=text, metavar="TASK", help=instruction)
+    query.add_argument("--prompt", metavar="NAME", help="one of the prompts in a sentence-transformers folder")
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N, normalised (default: all)")
     out = ".npy: the array (texts, dimensions); .npz: it as embeddings, beside texts; .jsonl (default: JSON to stdout)"
     parser.add_argument("--out", metavar="FILE", type=Path, help=out)
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             texts,
             arguments.instruction,
             arguments.dimensions,
+            prompt=arguments.prompt,
             numerics=arguments.numerics,
             engine=arguments.engine,
             progress=bar.update,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.folders import ADAPTER
@@ -49,7 +51,8 @@ class LowRank(Stored):
 
     def _fill(self, out: Array) -> None:
         put(self.base, out)
-        out += (self.b @ self.a) * FLOAT.type(self.scale)
+        b = np.repeat(self.b, 2, axis=0) if len(self) == 1 else self.b  # BLAS rounds a single row otherwise
+        out += ((b @ self.a) * FLOAT.type(self.scale))[: len(self)]
 
 
 def adapted(config: Config, weights: LoadedWeights, folder: str | Path) -> tuple[Config, LoadedWeights]:

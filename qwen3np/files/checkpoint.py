@@ -210,7 +210,11 @@ def save_checkpoint(
     >>> save_checkpoint("copy", config, weights, dtype="float16")
     """
     folder = Path(folder)
-    files = {"config.json": _json(config.to_dict())}
+    settings = config.to_dict()
+    if SCORE in weights:
+        kind = settings["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+        settings |= {"architectures": [kind], "num_labels": len(weights[SCORE])}
+    files = {"config.json": _json(settings)}
     if generation_config:
         files["generation_config.json"] = _json(dict(generation_config))
     if tokenizer:

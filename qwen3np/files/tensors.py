@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES, lfs_pointer
+from qwen3np.files.limits import lfs_pointer
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.weights import Weights
 
 if sys.byteorder == "big":
     raise ImportError("qwen3np: checkpoints are little-endian, and bfloat16 has no other form: this machine is not")
 
+_MOST_HEADER = 1 << 25  # bytes; GPTQ's 235B model in a single file would have 18 million
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": BFLOAT16,
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -54,8 +55,8 @@ def map_tensors(path: Path) -> dict[str, Array]:
             raise CheckpointError(f"{path.name}: {pointer}")
         if length > size - 8:
             raise CheckpointError(f"{path.name}: truncated: {size} bytes, too few for its header; download it again")
-        if length > MOST_BYTES:
-            raise CheckpointError(f"{path.name}: its header has {length} bytes; at most {MOST_BYTES} are read")
+        if length > _MOST_HEADER:
+            raise CheckpointError(f"{path.name}: its header has {length} bytes; at most {_MOST_HEADER} are read")
         header = file.read(length)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     end = 8 + length
