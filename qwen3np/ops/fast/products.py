@@ -99,7 +99,9 @@ def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> lis
 
     def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
         n, (start, stop), (first, last) = part
-        near = max(IN_CACHE // (ws[n].shape[1] * NEAR), 1) * NEAR if isinstance(ws[n], Stored) else last - first
+        near = last - first
+        if count <= FEW_ROWS and isinstance(ws[n], Stored):  # applied while they are in the cache, with the same bits
+            near = max(IN_CACHE // (ws[n].shape[1] * NEAR), 1) * NEAR
         for a, b in _pieces(first, last, near):
             # other layouts would not reach BLAS, or give other bits
             w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
