@@ -867,6 +867,67 @@ GROUPS = [
         },
     ),
     (
+        "ops/fast/products.py",
+        "quantized",
+        {
+            "stored: many rows in other tiles": (
+                "if count <= FEW_ROWS and isinstance(ws[n], Stored):",
+                "if isinstance(ws[n], Stored):",
+            ),
+        },
+    ),
+    (
+        "files/quantized.py",
+        "quantized",
+        {
+            "fp8: NaN as 480": ("< _NAN and largest < 128", "<= _NAN and largest < 128"),
+            "fp8: scales that overflow": ("and largest < 128", "and largest < 1e30"),
+            "fp8: the next block's scale": ("np.arange(out) // block[0]", "(np.arange(out) + 1) // block[0]"),
+            "AWQ: columns in order": ("AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "AWQ_ORDER = tuple(range(8))"),
+            "GPTQ: zeros as stored": (".T + self.less", ".T"),
+            "GPTQ: groups in order": (
+                "_apply(out, zeros, self.scales.T, self.group)",
+                "_apply(out, zeros, self.scales.T, None)",
+            ),
+            "MLX: no bias": ("        groups += self.biases.astype(FLOAT)[:, :, None]\n", ""),
+        },
+    ),
+    (
+        "files/packing.py",
+        "formats",
+        {
+            "GPTQ: zeros out of range": ("if less and (unpacked_columns(", "if False and (unpacked_columns("),
+            "GPTQ: g_idx left out": ("scales, group, bits, less,", "scales, None, bits, less,"),
+            "bitsandbytes taken for bytes": ('if any(name.endswith(f".{end}") for name in found):', "if False:"),
+        },
+    ),
+    (
+        "files/gguf.py",
+        "gguf",
+        {
+            "Q8_0: no scale": ('        groups *= blocks.view("<f2")[:, :1].astype(FLOAT)\n', ""),
+            "the first expert for all": ("tensor[expert * shape[0] : (expert + 1) * shape[0]]", "tensor[: shape[0]]"),
+            "a split file alone": ("    if split is None:\n", "    if True:\n"),
+        },
+    ),
+    (
+        "files/adapter.py",
+        "adapter",
+        {
+            "rank-stabilised as plain": ("math.sqrt(rank) if", "rank if"),
+            "a single row rounded otherwise": ("if len(self) == 1 else", "if False else"),
+            "the head's adapter in the embedding": ("config = replace(config, tie_word_embeddings=False)", "pass"),
+        },
+    ),
+    (
+        "files/sentence.py",
+        "sentence",
+        {
+            "the default prompt left out": ('known.get(default, "")', '""'),
+            "the prompt in every mean": ('settings.get("include_prompt") is not False', "True"),
+        },
+    ),
+    (
         "files/limits.py",
         "config fuzz",
         {

@@ -59,7 +59,8 @@ def _put_e4m3(codes: Array, out: Array, largest: float) -> np.float32:
     small (subnormal) ones too. That is three times as fast as a look-up in _E4M3, which NaN needs, scales as large as
     128 (2^120 times them is inf), and processes that flush subnormal numbers to 0.
     """
-    ordinary = int(np.bitwise_and(codes, _NAN).max(initial=0)) < _NAN and largest < 128
+    free = out.reshape(-1).view(np.int8)[: codes.size].reshape(codes.shape)  # memory that need not be found each time
+    ordinary = int(np.bitwise_and(codes, _NAN, out=free).max(initial=0)) < _NAN and largest < 128
     if not (ordinary and (_SUBNORMAL * FLOAT.type(1)).any()):
         np.take(_E4M3, codes.view(np.uint8), out=out, mode="clip")
         return FLOAT.type(1)
