@@ -905,9 +905,17 @@ GROUPS = [
         "files/gguf.py",
         "gguf",
         {
-            "Q8_0: no scale": ('        groups *= blocks.view("<f2")[:, :1].astype(FLOAT)\n', ""),
             "the first expert for all": ("tensor[expert * shape[0] : (expert + 1) * shape[0]]", "tensor[: shape[0]]"),
             "a split file alone": ("    if split is None:\n", "    if True:\n"),
+        },
+    ),
+    (
+        "files/gguf_blocks.py",
+        "gguf",
+        {
+            "Q8_0: no scale": ('    out *= blocks.view("<f2")[:, :1].astype(FLOAT)\n', ""),
+            "Q4_K: the pair exchanged": ("pairs[:, :, 1], codes >> 4", "pairs[:, :, 1], codes & 15"),
+            "Q4_K: 4 bits of the last scales": ("| ((s >> 2) & 48)", ""),
         },
     ),
     (

@@ -12,7 +12,8 @@ import pytest
 
 from qwen3np import CheckpointError, Config, ConfigError, forward, init_weights, load, read_checkpoint
 from qwen3np.config import Yarn
-from qwen3np.files.gguf import Blocks, gguf_name, read_gguf
+from qwen3np.files.gguf import gguf_name, read_gguf
+from qwen3np.files.gguf_blocks import Blocks, block_of
 from qwen3np.files.gguf_writer import q8_0, write_gguf
 from qwen3np.files.hub import BUILTIN
 
@@ -37,6 +38,8 @@ def test_every_block_type_gives_the_numbers_of_the_package(kind):
     np.testing.assert_array_equal(np.asarray(w[3:9][2:]), truth[5:9])
     np.testing.assert_array_equal(w[[5, 0, 5]], truth[[5, 0, 5]])
     assert w.nbytes == data.nbytes
+    assert w.format == kind.name
+    assert block_of(kind) == (block, size)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real GGUF files here")

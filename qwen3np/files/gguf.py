@@ -1,7 +1,6 @@
 """A .gguf file -> config, weights and metadata: mapped, with every quantised matrix used block by block.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. F32, F16, BF16 and Q8_0 are read here, the other
-types by the ggml project's own package (`pip install "qwen3np[gguf]"`).
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files.gguf_blocks import Blocks, block_of
 from qwen3np.files.limits import lfs_pointer
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.stored import FLOAT, Stored
@@ -27,7 +26,7 @@ from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
 MAGIC = b"GGUF"
 MOST_BYTES = 1 << 26  # of the metadata; a vocabulary of 151,936 tokens takes 6 million
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+F32, F16, BF16 = 0, 1, 30
 PLAIN: dict[int, np.dtype[Any]] = {F32: FLOAT, F16: np.dtype("<f2"), BF16: BFLOAT16}
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3moe": "qwen3_moe"}  # -> model_type
 # Where each tensor of the model stands; {n} is the layer.
@@ -70,40 +69,6 @@ Tensor: TypeAlias = tuple[Array | Stored, tuple[int, ...]]  # a matrix (or a vec
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY = 8, 9
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks(Stored):
-    """Rows of blocks (out, bytes of a row) uint8, each block with scales of its own, of the GGML type `kind`."""
-
-    data: Array
-    kind: int
-
-    @property
-    def format(self) -> str:
-        """The name of the type."""
-        if self.kind == Q8_0:
-            return "Q8_0"
-        import gguf
-
-        return gguf.GGMLQuantizationType(self.kind).name
-
-    def _rows(self, which: slice | Array) -> Blocks:
-        data = self.data[which]
-        return replace(self, shape=(len(data), self.shape[1]), data=data)
-
-    def _fill(self, out: Array) -> None:
-        if self.kind != Q8_0:
-            import gguf
-
-            kind = gguf.GGMLQuantizationType(self.kind)
-            with np.errstate(all="ignore"):  # damaged scales are found as NonFiniteError
-                np.copyto(out, gguf.quants.dequantize(self.data, kind).reshape(self.shape))
-            return
-        blocks = np.ascontiguousarray(self.data).reshape(-1, 34)  # a float16 scale, then 32 whole numbers
-        groups = out.reshape(-1, 32)
-        np.copyto(groups, blocks[:, 2:].view(np.int8))
-        groups *= blocks.view("<f2")[:, :1].astype(FLOAT)
 
 
 def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
@@ -212,7 +177,7 @@ def _mapped(file: mmap.mmap, shape: tuple[int, ...], kind: int, offset: int) -> 
     if kind in PLAIN:
         block, size = 1, PLAIN[kind].itemsize
     else:
-        block, size = (32, 34) if kind == Q8_0 else _block(kind)
+        block, size = block_of(kind)
     if shape[-1] % block:
         raise ValueError(f"rows of {shape[-1]} numbers are not made of blocks of {block}")
     count = math.prod(shape) // block * size
@@ -223,21 +188,6 @@ def _mapped(file: mmap.mmap, shape: tuple[int, ...], kind: int, offset: int) -> 
         return np.ndarray(shape if len(shape) == 1 else (lines, shape[-1]), PLAIN[kind], file, offset)
     data = np.ndarray((lines, count // lines), np.uint8, file, offset)
     return Blocks((lines, shape[-1]), data, kind)
-
-
-def _block(kind: int) -> tuple[int, int]:
-    """Return the numbers and bytes of a block. Raises ValueError for a type that nobody can read."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(f'type {kind} needs the gguf package: pip install "qwen3np[gguf]"') from None
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[known]
-        gguf.quants.dequantize(np.zeros((1, size), np.uint8), known)
-    except (ValueError, KeyError, NotImplementedError):
-        raise ValueError(f"type {kind} is unknown; use a file in Q8_0, Q6_K, Q5_K, Q4_K, BF16 or F16") from None
-    return block, size
 
 
 class _Reader:

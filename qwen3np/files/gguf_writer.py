@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError
-from qwen3np.files.gguf import ARCHITECTURES, BF16, F16, F32, MAGIC, PLAIN, Q8_0, SIZES, gguf_name
+from qwen3np.files.gguf import ARCHITECTURES, BF16, F16, F32, MAGIC, PLAIN, SIZES, gguf_name
+from qwen3np.files.gguf_blocks import Q8_0
 from qwen3np.files.writing import written_aside
 from qwen3np.numerics import Array
 from qwen3np.stored import FLOAT
