@@ -63,9 +63,7 @@ def embed(
     skipped = 0
     if attention_mask is not None:
         if instruction is not None or prompt is not None:
-            raise ValueError(
-                "instruction, prompt: belong to texts; padded ids with an attention_mask are taken as they are"
-            )
+            raise ValueError("instruction and prompt are for texts; ids with an attention_mask are taken as they are")
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
         _check_texts(texts, "texts")
