@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 
+import formats
 import numpy as np
 import pytest
 from compare import tables
@@ -13,9 +14,10 @@ from engine import measure, sizes
 from random_checkpoint import SIZES, write_random_checkpoint
 from roofline import attention_work, part_table
 
-from qwen3np import Config, Model, load
+from qwen3np import Config, Model, init_weights, load, save_checkpoint
 from qwen3np.cli import main
 from qwen3np.commands.bench import filled_cache, seconds
+from qwen3np.stored import kind
 
 
 def test_filled_cache(config):
@@ -32,6 +34,24 @@ def test_seconds_leaves_out_the_first_call():
     assert len(seconds(lambda: calls.append(None), most=4)) == 3
     assert len(calls) == 4
     assert len(seconds(lambda: calls.append(None), budget=0)) == 1
+
+
+def test_the_formats_are_of_one_model(tmp_path):
+    """But for Q4_K, whose numbers are drawn."""
+    config = replace(SIZES["0.6B"], vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    weights = init_weights(config, 0, trained_like=True)
+    save_checkpoint(tmp_path / formats.PLACES["bfloat16"], config, weights, dtype="bfloat16")
+    formats.make(tmp_path)
+    models = {
+        name: load(tmp_path / place, progress=False, weights_dtype="mapped") for name, place in formats.PLACES.items()
+    }
+    kinds = {name: kind(model.weights["model.layers.0.mlp.up_proj.weight"]) for name, model in models.items()}
+    assert kinds == {name: name for name in formats.PLACES}
+    truth = models["bfloat16"]([1, 2, 3])
+    for name, most in {"FP8": 0.1, "Q8_0": 0.03}.items():
+        error = np.linalg.norm(models[name]([1, 2, 3]) - truth) / np.linalg.norm(truth)
+        assert 1e-4 < error < most
+    assert np.isfinite(models["Q4_K"]([1, 2, 3])).all()
 
 
 def test_the_sizes_are_the_official_ones(data):

@@ -51,7 +51,7 @@ class FP8(Stored):
             out *= scales
             return
         edges = [0, *(np.flatnonzero(np.diff(self.line)) + 1).tolist(), len(self)]
-        for start, stop in pairwise(edges):  # whole rows at a time: in loops of 128 numbers it takes twice as long
+        for start, stop in pairwise(edges):  # whole rows at a time: loops of 128 numbers take longer
             out[start:stop] *= np.repeat(scales[start], self.width)[: self.shape[1]]
 
 
