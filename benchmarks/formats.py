@@ -87,6 +87,7 @@ def work(path: str, weights_dtype: str) -> None:
     model = qwen3np.load(path, weights_dtype=weights_dtype, progress=False)
     cache = qwen3np.KVCache.allocate(model.config, max_length=256)
     model.forward(list(range(PROMPT)), cache, last_only=True)
+    print("ready", flush=True)
     for _ in sys.stdin:
         times: list[float] = []
         for token in range(STEPS):
@@ -120,6 +121,9 @@ def main() -> None:
         )
         for name, dtype in rows
     ]
+    for worker in workers:  # none is measured while another still loads
+        assert worker.stdout
+        worker.stdout.readline()
     found: list[tuple[list[float], int]] = [([], 0) for _ in rows]
     for _ in range(a.rounds):
         for n, worker in enumerate(workers):
