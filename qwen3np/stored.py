@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from qwen3np.numerics import Array
 
 FLOAT: np.dtype[Any] = np.dtype(np.float32)
-IN_CACHE = 1 << 18  # numbers that are made at a time
+IN_CACHE = 1 << 19  # numbers that are made at a time; with fewer, threads wait for the interpreter lock
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,9 @@ class Stored(ABC):
         """Put all numbers into out, a contiguous array of floats and of the same shape."""
         step = max(IN_CACHE // max(self.shape[1], 1), 1)
         for start in range(0, len(self), step):
-            here, some = out[start : start + step], self._rows(slice(start, start + step))
+            here, some = out[start : start + step], self
+            if len(here) < len(self):
+                some = self._rows(slice(start, start + step))
             if out.dtype == FLOAT:
                 some._fill(here)
             else:

@@ -112,7 +112,9 @@ def test_a_row_has_the_same_bits_alone_and_among_others():
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported; supported: LORA"),
         ({"use_dora": True}, r"use_dora is not supported: merge the adapter with PEFT"),
-        ({"lora_alpha": "8"}, "must hold finite numbers"),
+        ({"lora_alpha": "8"}, "must hold numbers below 1e30"),
+        ({"lora_alpha": 10**400}, "must hold numbers below 1e30"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "must hold numbers below 1e30"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "may take for ever"),
     ],
 )
