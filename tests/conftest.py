@@ -6,6 +6,10 @@ import os
 import signal
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core: more threads would only wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("QWEN3NP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from drawing import trained_like
