@@ -300,7 +300,7 @@ def run(files: Files, folder: Path) -> str:
     except (NonFiniteError, ContextOverflowError, CheckpointError) as error:
         outcome = type(error).__name__
     except ValueError as error:  # of values in generation_config.json, which are named in the message
-        known = "outside the vocabulary", "must be", "leave the range", "of memory are free", "makes embeddings"
+        known = "outside the vocabulary", "must be", "leave the range", "of memory is free", "makes embeddings"
         if not any(words in str(error) for words in known):
             raise
         _one_line(error)

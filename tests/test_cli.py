@@ -269,7 +269,7 @@ def test_errors_of_threads(run, command, count, monkeypatch):
         (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools belong to --chat"),
         (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
         (("generate", "--stop", "", "x"), "stop strings must not be empty"),
-        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, or several, got -1"),
+        (("generate", "--seed", "-1", "x"), "seed must be a whole number >= 0, or several, got -1"),
         (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
@@ -281,10 +281,10 @@ def test_errors_of_threads(run, command, count, monkeypatch):
         (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
         (
             ("embed", "x", "7" * 300),
-            "texts[1]: 301 tokens with what the template adds; the context of this model is 256",
+            "texts[1]: 301 tokens including the template; the context of this model is 256",
         ),
         (("trace", "x", "-o", "no\x1b[2J/x.safetensors"), r"there is no folder no\x1b[2J"),
-        (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that is made for it"),
+        (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that was trained for this"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):

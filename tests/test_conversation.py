@@ -156,7 +156,7 @@ def test_the_calculator(model, monkeypatch, capsys, file, tmp_path):
     model = replace(model, tokenizer=replace(model.tokenizer, folder=tmp_path))
     thought = "Add.\n</think>\n\n" if "thinking" in file.stem else ""  # this template opens the reasoning
     prompts = scripted(monkeypatch, model, thought + CALL, f"{thought}It is 42.")
-    example = Conversation.__doc__.partition("goes on:\n\n")[2]
+    example = Conversation.__doc__.partition("and continues:\n\n")[2]
     exec(textwrap.dedent(example), {"model": model, "json": json, "Conversation": Conversation})
     assert capsys.readouterr().out == f"{thought}It is 42.\n"
     assert '"name": "add"' in prompts[0]

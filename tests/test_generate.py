@@ -154,7 +154,7 @@ def test_several_answers_compute_their_prompt_once(weights, config, computed):
     assert new[0] == new[1] == generate(weights, config, [1, 2, 3, 4], max_new_tokens=2)[0]
     assert new[2] == new[3] == generate(weights, config, [5, 6], max_new_tokens=2)[0]
     assert cache.lengths.tolist() == [5, 5, 3, 3]
-    with pytest.raises(ValueError, match="num_return_sequences must be a whole number from 1, got 0"):
+    with pytest.raises(ValueError, match="num_return_sequences must be a whole number >= 1, got 0"):
         generate(weights, config, [1], max_new_tokens=1, num_return_sequences=0)
 
 
@@ -267,7 +267,7 @@ def test_bad_input(weights, config):
     long = [1] * (config.max_position_embeddings + 1)
     with pytest.raises(ContextOverflowError, match=r"prompt 0 has 257 tokens.* 256"):
         generate(weights, config, long, max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens must be a whole number, at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number >= 1, got 0"):
         generate(weights, config, [1], max_new_tokens=0)
     for empty in ([], [[1], []]):
         with pytest.raises(ValueError, match="empty"):

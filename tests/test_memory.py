@@ -41,7 +41,7 @@ def free(monkeypatch):
 
 
 def refusal(size, free):
-    return f"would take {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; ask for fewer positions"
+    return f"would take {size / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB of memory is free; ask for fewer positions"
 
 
 def test_a_cache_that_fits_is_made_and_one_that_does_not_is_refused(config, free):
@@ -228,7 +228,7 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code, group], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but 0\.[01] GB of memory are free; ", done.stdout)
+    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but only 0\.[01] GB of memory is free; ", done.stdout)
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="Linux, with its tool for namespaces")
