@@ -170,7 +170,7 @@ def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long
     assert (process.returncode, out) == (status, b"")
     assert re.fullmatch(said, error, re.DOTALL)
     if not (folder / "config.json").exists():
-        with pytest.raises(CheckpointError, match="a training that has not ended; its command with --resume"):
+        with pytest.raises(CheckpointError, match="an unfinished training run; repeat its command with --resume"):
             load(folder)
     assert 0 < State.load(folder).step < LONG.steps
     assert main(command(corpus, folder, LONG, "--resume")) is None

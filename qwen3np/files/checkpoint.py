@@ -61,9 +61,10 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
 
     Examples
     --------
-    >>> config, weights = read_checkpoint("Qwen3-0.6B")
+    >>> qwen3np.load().save("copy")
+    >>> config, weights = qwen3np.read_checkpoint("copy")
     >>> weights["model.norm.weight"].shape
-    (1024,)
+    (160,)
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -207,7 +208,8 @@ def save_checkpoint(
 
     Examples
     --------
-    >>> save_checkpoint("copy", config, weights, dtype="float16")
+    >>> model = qwen3np.load()
+    >>> qwen3np.save_checkpoint("copy", model.config, model.weights, dtype="float16")
     """
     folder = Path(folder)
     files = {"config.json": _json(config.to_dict())}

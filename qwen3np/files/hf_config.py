@@ -56,9 +56,10 @@ def from_dict(d: Mapping[str, Any]) -> Config:
 
     Examples
     --------
-    >>> config = Config.from_dict(json.loads(Path("Qwen3-0.6B/config.json").read_text()))
-    >>> config.num_hidden_layers, config.head_dim, config.rope_theta
-    (28, 128, 1000000)
+    >>> sizes = {"vocab_size": 2048, "hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 4}
+    >>> heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000}
+    >>> qwen3np.Config.from_dict({**sizes, **heads}).head_dim
+    40
     """
     if not isinstance(d, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a file may hold anything
         raise ConfigError(f"config: a {type(d).__name__} where an object with the model's settings is needed")
@@ -115,8 +116,9 @@ def from_file(path: str | Path) -> Config:
 
     Examples
     --------
-    >>> Config.from_file("Qwen3-0.6B").hidden_size
-    1024
+    >>> qwen3np.load().save("copy")
+    >>> qwen3np.Config.from_file("copy").hidden_size
+    160
     """
     path = Path(path)
     if path.is_dir():

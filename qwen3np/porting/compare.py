@@ -43,14 +43,41 @@ def compare(
     weights: Mapping[str, Array] | None = None,
     require: Sequence[str] = (),
 ) -> Comparison:
-    """Compare a dump, as read_dump gives it or of torch's arrays, with a recording, point by point.
+    """Compare a dump with a recording, point by point.
 
-    names maps names of the dump to points. precision is the port's, "float32", "float16" or "bfloat16"; None tells it
-    from the numbers. With the weights each formula is run on the port's own inputs, which gives the error that it adds,
-    and decides. require are patterns of points that must be compared.
+    Parameters
+    ----------
+    golden
+        The recording.
+    dump, about
+        As read_dump returns them; dump may also hold torch tensors. Decode steps are compared up to the first that was
+        fed another id.
+    names
+        Maps names of the dump to points.
+    precision
+        What the port computes in: "float32", "float16" or "bfloat16"; None: inferred from the numbers.
+    weights
+        If given, each formula is run on the port's own inputs, and the error that it adds there decides.
+    require
+        Patterns of points that must be in the dump.
 
-    Raises ValueError for a dump of another prompt or of another model, for one that has none of the points, and for one
-    that lacks what is required. Decode steps from the first that was fed another id are left out.
+    Returns
+    -------
+    Comparison
+        The verdict, the first wrong point, and a report for each point.
+
+    Raises
+    ------
+    ValueError
+        For a dump of another prompt or another model, without any of the points, or without a required one.
+
+    Examples
+    --------
+    >>> from qwen3np.porting import compare, record
+    >>> model = qwen3np.load()
+    >>> golden = record(model.weights, model.config, [281, 297])
+    >>> compare(golden, golden.points).verdict
+    'equal'
     """
     return compared(golden, dump, about, names, precision, weights, require).comparison
 

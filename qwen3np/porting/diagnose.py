@@ -61,11 +61,37 @@ def diagnose(
     require: Sequence[str] = (),
     bugs: Sequence[Bug] = (),
 ) -> Diagnosis:
-    """Compare a dump with a recording, and try the catalogue of bugs where it goes wrong.
+    """Compare a dump with a recording, and try known bugs where it goes wrong.
 
-    Each bug is planted in the reference, which is run from the port's own numbers: those before the first wrong point,
-    or the ids alone where the port dumps no more than logits. bugs are some of your own, tried beside those of the
-    catalogue. The other arguments and the errors are those of compare.
+    Each bug is planted in the reference, which then runs on the port's own numbers: those before the first wrong point,
+    or only the ids if the port dumps nothing but logits.
+
+    Parameters
+    ----------
+    golden, dump, about, weights, names, precision, require
+        As in compare.
+    bugs
+        Bugs of your own, tried in addition to the catalogue.
+
+    Returns
+    -------
+    Diagnosis
+        The likeliest causes first, and their meaning in words.
+
+    Raises
+    ------
+    ValueError
+        As compare.
+
+    Examples
+    --------
+    >>> from qwen3np.porting import record
+    >>> from qwen3np.porting.diagnose import diagnose
+    >>> model = qwen3np.load()
+    >>> golden = record(model.weights, model.config, [281, 297, 272])
+    >>> port = {**golden.points, "lm_head": golden.points["lm_head"] / 2}
+    >>> diagnose(golden, port, weights=model.weights).first_point
+    'lm_head'
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # with some bugs numbers grow from layer to layer

@@ -164,15 +164,45 @@ def record(
     tokens: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Recording:
-    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` decode steps.
+    """Record the points of a prefill and of decode steps. The model runs once in each precision, for the noise floors.
 
-    Decode steps are fed the ids `fed`, of as many sequences, one by one; where there are fewer, greedy ones follow.
-    points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
-    layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
-    heads) where a point has an axis for them. It runs once in each precision, for the noise floors.
+    Parameters
+    ----------
+    weights, config
+        The model.
+    ids
+        The prompt, (S,) or (B, S).
+    steps
+        How many decode steps follow the prefill.
+    fed
+        The ids to decode, one per step and sequence; greedy ids follow if there are fewer than `steps`.
+    numerics, engine
+        As in forward.
+    points
+        Patterns, separated by commas: "layers.0.*,lm_head". A layer's pattern includes the layer's own point.
+    layers
+        Only these layers; None: all, here and below.
+    tokens, heads
+        Only these positions of the prompt and these query heads (and their key heads), of points that have such an
+        axis.
 
-    Raises ValueError for ids outside the vocabulary, and choices that leave nothing; NonFiniteError for a point that
-    holds NaN or infinity: nothing could be compared with it.
+    Returns
+    -------
+    Recording
+        The points, with everything that is needed to compute them again.
+
+    Raises
+    ------
+    ValueError
+        For ids outside the vocabulary, and choices that leave nothing to record. NonFiniteError for a point that holds
+        NaN or infinity: nothing can be compared with it.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> from qwen3np.porting import record
+    >>> record(model.weights, model.config, [281, 297], points="*.0.*_norm,lm_head").points["lm_head"].shape
+    (1, 2, 2048)
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}

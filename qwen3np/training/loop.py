@@ -137,18 +137,44 @@ def train(
 ) -> None:
     """Train a tokenizer and a model on documents, and write them to a folder.
 
-    sizes are those of SIZES, keys of config.json. The folder becomes an ordinary Hugging Face checkpoint in bfloat16,
-    with tied embeddings and contexts as long as those it was trained on, and has a training_log.csv: every save_every
-    steps the mean training loss since the line before, and the loss of the held-out documents, in nats a token. While
-    training runs it holds the tokenizer and the state of the last such step. A run that was stopped goes on from there
-    when it is called again with resume, to the same weights bit for bit; a finished one goes on with more steps. base
-    is a model to start from, with its tokenizer and sizes (those given are not used then): fine-tuning. progress shows
-    a bar on stderr with the loss and tokens per second, and a line of the log at each save where that is no terminal.
+    The folder becomes an ordinary Hugging Face checkpoint in bfloat16, with tied embeddings and the sequence length as
+    its context, and has a training_log.csv: every save_every steps the mean training loss since the previous line, and
+    the loss of the held-out documents, in nats per token. During training the folder holds the tokenizer and the last
+    saved state.
 
-    Raises ValueError for sizes that do not fit (to each other, or into the memory that is free), for documents in which
-    nothing counts, for a folder that exists (to resume: one without a state, or with one of other sizes, of another
-    corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
-    where training could not start.
+    Parameters
+    ----------
+    documents
+        Texts and conversations, as documents.read_documents returns them.
+    folder
+        A new folder, or with resume the one that holds the interrupted run.
+    sizes
+        Keys of config.json, those in SIZES; a missing one has the value there.
+    settings
+        How to train.
+    held_out
+        Documents that are only measured.
+    resume
+        Continue an interrupted run, to the same weights bit for bit, or a finished one with more steps.
+    progress
+        Show a bar on stderr with the loss and tokens per second; without a terminal, a line of the log at each save.
+    base
+        Fine-tune this model: start with its weights, tokenizer and sizes, in place of the sizes given.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit together or exceed the free memory, documents in which no token counts, and a folder
+        that exists (with resume: a folder without a state, or with other sizes, another corpus or more steps); then no
+        folder is left behind. For a loss that is not finite; then the last saved state is kept.
+
+    Examples
+    --------
+    >>> from qwen3np.training.loop import Settings, train
+    >>> settings = Settings(steps=1, batch_size=1, sequence_length=8)
+    >>> train(["One, two, three. One, two, three."], "counting", {"vocab_size": 282}, settings, progress=False)
+    >>> qwen3np.load("counting").config.vocab_size
+    282
     """
     tqdm = bars()
 
