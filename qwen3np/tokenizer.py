@@ -248,7 +248,7 @@ class Tokenizer:
         tokenize: bool = False,
         **kwargs: Any,
     ) -> str | list[int]:
-        """Render messages with the checkpoint's chat template (see chat.render_chat): the text the model was trained on.
+        """Render messages with the checkpoint's chat template (chat.render_chat): the text it was trained on.
 
         If there are several templates, "tool_use" is for calls with tools and "default" for all others. With
         continue_final_message the text ends inside the last message, for the model to continue it, without a generation

@@ -102,7 +102,7 @@ def test_embedding_and_head_adapted_or_replaced(base, tmp_path):
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported; supported: LORA"),
         ({"use_dora": True}, r"use_dora is not supported: merge the adapter with PEFT"),
         ({"lora_alpha": "8"}, "must hold finite numbers"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "may take for ever"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "may take forever"),
     ],
 )
 def test_other_adapters_are_refused(base, tmp_path, settings, message):
@@ -116,8 +116,8 @@ def test_an_adapter_of_another_model_or_half_of_one(base, tmp_path):
     for n, (more, message) in enumerate(
         [
             ({f"{place}A.weight": np.zeros((4, 63), np.float32), f"{place}B.weight": np.zeros((32, 4), np.float32)},
-             r"made for \(32, 63\), but the base model has \(32, 64\): give its own base"),
-            ({f"{place}A.weight": np.zeros((4, 64), np.float32)}, "only lora_A of a pair"),
+             r"made for \(32, 63\), but the base model has \(32, 64\); give the model it was trained on"),
+            ({f"{place}A.weight": np.zeros((4, 64), np.float32)}, "an incomplete pair: only lora_A"),
             ({f"{place}A.weight": np.zeros((4, 64), np.float32), f"{place}B.weight": np.zeros((32, 5), np.float32)},
              "not of one rank"),
             ({f"{place.replace('1', '7')}A.weight": np.zeros((4, 64), np.float32),
@@ -129,7 +129,7 @@ def test_an_adapter_of_another_model_or_half_of_one(base, tmp_path):
             load(base[0], adapter=tmp_path / str(n), progress=False)
     with pytest.raises(CheckpointError, match=r"a LoRA adapter of Qwen/Qwen3-0\.6B, not a model: load"):
         load(tmp_path / "0", progress=False)
-    with pytest.raises(CheckpointError, match="no adapter"):
+    with pytest.raises(CheckpointError, match="not an adapter"):
         load(base[0], adapter=base[0], progress=False)
 
 

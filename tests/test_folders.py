@@ -58,7 +58,7 @@ PREFIXES = {
 @pytest.mark.parametrize("change", PREFIXES)
 def test_prefixes_of_tools_are_taken_off_and_said(tmp_path, change):
     [remark] = assert_same(write(tmp_path / "x", {PREFIXES[change](name): w for name, w in WEIGHTS[DENSE].items()}))[:1]
-    assert "is taken off the names" in remark
+    assert "is removed from the names" in remark
 
 
 def test_tensors_that_change_nothing(tmp_path):
@@ -98,7 +98,7 @@ def test_fused_experts_are_split(tmp_path):
         fused |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
     assert_same(write(tmp_path / "x", fused, SPARSE), SPARSE)
     fused["model.layers.0.mlp.experts.down_proj"] = fused["model.layers.0.mlp.experts.down_proj"][:, :, 1:]
-    with pytest.raises(CheckpointError, match=r"experts\.down_proj: shape \(4, 32, 23\), but the config asks for"):
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj: shape \(4, 32, 23\), but the config requires"):
         read_checkpoint(write(tmp_path / "x", fused, SPARSE))
 
 
@@ -164,7 +164,7 @@ KINDS = {
     ".pth": (folder_of({"config.json": CONFIG, "consolidated.00.pth": b""}), r"00\.pth.*save_pretrained"),
     "cache": (folder_of({"models--Qwen--Qwen3-0.6B/refs/main": b""}), "root of a Hub cache: give the name"),
     "other name": (folder_of({"config.json": CONFIG, "weights.safetensors": b""}), r"but weights\.safetensors: give"),
-    "inner folder": (folder_of({"a/config.json": CONFIG}), "no checkpoint; one of its folders is"),
+    "inner folder": (folder_of({"a/config.json": CONFIG}), "not a checkpoint, but"),
     "another model": (
         folder_of({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}),
         'model_type = "llama"|truncated',
@@ -187,7 +187,7 @@ def test_each_kind_of_folder_gets_a_line_with_cause_and_remedy(tmp_path, kind):
 def test_the_root_of_a_cached_model(tmp_path):
     root = tmp_path / "models--Qwen--Qwen3-0.6B"
     (root / "snapshots" / "abc").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"own folder of Qwen/Qwen3-0\.6B: give that name"):
+    with pytest.raises(CheckpointError, match=r"folder for Qwen/Qwen3-0\.6B: give that name"):
         load(root, progress=False)
 
 
@@ -200,7 +200,7 @@ def test_a_file_given_as_the_model(tmp_path):
 def test_what_is_odd_is_said_once_on_stderr(tmp_path, capsys):
     folder = write(tmp_path / "x", WEIGHTS[DENSE], tie_word_embeddings=True)
     load(folder)
-    assert "[config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().err
+    assert "[config.json ties the head to the embedding, but the file has a different head" in capsys.readouterr().err
     load(folder, progress=False)
     assert not capsys.readouterr().err
 

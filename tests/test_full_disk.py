@@ -93,7 +93,7 @@ def told(lines, file):
     (line,) = lines
     assert line.startswith(f"error: {file}: cannot be written (")
     assert any(reason in line for reason in ("No space left on device", "File too large", "requested and"))
-    assert line.endswith("make room there, or name another place")
+    assert line.endswith("free some space there, or choose another place")
 
 
 LONG = "One two three four five six seven eight nine ten. " * 8
@@ -137,7 +137,7 @@ def test_a_disk_that_takes_no_change(tmp_path):
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounts a disk, which only root may on Linux")
     try:
-        message = r"x: cannot be written \(Read-only file system\); make room there, or"
+        message = r"x: cannot be written \(Read-only file system\); free some space there, or"
         with pytest.raises(ValueError, match=message), written_aside(folder / "x") as part:
             part.touch()
     finally:

@@ -89,7 +89,9 @@ class Recording:
                 save_file(points, part, {METADATA: json.dumps(about)})
                 part.chmod(mode)
         except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written ({error}); make room there, or name another place") from None
+            raise ValueError(
+                f"{path}: cannot be written ({error}); free some space there, or choose another place"
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
