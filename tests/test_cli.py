@@ -186,7 +186,7 @@ def test_info_of_every_official_config(run, data):
         assert f"{4 * cache:,} bytes per 4,096 positions in float32" in out
         mapped, copied = (2 * unique + 4 * cache) / 1e9, 4 * (unique + cache) / 1e9
         assert f"{mapped:,.1f} GB with the file mapped and this cache, {copied:,.1f} with a float32 copy" in out
-        assert re.search(r"this machine +(does not fit|fits) of the [\d.]+ GB that are free", out)
+        assert re.search(r"this machine +(does not fit|fits) into [\d.]+ GB of free memory", out)
         assert ("128 of size" in out) == ("num_experts" in config)
 
 
@@ -194,11 +194,11 @@ def test_info_says_what_fits(run, model, monkeypatch):
     unique, cache = sum(tensor.size for tensor in model.weights.values()), 4 * 2 * 4 * 2 * 64 * 1000
     mapped, copied = sum(file.stat().st_size for file in BUILTIN.glob("*.safetensors")) + cache, 4 * unique + cache
     for free, said in (
-        (copied, "fits of the 0.0 GB that are free, mapped or copied\n"),
-        (copied - 1, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped - 1, "does not fit of the 0.0 GB that are free: weights are read from the disk again and again\n"),
-        (0, "its free memory is not known\n"),
+        (copied, "fits into 0.0 GB of free memory, mapped or copied\n"),
+        (copied - 1, "fits into 0.0 GB of free memory, mapped\n"),
+        (mapped, "fits into 0.0 GB of free memory, mapped\n"),
+        (mapped - 1, "does not fit into 0.0 GB of free memory: weights would be read from disk repeatedly\n"),
+        (0, "free memory is unknown\n"),
     ):
         monkeypatch.setattr("qwen3np.commands.info.available_memory", lambda free=free: free)
         assert run("info").endswith(f"this machine     {said}")
@@ -264,19 +264,19 @@ def test_errors_of_threads(run, command, count, monkeypatch):
     [
         (("generate", "--top-p", "1.5", "x"), "top_p must be a number in (0, 1], got 1.5"),
         (("generate", "--temperature", "-1", "x"), "temperature must be a finite number >= 0 (0 is greedy), got -1.0"),
-        (("generate", "--file", "nowhere", "x"), "a prompt and --file are given; one of them is enough"),
+        (("generate", "--file", "nowhere", "x"), "both a prompt and --file are given; use one of them"),
         (("generate", "--file", "nowhere"), "No such file or directory"),
-        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools belong to --chat"),
+        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools need --chat"),
         (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
         (("generate", "--stop", "", "x"), "stop strings must not be empty"),
         (("generate", "--seed", "-1", "x"), "seed must be a whole number >= 0, or several, got -1"),
-        (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
+        (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and needs --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
         (("embed", "--file", "nowhere"), "No such file or directory"),
-        (("embed", "--file", "nowhere", "x"), "a text and --file are given; one of them is enough"),
-        (("embed", "--dimensions", "0", "x"), "--dimensions 0 must be a whole number from 1"),
+        (("embed", "--file", "nowhere", "x"), "both a text and --file are given; use one of them"),
+        (("embed", "--dimensions", "0", "x"), "--dimensions 0 must be at least 1"),
         (("embed", "--out", "x.csv", "x"), "--out x.csv: the name must end with one of .npy, .npz, .jsonl"),
         (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
         (
