@@ -153,7 +153,7 @@ def long(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 @pytest.mark.parametrize(
     ("sent", "status", "said"),
-    [("SIGKILL", -9, rb".*"), ("SIGINT", 130, rb".*keeps the last saved step: --resume goes on from there\]\n+")],
+    [("SIGKILL", -9, rb".*"), ("SIGINT", 130, rb".*keeps the last saved step: --resume continues from there\]\n+")],
 )
 def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long, corpus, tmp_path):
     folder, states, deadline = tmp_path / "model", set(), time.monotonic() + 600
@@ -442,7 +442,7 @@ def stopped(computed, tmp_path):
         ({"held_out": [QUESTION]}, "no token of the documents counts in the loss"),
         ({"settings": replace(SETTINGS, steps=2)}, "is at step 3, after steps = 2"),
         ({"settings": replace(SETTINGS, seed=5, batch_size=3)}, r"other settings: \{'batch_size': 4, 'seed': 0\}"),
-        ({"resume": False}, "exists; name a new folder, or resume the training that was stopped there"),
+        ({"resume": False}, "exists; choose a new folder, or resume the run that was interrupted there"),
     ],
 )
 def test_another_training_does_not_go_on(changed, message, stopped, whole):
@@ -482,10 +482,10 @@ def test_there_must_be_a_training_to_resume(learned, tmp_path):
     before = {file.name: file.read_bytes() for file in learned.iterdir()}
     with pytest.raises(ValueError, match="so there is no training to resume"):
         trained(tmp_path / "nowhere", resume=True)
-    with pytest.raises(ValueError, match="the training that was stopped there had other sizes"):
+    with pytest.raises(ValueError, match="the interrupted run there had other sizes"):
         trained(learned, resume=True)
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(ValueError, match="exists; name a new folder"):
+    with pytest.raises(ValueError, match="exists; choose a new folder"):
         trained(learned)
     assert {file.name: file.read_bytes() for file in learned.iterdir()} == before
 
@@ -544,7 +544,7 @@ def test_the_command_trains(run, whole, corpus, tmp_path):
     assert run(*command(corpus, folder), "--held-out", str(corpus)) == ""
     assert run.status == 0
     assert run.stderr.endswith(
-        f"[{folder}: trained; other commands take it with --model; --resume with more --steps goes on]\n"
+        f"[{folder}: trained; use it with --model; --resume with more --steps continues training]\n"
     )
     assert (folder / "model.safetensors").read_bytes() == whole
     config = json.loads((folder / "config.json").read_text())
@@ -605,7 +605,7 @@ def test_errors_of_a_corpus_are_one_line(run, tmp_path):
 
 def test_errors_of_a_resumed_run_are_one_line(run, stopped, whole, corpus):
     for changed, message in (
-        ({}, "exists; name a new folder"),
+        ({}, "exists; choose a new folder"),
         ({"resume": True, "hidden_size": 32}, "had other sizes"),
         ({"resume": True, "learning_rate": 1e15}, "the loss is"),
     ):
@@ -660,6 +660,6 @@ def test_what_is_said_before_and_on_the_way(tmp_path, capsys):
     main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=9)))
     err = capsys.readouterr().err
     assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank lines do not" in err
-    assert re.search(r"\[1 documents, [\d,]+ tokens; [\d,]+ parameters; 9 steps of 96 tokens: each document about", err)
+    assert re.search(r"\[1 documents, [\d,]+ tokens; [\d,]+ parameters; 9 steps of 96 tokens, about", err)
     assert re.search(r"\[step 3, learning_rate .*, loss .*; of 9 steps\]", err)  # no terminal, so lines
-    assert "--resume with more --steps goes on" in err
+    assert "--resume with more --steps continues training" in err
