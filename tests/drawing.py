@@ -1,4 +1,4 @@
-"""What tests draw from: small configs over every switch of the mathematics, weights as after training, ids."""
+"""Random test inputs: small configs over every switch of the mathematics, trained-like weights, ids."""
 
 from __future__ import annotations
 

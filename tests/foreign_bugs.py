@@ -1,6 +1,6 @@
-"""Bugs that no catalogue has, for `foreign.Foreign`: name -> (operations replaced, the first wrong point).
+"""Bugs that are in no catalogue, for `foreign.Foreign`: name -> (operations replaced, the first wrong point).
 
-A point is that of layer 0 in the prompt, unless it says more. Written without a look at how the package tries bugs.
+Points are in layer 0 of the prompt unless stated otherwise. Written without a look at how the package tries bugs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kills saves, downloads and trainings at random moments, does each again, and compares with one that was not killed.
+"""Kills saves, downloads and trainings at random moments, repeats each, and compares with an undisturbed run.
 
     python tests/kills.py --kills 60 --seed 0
 

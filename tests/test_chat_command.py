@@ -1,4 +1,4 @@
-"""What `qwen3np chat` shows and does, with answers that are scripted: the built-in checkpoint does not reason."""
+"""What `qwen3np chat` shows and does, with scripted answers, because the built-in checkpoint does not reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: files go to and from the safetensors library, and broken ones are told apart before a weight is read."""
+"""Checkpoints: exchanged with the safetensors library, and broken ones diagnosed before any weight is read."""
 
 from __future__ import annotations
 
@@ -573,7 +573,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path, config, weights):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the disk is full in the middle of the tensors
     try:
-        with pytest.raises(ValueError, match=r"safetensors: cannot be written \(File too large\); make room"):
+        with pytest.raises(ValueError, match=r"safetensors: cannot be written \(File too large\); free"):
             save_checkpoint(tmp_path / "new", config, weights)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

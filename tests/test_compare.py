@@ -1,4 +1,4 @@
-"""Dumps held against recordings: files, names, layouts, and the verdict on ports with and without a bug."""
+"""Dumps compared with recordings: files, names, layouts, and the verdict on ports with and without a bug."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config, held against the official config.json files and what each key is documented to mean."""
+"""Config, against the official config.json files and the documented meaning of each key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations on the built-in checkpoint; what they should be is put together by hand, id by id."""
+"""Conversations with the built-in checkpoint; the expected ids are assembled by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causes: named for ports with a known bug, from all points and from logits alone; none named for other bugs."""
+"""Causes: named for ports with a known bug, from all points and from logits alone; none for other bugs."""
 
 from __future__ import annotations
 

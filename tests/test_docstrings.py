@@ -1,4 +1,4 @@
-"""The public functions have numpydoc sections, and the examples in them give what they show."""
+"""The public functions have numpydoc sections, and their examples print what they show."""
 
 from __future__ import annotations
 

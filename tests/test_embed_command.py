@@ -1,4 +1,4 @@
-"""`qwen3np embed` and `qwen3np rerank`, on drawn weights: what they print and write is what the functions return."""
+"""`qwen3np embed` and `qwen3np rerank`, on random weights: they print and write what the functions return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exact engine's operations, held against fractions and decimal: each result is the nearest float32."""
+"""The exact engine's operations, against fractions and decimal: each result is the nearest float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people's folders look like: other names, buffers, heads, shards; and the line that says what a folder is."""
+"""Real-world folders: other names, buffers, heads, shards; and the error that says what a folder is."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ KINDS = {
     ".bin": (folder_of({"config.json": CONFIG, "pytorch_model.bin": b""}), r"pytorch_model\.bin.*save_pretrained"),
     ".pth": (folder_of({"config.json": CONFIG, "consolidated.00.pth": b""}), r"00\.pth.*save_pretrained"),
     "cache": (folder_of({"models--Qwen--Qwen3-0.6B/refs/main": b""}), "root of a Hub cache: give the name"),
-    "other name": (folder_of({"config.json": CONFIG, "weights.safetensors": b""}), r"but weights\.safetensors: give"),
+    "other name": (folder_of({"config.json": CONFIG, "weights.safetensors": b""}), r"but weights\.safetensors: rename"),
     "inner folder": (folder_of({"a/config.json": CONFIG}), "not a checkpoint, but"),
     "another model": (
         folder_of({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}),

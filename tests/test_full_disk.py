@@ -1,4 +1,4 @@
-"""A disk that is full half way: one error that says so, and everything as it was before."""
+"""A disk that fills up halfway: one clear error, and everything as it was before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation against a loop that knows neither cache nor batch: argmax of an uncached forward, one token at a time."""
+"""Generation against a loop without cache or batch: argmax of an uncached forward, one token at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backward pass held against finite differences in float64, properties of its steps, and torch's autograd."""
+"""The backward pass, against finite differences in float64, properties of its parts, and torch's autograd."""
 
 from __future__ import annotations
 

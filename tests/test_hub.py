@@ -1,4 +1,4 @@
-"""hub.py, through the real huggingface_hub in a process of its own, against a hub on 127.0.0.1."""
+"""hub.py, through the real huggingface_hub in a separate process, against a hub on 127.0.0.1."""
 
 from __future__ import annotations
 

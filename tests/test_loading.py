@@ -1,4 +1,4 @@
-"""load: what comes from generation_config.json, which copy is made, and what is refused."""
+"""load: settings from generation_config.json, when a copy is made, and which arguments raise errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would not fit into memory is refused with the numbers before it is allocated, and what fits is not."""
+"""Allocations that exceed the free memory raise an error stating both sizes first; others do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every number held against transformers' own Qwen3, eager. `pytest -m oracle -s` prints the figures."""
+"""Every number, against transformers' own eager Qwen3. `pytest -m oracle -s` prints the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLAS is held to one thread while parts are shared out, and gets its threads back."""
+"""BLAS is limited to one thread while our threads work, and gets its threads back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tour: its cells and exercises hold what they promise, again and again, and a terminal shows them page by page."""
+"""The tour: cells and exercises keep their promises, even when run twice, and a terminal shows them page by page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop and `qwen3np train`: what a run leaves behind, however often it is stopped."""
+"""The training loop and `qwen3np train`: the result of a run, however often it is interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts on ports that are right in another way, on settings, and on what programs print instead of points."""
+"""Verdicts on correct ports that differ, on settings, and on programs that print other things than points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify: one hash whatever computes it, and published rows held against logits that are right or wrong."""
+"""verify: the same hash however it is computed, and published rows against right and wrong logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `qwen3np view`: its numbers, its text, its file; and in Chromium, how it reacts."""
+"""The page of `qwen3np view`: its numbers, its text, its file; and its behaviour in Chromium."""
 
 from __future__ import annotations
 
