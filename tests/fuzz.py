@@ -1,4 +1,4 @@
-"""Corrupts the files of a checkpoint at random, loads and runs the result, and reports errors that are not handled well.
+"""Corrupts files of a checkpoint at random, loads and runs the result, and reports errors that are not handled well.
 
     python tests/fuzz.py --cases 100000 --seed 0    # in processes of 500 cases
     python tests/fuzz.py --atheris                      # guided by coverage, until it is stopped; needs atheris

@@ -1,7 +1,7 @@
-"""The bugs that ports of Qwen3 had: each a small change of one point, or of the few points that it spoils together.
+"""Bugs that ports of Qwen3 have had: each a small change of one point, or of a few points that it affects together.
 
-To add one, write into BUGS its name, what it does to which points, and where to look. changes.py has what bugs are made
-of. Those with a number that is not known before, such as another theta, are in fits.py.
+To add one, add to BUGS its name, what it does to which points, and where to look. changes.py has the building blocks.
+Bugs with an unknown number, such as another theta, are in fits.py.
 """
 
 from __future__ import annotations

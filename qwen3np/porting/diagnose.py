@@ -1,4 +1,4 @@
-"""Why another implementation's numbers are wrong: known bugs, tried at the first wrong point on its own inputs."""
+"""Why another implementation's numbers are wrong: tries known bugs at the first wrong point, on the port's inputs."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from qwen3np.porting.record import Recording
 from qwen3np.porting.telltales import telltales
 
 SHOWN = 5  # causes in a report
-LEADERS = 3  # the bugs that are tried together with each other one
-ROUNDS = 3  # causes at different points that are looked for
+LEADERS = 3  # the best bugs, which are tried in combination with every other one
+ROUNDS = 3  # how many causes at different points are searched for
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A bug of the catalogue, or two, and the share of the squared error that goes with it."""
+    """One or two bugs of the catalogue, and the fraction of the squared error that they explain."""
 
     name: str
     step: str  # the first point that it changes
     explained: float
-    sure: bool  # it explains SURE of the error, what is left is rounding, and no point speaks against it
+    sure: bool  # it explains SURE of the error, the rest is rounding, and no point contradicts it
     look: str
     scope: str = ""  # where it is, if not everywhere
-    alike: tuple[str, ...] = ()  # causes that this dump cannot tell apart from it
+    alike: tuple[str, ...] = ()  # causes that this dump cannot distinguish from it
     at: str = ""  # the point that it explains
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is wrong from first_point on: the likeliest causes first, and in words what it means and what is known."""
+    """What is wrong from first_point on: the likeliest causes first, with the meaning and other findings in words."""
 
     verdict: str  # "equal", "rounding", "different", as of compare
     first_point: str | None
     meaning: str
     causes: list[Cause] = field(default_factory=list[Cause])
-    unexplained: list[str] = field(default_factory=list[str])  # points that add an error of another cause
+    unexplained: list[str] = field(default_factory=list[str])  # points that introduce an error with another cause
     known: list[str] = field(default_factory=list[str])
 
 
