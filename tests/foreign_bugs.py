@@ -112,7 +112,7 @@ def with_sink(own, at, s):
 
 
 def stale(kind, by):
-    """A cache that gives the keys or values of decode steps from one place beside."""
+    """A cache that returns the keys or values of decode steps from a neighbouring place."""
 
     def change(own, at, which, old, new):
         return own(which, old, np.roll(old[:, :, -1:], 0, 2) if which == kind and old is not None and by else new)
@@ -121,7 +121,7 @@ def stale(kind, by):
 
 
 def truncated(kind):
-    """A cache that forgets the first position once it goes on."""
+    """A cache that forgets the first position in decode steps."""
 
     def change(own, at, which, old, new):
         if old is not None and which == kind:

@@ -81,7 +81,7 @@ Files = Mapping[str, bytes]
 def originals() -> list[dict[str, bytes]]:
     """Return the files of small checkpoints; between them they have all that the package reads.
 
-    The first has shards with an index, a tokenizer and a template; the second experts and a head of its own in one
+    The first has shards with an index, a tokenizer and a template; the second experts and a separate head in one
     file, YaRN, a window, biases, the older form of a tokenizer, and its template among the settings, which ask for
     sampling. Then quantised matrices, GGUF files and a LoRA adapter.
     """

@@ -83,7 +83,7 @@ def left(kind: str, folder: Path) -> dict[str, bytes]:
 
 
 def kills(count: int, seed: int, report: Callable[[str, float, str], object]) -> None:
-    """Kill so many works, of each kind in turn, and report of each its kind, when it was killed and what came out."""
+    """Kill this many jobs, of each kind in rotation, and report each one's kind, time of death and result."""
     draw = random.Random(seed)
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as name:
         place = Path(name)

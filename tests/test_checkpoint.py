@@ -51,7 +51,7 @@ def assert_same_bits(weights, truth):
 
 
 def write(path, header, data=b""):
-    """Write a safetensors file by hand; header may be bytes that are no header."""
+    """Write a safetensors file by hand; header may be malformed bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 

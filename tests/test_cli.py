@@ -24,7 +24,7 @@ from qwen3np.files.hub import BUILTIN
 from qwen3np.ops.fast.threads import num_threads
 
 PROMPT = "The capital of France is"
-NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ends by itself
+NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ever ends on its own
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def new_ids(model, text, count, stops=("<|im_end|>", "<|endoftext|>"), **samplin
 
 
 def process(*arguments, **options):
-    # the C locale, and without the UTF-8 mode that Python would turn on by itself
+    # the C locale, and without the UTF-8 mode that Python would turn on
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    # and whoever opens a text without saying its encoding is told
+    # and opening a text without an encoding warns
     environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning"}
     return subprocess.run(
         [sys.executable, "-m", "qwen3np", *arguments], capture_output=True, env=environment, check=False, **options
@@ -133,7 +133,7 @@ def test_generate_stops_before_a_stop_string(run, endless):
     arguments = ("generate", *endless, "--max-new-tokens", "60", prompt)
     text = run(*arguments)
     assert text.startswith("The capital of France is Paris.")
-    assert "<|im_end|>" not in text  # which comes next, but is no text
+    assert "<|im_end|>" not in text  # which comes next, but is not text
     assert "answer 60 tokens" in run.stderr
     assert "cut at --max-new-tokens" in run.stderr
     assert run(*arguments, "--stop", stop) == "The capital of Fra\n"
@@ -215,7 +215,7 @@ def test_rope_scaling(run, model, endless):
     for wrong, message in (
         ("linear:2", "type 'linear' is not supported; supported: yarn:FACTOR"),
         ("yarn", "no factor; an example: yarn:4"),
-        ("yarn:x", "'x' is no number"),
+        ("yarn:x", "'x' is not a number"),
         ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: finite numbers from 1"),
         ("yarn:nan", "rope_scaling.factor = NaN"),
     ):

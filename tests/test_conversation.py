@@ -13,7 +13,7 @@ import pytest
 from qwen3np import Conversation, generate
 from qwen3np.conversation import tool_calls
 
-# An answer that does not end by itself, and that its own text, encoded anew, does not give back.
+# An answer that does not end on its own, and whose text, encoded again, gives other ids.
 NOISE = {"max_new_tokens": 30, "temperature": 5.0, "seed": 4}
 
 

@@ -67,7 +67,7 @@ def test_theta(config, numerics, batch):
 
 
 def test_two_bugs_apart(config, weights, golden):
-    """The first wrong point has its own cause; what other points add is told."""
+    """The first wrong point has its own cause; errors that other points introduce are reported."""
     mine = points(weights, replace(config, rope_theta=1e4, tie_word_embeddings=True), golden)
     found = diagnose(golden, mine, weights=weights)
     assert found.causes[0].name == THETA

@@ -38,7 +38,7 @@ def nearest(value: Fraction) -> np.float32:
 
 
 def nearest_decimal(value: Decimal) -> np.float32:
-    """Return the nearest float32 of a number that is no tie."""
+    """Return the nearest float32 of a number that is not a tie."""
     return nearest(Fraction(value))
 
 

@@ -42,7 +42,7 @@ class Limited:
 
 
 class Mounted(Limited):
-    """A folder on a disk of its own, on which only ROOM is left."""
+    """A folder on a separate disk with only ROOM bytes left."""
 
     @contextmanager
     def full(self):

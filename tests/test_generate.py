@@ -26,7 +26,7 @@ module = sys.modules["qwen3np.generate"]  # the package's attribute of this name
 
 
 def naive(weights, config, ids, count, stop_ids=()):
-    """Greedy decoding that computes everything anew for each token."""
+    """Greedy decoding that computes everything again for each token."""
     new = []
     while len(new) < count and not (new and new[-1] in stop_ids):
         new.append(int(np.argmax(forward(weights, config, [*ids, *new])[0, -1])))
@@ -139,7 +139,7 @@ def test_sampling_is_the_seed_s(weights, config, monkeypatch):
     assert runs[0] == runs[1]
     assert generate(weights, config, [1, 2, 3], seed=8, **settings)[0] != runs[0]
     assert generate(weights, config, [1, 2, 3], **settings)[0] != runs[0]
-    # what else is in the batch does not matter, and each row has a stream of its own
+    # what else is in the batch does not matter, and each row has its own stream
     alone = [generate(weights, config, [1, 2, 3], seed=seed, **settings)[0] for seed in (7, (7, 1), (7, 2))]
     assert alone[0] == runs[0]
     assert alone[0] != alone[1] != alone[2] != alone[0]

@@ -24,7 +24,7 @@ from qwen3np.weights import weight_shapes
 
 FLOAT64 = named("float64")
 STEP = 1e-3
-LIMIT = 5e-9  # of the relative error of a gradient beside finite differences: measured at most 3.1e-9, median 7e-11
+LIMIT = 5e-9  # relative error of a gradient against finite differences: measured at most 3.1e-9, median 7e-11
 
 
 def draw(seed, *, rows=3, length=7, layers=2):

@@ -99,7 +99,7 @@ def client(hub, home, stderr=None, **environment):
             return Path(text) if kind == "folder" else text
 
         yield fetch
-    assert "%|" not in log.read_text()  # no bars where stderr is no terminal
+    assert "%|" not in log.read_text()  # no bars if stderr is not a terminal
 
 
 def contents(folder):

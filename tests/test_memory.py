@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_are_not_made(config, free, tmp_path):
 
 
 def test_the_longest_context_is_no_request(weights, config, free):
-    # memory comes with the positions that are used: nobody asked for all of them
+    # memory is taken as positions are used; nothing asks for all of them
     config = replace(config, max_position_embeddings=262_144)
     free(11 * POSITION)
     cache = KVCache.allocate(config)

@@ -35,7 +35,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
-# More than one epoch; the last steps are no multiple of save_every.
+# More than one epoch; the number of steps is not a multiple of save_every.
 SETTINGS = Settings(8, batch_size=4, sequence_length=24, learning_rate=0.01, warmup_steps=2, save_every=3)
 LONG = replace(SETTINGS, steps=400)  # long enough to be stopped from outside
 NAMES = ["Ada", "Bo", "Cleo", "Dov"]
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(at, whole, computed, tmp_path):
     assert State.load(folder).step == saved
     assert not (folder / "model.safetensors").exists()
     assert trained(folder, resume=True) == whole
-    assert len(losses) == at + SETTINGS.steps + 1 - saved  # it did not begin anew; the last loss is a check
+    assert len(losses) == at + SETTINGS.steps + 1 - saved  # it did not start over; the last loss is a check
     assert [line["step"] for line in read_log(folder)] == ["3", "6", "8"]
 
 
@@ -194,7 +194,7 @@ def test_the_number_of_threads_changes_no_byte(monkeypatch, tmp_path):
 
 
 def numbered(count):
-    """Documents of different lengths, encoded: each has a number of its own, and ends with 0."""
+    """Documents of different lengths, encoded: each has its own number, and ends with 0."""
     lengths = np.random.default_rng(0).integers(2, 9, count)
     return [
         (np.array([*[n] * (length - 1), 0], np.int32), np.ones(length, bool)) for n, length in enumerate(lengths, 1)
@@ -214,7 +214,7 @@ def test_batches_have_every_document_once_in_each_epoch():
     epochs = [documents[start : start + 23] for start in range(0, len(documents) - 22, 23)]
     assert len(epochs) > 10
     assert all(sorted(epoch) == list(range(1, 24)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == len(epochs)  # each in an order of its own
+    assert len(set(map(tuple, epochs))) == len(epochs)  # each in its own order
     other = islice(batches(numbered(23), replace(settings, seed=1)), 40)
     assert order(np.concatenate([rows for rows, _ in other])) != documents
 

@@ -110,7 +110,7 @@ def test_right_ways_to_rotate(config, start, way):
     config = replace(config, num_hidden_layers=1, max_position_embeddings=40_960)
     weights = trained_like(config, 0)
     golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, 60), steps=1)
-    if start:  # the same floors would take a prompt of so many positions
+    if start:  # the same floors would need a prompt of this many positions
         from qwen3np.porting.floors import rotary_angles
 
         positions = np.arange(start, start + 60)
@@ -159,7 +159,7 @@ def test_positions_and_heads_in_another_way(config, short_weights, golden):
 
 
 def test_misread_points(golden, short_weights):
-    """A point that is another tensor throughout, though what follows is right, is no bug."""
+    """A point that holds another tensor, although what follows is right, is not a bug."""
     dump = {name: x.copy() for name, x in golden.points.items()}
     dump["model.norm"] = dump["model.layers.1"] * np.float32(0.3)
     for some in (short_weights, None):
@@ -228,7 +228,7 @@ def logits(dump):
 
 @pytest.mark.parametrize("short", [np.float32, BFLOAT16])
 def test_numbers_are_fitted(config, short_weights, golden, short):
-    """A theta and an eps that nobody listed, from all points and from logits."""
+    """A theta and an eps that are not in the catalogue, from all points and from logits."""
     for key, value, name in (
         ("rope_theta", 5e6, "rotary: rope_theta is 5,000,000"),
         ("rope_theta", 12_000.0, "rotary: rope_theta is 12,000"),
@@ -437,7 +437,7 @@ def test_green_means_compared(config, short_weights, golden, tmp_path, capsys):
 
 
 def test_weights_of_its_own(config, short_weights, golden, tmp_path, capsys):
-    """A port with quantised weights is held against a reference that has the same."""
+    """A port with quantised weights is compared with a reference that has the same weights."""
     golden.save(tmp_path / "golden.safetensors")
     own = {k: groups(w.astype(np.float32), w.shape[-1]) if w.ndim == 2 else w for k, w in short_weights.items()}
     save_checkpoint(tmp_path / "other", config, own)

@@ -278,9 +278,7 @@ def _verdict(
             alike.append(f"{said(next(iter(shifts.values())))}, for queries and keys alike: this changes no score")
         if aligned.misread:
             names = ", ".join(sorted(aligned.misread, key=list(found).index))
-            alike.append(
-                f"{names}: not what its successors were computed from, so another tensor or layout, not a bug"
-            )
+            alike.append(f"{names}: not what its successors were computed from, so another tensor or layout, not a bug")
         if alike:
             return "rounding", None, "; ".join(alike)
         if all(report.verdict == "equal" for report in reports):
