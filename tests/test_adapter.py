@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from drawing import SMALL, SMALL_IDS
 
-from qwen3np import CheckpointError, Config, forward, init_weights, load, save_checkpoint
+from qwen3np import CheckpointError, forward, init_weights, load, save_checkpoint
 from qwen3np.stored import Stored
 
-CONFIG = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e6,
-    tie_word_embeddings=True,
-)
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+CONFIG, IDS = replace(SMALL, tie_word_embeddings=True), SMALL_IDS
 NAMES = {"self_attn.q_proj": (64, 32), "self_attn.v_proj": (32, 32), "mlp.down_proj": (32, 48)}
 
 

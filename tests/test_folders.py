@@ -9,22 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from drawing import SMALL, SMALL_IDS
 
-from qwen3np import CheckpointError, Config, ConfigError, forward, init_weights, load, read_checkpoint, save_checkpoint
+from qwen3np import CheckpointError, ConfigError, forward, init_weights, load, read_checkpoint, save_checkpoint
 
-DENSE = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e6,
-)
+DENSE, IDS = SMALL, SMALL_IDS
 SPARSE = replace(DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
 WEIGHTS = {config: init_weights(config, 0, trained_like=True) for config in (DENSE, SPARSE)}
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def write(folder, tensors, config=DENSE, **changes):

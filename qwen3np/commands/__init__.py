@@ -185,11 +185,20 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     return model, model.text
 
 
-def warn_of_chat_model(model: Model, arguments: argparse.Namespace, kind: str) -> None:
-    """Warn on stderr if a checkpoint seems not to be of this kind (Embedding, Reranker).
+def add_texts_and_model(parser: argparse.ArgumentParser, what: str, kind: str) -> None:
+    """Add the flags of a command that computes something from texts with a model of this kind."""
+    add_texts(parser, what)
+    add_model(parser, f"Qwen/Qwen3-{kind}-0.6B")
+    add_computation(parser)
 
-    Chat models pad their vocabulary beyond the tokenizer's entries; Qwen's models of these kinds do not.
+
+def texts_and_model(given: list[str], arguments: argparse.Namespace, what: str, kind: str) -> tuple[list[str], Model]:
+    """Return the texts and the model of such a command. Warn on stderr if the model seems to be of another kind.
+
+    Chat models pad their vocabulary beyond the tokenizer's entries; Qwen's models of other kinds do not.
     """
+    texts = read_texts(given, arguments, what)
+    model, _ = load_model(arguments)
     named_so = kind.lower() in Path(arguments.model).name.lower()
     if not named_so and model.config.vocab_size > model.text.vocab_size:
         print(
@@ -197,6 +206,7 @@ def warn_of_chat_model(model: Model, arguments: argparse.Namespace, kind: str) -
             f"Qwen/Qwen3-{kind}-0.6B was]",
             file=sys.stderr,
         )
+    return texts, model
 
 
 def text(argument: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from qwen3np.commands import add_model, named
 from qwen3np.commands.compare import add_dump, read, read_weights, reported
-from qwen3np.porting.compare import share
+from qwen3np.porting.compare import per_cent
 from qwen3np.porting.diagnose import Diagnosis, diagnose
 
 EXAMPLE = "qwen3np diagnose golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
@@ -47,7 +47,7 @@ def summary(found: Diagnosis) -> str:
     if found.causes:
         lines.append("explained of the squared error:")
         lines += [
-            f"{share(cause.explained):>12}  {cause.name} (at {cause.step})"
+            f"{per_cent(cause.explained):>12}  {cause.name} (at {cause.step})"
             for cause in found.causes
             if cause.explained > 0.01
         ]

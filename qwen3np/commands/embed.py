@@ -10,16 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3np.commands import (
-    add_computation,
-    add_model,
-    add_texts,
-    load_model,
-    progress_bar,
-    read_texts,
-    text,
-    warn_of_chat_model,
-)
+from qwen3np.commands import add_texts_and_model, progress_bar, text, texts_and_model
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
 from qwen3np.files.writing import written_aside
 
@@ -31,7 +22,6 @@ FORMATS = (".npy", ".npz", ".jsonl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("texts", nargs="*", type=text, metavar="TEXT", help="a text (default: stdin)")
-    add_texts(parser, "text")
     query = parser.add_mutually_exclusive_group()
     query.add_argument(
         "--query",
@@ -47,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = ".npy: an array (texts, dimensions); .npz: embeddings and texts; .jsonl (default: JSON lines on stdout)"
     parser.add_argument("--out", metavar="FILE", type=Path, help=out)
-    add_model(parser, "Qwen/Qwen3-Embedding-0.6B")
-    add_computation(parser)
+    add_texts_and_model(parser, "text", "Embedding")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,9 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: no such folder: {out.parent}")
     if arguments.dimensions is not None and arguments.dimensions < 1:
         raise ValueError(f"--dimensions {arguments.dimensions} must be at least 1")
-    texts = read_texts(arguments.texts, arguments, "text")
-    model, _ = load_model(arguments)
-    warn_of_chat_model(model, arguments, "Embedding")
+    texts, model = texts_and_model(arguments.texts, arguments, "text", "Embedding")
     with progress_bar(len(texts), "embedded", "text") as bar:
         embeddings = embed(
             model,

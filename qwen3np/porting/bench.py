@@ -19,7 +19,7 @@ from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, sp
 from qwen3np.porting.record import Recording, distance
 from qwen3np.porting.shapes import UNMASKED
 
-SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
+SURE = 0.99  # the smallest fraction of the squared error that a cause must explain; the rest must also be rounding
 TINY = float(np.finfo(np.float64).tiny)
 MOST_LAYERS = 64  # layers in which bugs are tried apart, where only a whole forward pass can tell
 

@@ -195,7 +195,7 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
             r = replace(r, verdict="rounding", notes=(*r.notes, *(names if r.adds else ())))
         shown.append(r)
     settings = [Setting(f"{bug.name}{f' ({bug.scope})' if bug.scope else ''}", x, at) for at, bug, x in result.settings]
-    told = "; ".join(f"{s.name} explains {share(s.explained)} of the error that {s.point} adds" for s in settings)
+    told = "; ".join(f"{s.name} explains {per_cent(s.explained)} of the error that {s.point} adds" for s in settings)
     if wrong:
         comparison = replace(now, points=shown, settings=settings, meaning=f"{now.meaning}. Besides, {told}")
     else:
@@ -206,6 +206,6 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
     return replace(result, comparison=comparison)
 
 
-def share(explained: float) -> str:
+def per_cent(explained: float) -> str:
     """Format a fraction in per cent, without rounding 99.99 up to 100."""
     return f"{100 * explained:.{6 if explained > 0.99 else 2}g} %"

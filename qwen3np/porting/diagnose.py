@@ -12,7 +12,7 @@ from qwen3np.numerics import Array
 from qwen3np.porting.bench import TINY, Bench, Trial, by_rank, told_apart, usable
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.compare import Compared, compared, share
+from qwen3np.porting.compare import Compared, compared, per_cent
 from qwen3np.porting.fits import FAMILIES, fitted, neighbours
 from qwen3np.porting.matched import matches
 from qwen3np.porting.points import POINTS, split_layer
@@ -148,7 +148,7 @@ def _sentence(cause: Cause) -> str:
     names = cause.name + (f" ({cause.scope})" if cause.scope else "")
     if cause.alike:
         names = f"{names}, or {' or '.join(cause.alike)}, which this dump cannot tell apart,"
-    return f"{names} explains {share(cause.explained)} of the error"
+    return f"{names} explains {per_cent(cause.explained)} of the error"
 
 
 def _causes(bench: Bench, trials: Sequence[Trial]) -> list[Cause]:
