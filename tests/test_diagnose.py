@@ -61,7 +61,7 @@ def test_theta(config, numerics, batch):
         found = diagnose(golden, dump, weights=weights, precision=numerics)
         assert found.first_point == step
         best = found.causes[0]
-        assert (best.name, best.step, best.sure) == (THETA, "self_attn.q_rope", True), found
+        assert (best.name, best.point, best.sure) == (THETA, "self_attn.q_rope", True), found
         assert found.meaning.startswith(f"{THETA} explains ")
         assert found.unexplained == []
 

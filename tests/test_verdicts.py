@@ -505,7 +505,7 @@ def test_eps_of_keras_hub(printed):
     golden, weights, dump, options = printed("tied/keras-hub.npz")
     for some in (dump, logits(dump)):
         found = diagnose(golden, some, weights=weights, **options)
-        assert (found.causes[0].name, found.causes[0].step, found.unexplained) == (
+        assert (found.causes[0].name, found.causes[0].point, found.unexplained) == (
             "norm: rms_norm_eps is 1e-5",
             "self_attn.q_norm",
             [],

@@ -47,7 +47,7 @@ def summary(found: Diagnosis) -> str:
     if found.causes:
         lines.append("explained of the squared error:")
         lines += [
-            f"{per_cent(cause.explained):>12}  {cause.name} (at {cause.step})"
+            f"{per_cent(cause.explained):>12}  {cause.name} (at {cause.point})"
             for cause in found.causes
             if cause.explained > 0.01
         ]

@@ -29,13 +29,19 @@ class Cause:
     """One or two bugs of the catalogue, and the fraction of the squared error that they explain."""
 
     name: str
-    step: str  # the first point that it changes
+    point: str  # the first point that it changes
     explained: float
     sure: bool  # it explains SURE of the error, the rest is rounding, and no point contradicts it
     look: str
     scope: str = ""  # where it is, if not everywhere
     alike: tuple[str, ...] = ()  # causes that this dump cannot distinguish from it
     at: str = ""  # the point that it explains
+
+    @property
+    def step(self) -> str:
+        """The old name of `point`, for one more version."""
+        warnings.warn("Cause.step is called Cause.point now", DeprecationWarning, stacklevel=2)
+        return self.point
 
 
 @dataclass(frozen=True)
