@@ -138,7 +138,10 @@ def _width(character: str) -> int:
 
 def bars() -> Any:
     """Return tqdm: widgets in a notebook that has ipywidgets, text elsewhere."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
-        from tqdm.auto import tqdm
+    if "ipykernel" not in sys.modules:  # tqdm.auto would load asyncio, which takes as long as the built-in model
+        from tqdm import tqdm
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
+            from tqdm.auto import tqdm
     return tqdm
