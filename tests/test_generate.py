@@ -205,7 +205,7 @@ def test_masks_that_are_no_padding(weights, config):
     ):
         with pytest.raises(ValueError, match=f"attention_mask: {words}"):
             forward(weights, config, [[1, 2, 3]], attention_mask=mask)
-    with pytest.raises(ValueError, match="not with a cache"):
+    with pytest.raises(ValueError, match="cannot be combined with a cache"):
         forward(weights, config, [[1]], KVCache.allocate(config, 1, 4), attention_mask=[[1]])
 
 
