@@ -93,7 +93,7 @@ class Conversation:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ValueError where it has none."""
+        """The model's tokenizer. Raises ValueError if it has none."""
         return self.model.text
 
     def reply(
@@ -175,7 +175,7 @@ class Conversation:
         return min(turns, len(starts))
 
     def undo(self) -> str | None:
-        """Take back the last turn; return its user's message, or None where there is none."""
+        """Take back the last turn; return its user's message, or None if there is none."""
         if not (starts := self._turns()):
             return None
         message = self.messages[starts[-1]]

@@ -328,7 +328,7 @@ class Model:
     def generation_settings(self, settings: Mapping[str, Any]) -> GenerationSettings:
         """Return these settings over generation_defaults; stop_strings, which need the tokenizer, become `stop`."""
         defaults = self.generation_defaults()
-        if "max_new_tokens" in settings:  # wins over the file's max_length, as in transformers
+        if "max_new_tokens" in settings:  # overrides the file's max_length, as in transformers
             defaults.pop("max_length", None)
         chosen = cast("dict[str, Any]", {**defaults, **settings})
         strings, stop = chosen.pop("stop_strings", None), chosen.get("stop")

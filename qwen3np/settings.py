@@ -235,7 +235,7 @@ def require_ids(chosen: dict[str, Any], config: Config) -> None:
 def from_file(given: Mapping[str, Any]) -> GenerationSettings:
     """Return the settings in a generation_config.json, except eos_token_id, with those that select other algorithms.
 
-    Filters count only with do_sample, as in transformers; without it decoding is greedy. max_new_tokens wins over
+    Filters count only with do_sample, as in transformers; without it decoding is greedy. max_new_tokens overrides
     max_length.
     """
     given = {name: value for name, value in given.items() if value is not None}

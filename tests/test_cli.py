@@ -567,7 +567,7 @@ def test_rope_scaling_of_recordings(run, tmp_path):
     assert "equal in every bit" in run("compare", golden, golden, "--model", model, *flags)
     run("compare", golden, golden, "--model", model)
     assert run.status == 2
-    assert "its config is not that of" in run.stderr
+    assert "its config differs from" in run.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

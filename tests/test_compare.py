@@ -434,8 +434,8 @@ def test_map(golden, dump, tmp_path):
     assert len(found.missing) == len(dump) - 1
     for text, message in (
         ("[]", "JSON object"),
-        ('{"q": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
-        ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
+        ('{"q": "model.layers.{N}.self_attn.q_proj"}', "must be in both names once"),
+        ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "must be in both names once"),
         ('{"q{N}": "model.layers.{N}.qproj"}', "no such point"),
         ("{", "not a map of names"),
         ("[" * 100_000, "not a map of names"),

@@ -195,7 +195,7 @@ def test_command(config, weights, golden, tmp_path, capsys):
     save_checkpoint(tmp_path / "other", other := replace(config, rms_norm_eps=1e-5), trained_like(other, 0))
     status, printed = run(mine, model="other")
     assert (status, printed.out) == (2, "")
-    assert "its config is not that of" in printed.err
+    assert "its config differs from" in printed.err
     status, printed = run({"x": np.zeros(1)}, "--json")
     found = json.loads(printed.out)
     assert (status, found["verdict"], found["causes"]) == (2, "unusable", [])

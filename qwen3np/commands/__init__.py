@@ -174,7 +174,7 @@ def load_named(arguments: argparse.Namespace) -> Model:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
-    """Return the model that the flags name, and its tokenizer. Raises ValueError where it has none."""
+    """Return the model that the flags name, and its tokenizer. Raises ValueError if it has none."""
     model = load_named(arguments)
     size, stops = model.text.vocab_size, model.generation_defaults().get("stop_ids") or ()
     if any(token >= size for token in stops):

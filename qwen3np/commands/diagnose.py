@@ -13,7 +13,7 @@ from qwen3np.porting.compare import per_cent
 from qwen3np.porting.diagnose import Diagnosis, diagnose
 
 EXAMPLE = "qwen3np diagnose golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
-HELP = "try known bugs on the first wrong number of another implementation; status as that of compare"
+HELP = "try known bugs at the first wrong number of another implementation; exit status as for compare"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report and end with its status."""
+    """Print the report and exit with its status."""
     found = reported(arguments, _diagnose, "causes")
     text = found.meaning if arguments.brief else summary(found)
     print(json.dumps(asdict(found)) if arguments.json else text)
@@ -39,7 +39,7 @@ def _diagnose(arguments: argparse.Namespace) -> Diagnosis:
 
 
 def summary(found: Diagnosis) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     lines = list(found.known)
     if found.unexplained:
         names = ", ".join(found.unexplained[:5]) + (", ..." if len(found.unexplained) > 5 else "")

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=DEFAULT_INSTRUCTION,
         help="the texts are web search queries",
     )
-    instruction = "the texts are queries for this task; --query stands for: " + DEFAULT_INSTRUCTION
+    instruction = "the texts are queries for this task; --query uses: " + DEFAULT_INSTRUCTION
     query.add_argument("--instruction", type=text, metavar="TASK", help=instruction)
     parser.add_argument(
         "--dimensions", type=int, metavar="N", help="keep the first N dimensions, normalised again (default: all)"

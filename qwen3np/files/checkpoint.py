@@ -158,7 +158,7 @@ def _same_numbers(a: Array | Stored, b: Array | Stored) -> bool:
 
 
 def _expected(config: Config, tensors: Mapping[str, Array | Stored | None]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that these tensors must have: those of the config, with a score and without a missing head."""
+    """Return the required shapes: the config's, plus a score head if there is one, minus a missing head."""
     expected = weight_shapes(config)
     if _HEAD not in tensors:  # a model for embeddings or scores
         expected.pop(_HEAD, None)

@@ -124,7 +124,9 @@ def _block(given: Mapping[str, Any]) -> tuple[int, int]:
     block = given.get("weight_block_size") or [128, 128]
     sizes = cast("list[Any]", block) if isinstance(block, list) else []
     if len(sizes) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in sizes):
-        raise ValueError(f"weight_block_size = {block!r} is not supported; supported: [128, 128] and the like")
+        raise ValueError(
+            f"weight_block_size = {block!r} is not supported; supported: lists of two sizes, such as [128, 128]"
+        )
     return sizes[0], sizes[1]
 
 

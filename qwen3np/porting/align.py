@@ -21,7 +21,7 @@ from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.shapes import COPIES, HEAD_ORDER, LAST, UNMASKED, readings
 
 PRECISIONS = ("float32", "float16", "bfloat16")
-HIDDEN = -9000.0  # scores below stand for -inf, as ports mask with -1e4, -1e9 or the lowest number of a type
+HIDDEN = -9000.0  # scores below count as -inf: ports mask with -1e4, -1e9 or the lowest number of a type
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def kept(golden: Recording, here: Found, name: str, x: Array) -> Array:
 def tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
     """Return the noise floors of a point, overall and at its worst position: the port's plus the recording's.
 
-    A decode step has few numbers, whose floor may be small by luck: it is not taken below that of the prefill.
+    A decode step has few numbers, and may have a small floor by luck: the prefill's floor is the minimum.
     """
 
     def floor(p: str, i: int) -> float:

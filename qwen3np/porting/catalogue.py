@@ -55,7 +55,7 @@ from qwen3np.rope import attention_factor
 
 NORMS, LAYER_NORMS, HEAD_NORMS, ROPE = "*norm", "[!s]*norm", "self_attn.[qk]_norm", "self_attn.[qk]_rope"
 EPS_LOOK = "rms_norm_eps is read from config.json, and handed on to every norm"
-# Bugs of one name are forms of the same one. A bug that only some models can have says so with `applies`.
+# Bugs with the same name are variants of one bug. `applies` restricts a bug to models that can have it.
 BUGS = (
     Bug(
         "norm: q/k norm missing",

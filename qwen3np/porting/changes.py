@@ -49,7 +49,7 @@ class Bug:
 
     @property
     def parts(self) -> list[Bug]:
-        """The same bug in only one of the points that its one pattern names; none where it has no such pattern."""
+        """The same bug in each single point that its pattern matches; empty without a pattern."""
         points = self.points if len(self.changes) == 1 else []
         return [self.at(point) for point in points if len(points) > 1]
 

@@ -135,7 +135,7 @@ def read_map(path: str | Path) -> dict[str, str]:
         raise ValueError(f'{path}: a map of names is a JSON object like {{"blk{{N}}.q": "{LAYER}.self_attn.q_proj"}}')
     for mine, point in cast("dict[str, str]", names).items():
         if mine.count("{N}") > 1 or ("{N}" in point) != ("{N}" in mine):
-            raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} stands once in both names, or in none")
+            raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} must be in both names once, or in neither")
         if split_layer(_whole(point).replace("{N}", "0"))[1] not in POINTS:
             raise ValueError(f"{path}: {mine!r} -> {point!r}: there is no such point")
     return cast("dict[str, str]", names)

@@ -24,7 +24,7 @@ class View:
     of: Callable[[Array], Array]
     size: Callable[[Array], Array]
     is_last: bool = False
-    precision: str = "float32"  # whose digits the logits behind them had, as far as that shows
+    precision: str = "float32"  # to which the digits of the logits belong, as far as can be seen
     fault: str = ""
 
 

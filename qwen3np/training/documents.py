@@ -28,7 +28,7 @@ def read_documents(path: str | Path) -> list[Document]:
     document dropped. .jsonl: an object a line, {"text": str} or {"messages": [{"role": str, "content": str}, ...]};
     other keys of the object are ignored. Documents without text are left out.
 
-    ValueError, with the place, for anything else, for what is not UTF-8, and where no document is left.
+    Raises ValueError, naming the place, for anything else, for text that is not UTF-8, and if there are no documents.
     """
     path = Path(path)
     if not path.exists():

@@ -334,7 +334,7 @@ def mean_loss(weights: Weights, config: Config, batch: tuple[Array, Array]) -> f
 
 
 def _counting(encoded: Sequence[Encoded], settings: Settings, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return packed rows in which something counts, and their masks. Raises ValueError where there is none."""
+    """Return packed rows with tokens that count, and their masks. Raises ValueError if there are none."""
     rows, masks = pack(encoded, settings.sequence_length, rng)
     counting = masks.any(axis=1)
     if not counting.any():
