@@ -394,7 +394,7 @@ def test_chat_from_a_pipe(folder, tmp_path):
     assert b"\x1b" not in done.stdout
     saved.write_text("{}")
     done = process("chat", "--lines", "--model", str(folder), input=f"/load {saved}\n".encode())
-    assert b"needs a list of messages" in done.stderr
+    assert b"must hold a list of messages" in done.stderr
     # without --lines all of it is one message, whatever it begins with
     done = process("chat", "--model", str(folder), "--max-new-tokens", "5", input=b"/reset\nis what?\n")
     assert (done.returncode, done.stderr.count(b"context")) == (0, 1)

@@ -190,7 +190,7 @@ def test_command(config, weights, golden, tmp_path, capsys):
     status, printed = run(mine, "--json")
     found = json.loads(printed.out)
     assert (status, found["verdict"], found["first_point"]) == (1, "different", Q_ROPE)
-    assert found["causes"][0].items() >= {"name": THETA, "step": "self_attn.q_rope", "sure": True}.items()
+    assert found["causes"][0].items() >= {"name": THETA, "point": "self_attn.q_rope", "sure": True}.items()
     assert found["causes"][0]["explained"] == pytest.approx(1)
     save_checkpoint(tmp_path / "other", other := replace(config, rms_norm_eps=1e-5), trained_like(other, 0))
     status, printed = run(mine, model="other")

@@ -26,7 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the report and exit with its status."""
     found = reported(arguments, _diagnose, "causes")
     text = found.meaning if arguments.brief else summary(found)
-    print(json.dumps(asdict(found)) if arguments.json else text)
+    if arguments.json:
+        causes = [{**asdict(cause), "step": cause.point} for cause in found.causes]  # step: the old name of point
+        text = json.dumps({**asdict(found), "causes": causes})
+    print(text)
     sys.exit(found.verdict == "different")
 
 
