@@ -214,7 +214,7 @@ def test_rope_scaling(run, model, endless):
     assert "factor 4 over 256 positions" in out
     for wrong, message in (
         ("linear:2", "type 'linear' is not supported; supported: yarn:FACTOR"),
-        ("yarn", "no factor; an example: yarn:4"),
+        ("yarn", "no factor; example: yarn:4"),
         ("yarn:x", "'x' is not a number"),
         ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: finite numbers from 1"),
         ("yarn:nan", "rope_scaling.factor = NaN"),
