@@ -116,12 +116,6 @@ def steps(
 
     Arguments and errors as in generate; errors come before the first step. `held` is another name of `cache`. After
     every step it holds each sequence without its newest token.
-
-    Examples
-    --------
-    >>> model = qwen3np.load()
-    >>> [step.id for step in qwen3np.steps(model.weights, model.config, [[281, 297, 272]], max_new_tokens=2)]
-    [276, 701]
     """
     chosen = checked(settings)
     if len(batch) == 0:

@@ -25,7 +25,7 @@ FULL = [
     qwen3np.Tokenizer.encode,
     *(record, compare, diagnose, train, verify),
 ]
-WITH_EXAMPLES = [MODEL.__call__, MODEL.generate, MODEL.stream, MODEL.score, qwen3np.steps, qwen3np.processed_logits]
+WITH_EXAMPLES = [MODEL.__call__, MODEL.generate, MODEL.stream, MODEL.score, qwen3np.processed_logits]
 
 
 @pytest.mark.parametrize("function", FULL, ids=lambda f: f.__qualname__)
