@@ -370,7 +370,7 @@ def test_keys_in_a_terminal(book):
     terminal.press("n")
     assert terminal.page(at(7, 1))[0] == f"## {headings()[6]}"
     terminal.press("99\n")
-    terminal.page(at(7, 1), f"no lesson 99: they are 0 to {LAST}")
+    terminal.page(at(7, 1), f"no lesson 99: lessons are 0 to {LAST}")
     terminal.press("x")
     terminal.page(at(7, 1), "'x' does nothing: ? lists the keys")
     terminal.press("?")

@@ -440,7 +440,7 @@ def stopped(computed, tmp_path):
         ({"settings": replace(SETTINGS, sequence_length=32)}, r"had other sizes: \{'max_position_embeddings': 24\}"),
         ({"documents": OTHERS}, "had another corpus"),
         ({"held_out": [QUESTION]}, "no token of the documents counts in the loss"),
-        ({"settings": replace(SETTINGS, steps=2)}, "is at step 3, after steps = 2"),
+        ({"settings": replace(SETTINGS, steps=2)}, "is at step 3, beyond steps = 2"),
         ({"settings": replace(SETTINGS, seed=5, batch_size=3)}, r"other settings: \{'batch_size': 4, 'seed': 0\}"),
         ({"resume": False}, "exists; choose a new folder, or resume the run that was interrupted there"),
     ],

@@ -29,7 +29,7 @@ a number, Enter   that lesson (0 is the introduction, with a list)
 ?                 this list
 q                 quit
 
-If your terminal reads whole lines, press Enter after space and letters as well."""
+In terminals that read whole lines, press Enter after space and letters, too."""
 _NAMED = {  # aliases: arrows, Page Up, Page Down, backspace, Ctrl-D
     **{" ": "n", "\n": "n", "\r": "n", "\x1b[B": "n", "\x1b[C": "n", "\x1b[6~": "n"},
     **{"\x1b[A": "b", "\x1b[D": "b", "\x1b[5~": "b", "\x7f": "b", "\x08": "b", "\x04": "q"},
