@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and how hypothesis draws."""
+"""Fixtures that several test files share, and hypothesis profiles."""
 
 from __future__ import annotations
 
