@@ -87,6 +87,7 @@ def test_what_templates_find(template, text):
     ("message", "rendered"),
     [
         ({"content": None, "tool_calls": [{"name": "f"}]}, {"tool_calls": [{"name": "f"}]}),
+        ({"content": None, "refusal": None}, {"content": ""}),  # of a client of OpenAI's API
         ({"reasoning": "r"}, {"thinking": "r", "reasoning": "r", "reasoning_content": "r"}),
         (
             {"reasoning": "r", "thinking": "t", "content": ""},
@@ -105,6 +106,12 @@ def test_what_assistants_say(message, rendered):
     assert text.startswith("[]")
     assert json.loads(text[2:]) == {"role": "assistant"} | rendered
     assert messages == kept
+
+
+def test_the_role_developer_is_system_unless_the_template_knows_it():
+    messages = [{"role": "developer", "content": "Be brief."}, *USER]
+    assert render_chat("{{ messages[0].role }}", messages) == "system"
+    assert render_chat("{# developer #}{{ messages[0].role }}", messages) == "developer"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import unicodedata
 
@@ -31,6 +32,14 @@ def drawn(rng):
     return "".join(rng.choice(HOSTILE, rng.integers(1, 40)))
 
 
+def paged(pieces):
+    """Show pieces of an answer on a page."""
+    page = terminal.Page()
+    for piece in (*pieces, "\n"):
+        page.write(piece)
+    return page
+
+
 def forbidden(text):
     """The characters that are neither printable text nor newlines; the two joiners are parts of words."""
     return [c for c in text if not (c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs")]
@@ -46,8 +55,7 @@ def test_5_000_hostile_answers_reach_a_terminal_as_text(monkeypatch):
             if n % 3 == 0:
                 print(text)
             elif n % 3 == 1:
-                for piece in terminal.wrapped(iter([text[:7], text[7:]])):
-                    sys.stdout.write(piece)
+                paged([text[:7], text[7:]])
             else:
                 sys.stdout.writelines([text])
         count += len(forbidden(screen.getvalue()))
@@ -58,8 +66,8 @@ def test_5_000_hostile_answers_reach_a_terminal_as_text(monkeypatch):
 def test_pipes_get_every_byte(capsys):
     with terminal.guarded():
         sys.stdout.write("a\x1b[2Jb\r\n")
-        assert "".join(terminal.wrapped(["a b\x1b"])) == "a b\x1b"
-    assert capsys.readouterr().out == "a\x1b[2Jb\r\n"
+        paged(["a b\x1b"])
+    assert capsys.readouterr().out == "a\x1b[2Jb\r\na b\x1b\n"
 
 
 def test_what_is_shown_says_what_it_was():
@@ -69,28 +77,61 @@ def test_what_is_shown_says_what_it_was():
 
 @pytest.fixture
 def wide(monkeypatch):
-    def wide(columns):
-        monkeypatch.setattr(sys, "stdout", Screen())
-        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    def wide(columns, rows=24):
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, rows)))
+        return screen
 
     return wide
 
 
 def test_words_are_wrapped_at_the_edge_however_they_come(wide):
-    wide(10)
     text = "one two three fourteen 漢字漢字漢字漢字 x\n\nsuperlongwordhere end"
-    lines = ["one two", "three", "fourteen", "漢字漢字漢", "字漢字 x", "", "superlongwordhere", "end"]
+    lines = ["one two", "three", "fourteen", "漢字漢字漢", "字漢字 x", "", "superlongwordhere", "end", ""]
     for size in (1, 2, 3, 100):
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert [line.rstrip() for line in "".join(terminal.wrapped(pieces)).split("\n")] == lines
-    wide(80)  # asked each time
-    assert "".join(terminal.wrapped([text])) == text
+        screen = wide(10)
+        paged(text[i : i + size] for i in range(0, len(text), size))
+        assert [line.rstrip() for line in screen.getvalue().split("\n")] == lines
+    screen = wide(80)
+    paged([text])
+    assert screen.getvalue() == f"{text}\n"
 
 
 def test_styles_pass_and_take_no_room(wide):
-    wide(12)
-    pieces = [terminal.Style("\x1b[2m"), "dim \x1b[2m", terminal.Style("\x1b[0m"), "x"]
-    assert "".join(terminal.wrapped(pieces)) == "\x1b[2mdim \\x1b[2m\x1b[0mx"
+    screen = wide(12)
+    with terminal.guarded():
+        paged([terminal.Style("\x1b[2m"), "dim \x1b[2m", terminal.Style("\x1b[0m"), "x"])
+    assert screen.getvalue() == "\x1b[2mdim \\x1b[2m\x1b[0mx\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGWINCH"), reason="this system does not tell of new sizes")
+def test_a_page_is_drawn_again_at_another_width(wide, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    before, clear = signal.getsignal(signal.SIGWINCH), "\x1b[H\x1b[2J"
+    screen = wide(10)
+    page = paged([terminal.Style("\x1b[2m"), "one two three", "\n", "four"])
+    with page.redrawn():
+        screen = wide(40)
+        os.kill(os.getpid(), signal.SIGWINCH)
+        assert screen.getvalue() == ""  # an answer may be in the middle of a write
+        page.write(" five")
+        assert screen.getvalue() == f"{clear}\x1b[2mone two three\nfour\n "
+
+        def typed(prompt):
+            os.kill(os.getpid(), signal.SIGWINCH)
+            return "a long question"
+
+        page.write("\n")
+        screen = wide(9, 4)
+        monkeypatch.setattr("builtins.input", typed)
+        assert page.ask("> ") == "a long question"
+        assert screen.getvalue() == f"{clear}\x1b[2mfour\n five\n"  # the style of what is above goes on
+        screen = wide(9, 5)
+        os.kill(os.getpid(), signal.SIGWINCH)
+        page.write("x\n")
+        assert screen.getvalue() == f"{clear}\x1b[2m> a long\nquestion\nx\n"
+    assert signal.getsignal(signal.SIGWINCH) == before
 
 
 def test_reasoning_apart():

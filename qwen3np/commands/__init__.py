@@ -62,8 +62,6 @@ def named(arguments: argparse.Namespace) -> str | None:
     model: str | None = arguments.model
     if model is None:
         print("[the small built-in checkpoint; --model Qwen/Qwen3-0.6B names a large one]", file=sys.stderr)
-    elif re.fullmatch(r"[Qq]wen3[\w.-]*", model) and not Path(model).exists():
-        raise ValueError(f"--model {model}: there is no such folder; on the Hub it is Qwen/Q{model[1:]}")
     return model
 
 
@@ -254,7 +252,7 @@ def chat_files(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], lis
     if arguments.system:
         messages = [
             {"role": "system", "content": arguments.system},
-            *[m for m in messages if m.get("role") != "system"],
+            *[m for m in messages if m.get("role") not in ("system", "developer")],
         ]
     return messages, read_objects(arguments.tools, "tools") if arguments.tools else None
 
