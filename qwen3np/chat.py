@@ -60,7 +60,8 @@ def render_chat(
 
     messages: dicts with "role" (system, user, assistant or tool; developer means system, unless the template knows it)
     and "content", a string or a list of text parts, {"type": "text", "text": ...}; an assistant's may be None, and may
-    be missing next to its "reasoning_content" or "tool_calls". Templates that do not read lists get the parts as one text, a line each, as in vLLM and llama.cpp.
+    be missing next to its "reasoning_content" or "tool_calls". Templates that do not read lists get the parts as one
+    text, a line each, as in vLLM and llama.cpp.
     tools: their JSON schemas. enable_thinking: None leaves the choice to the template. continue_final_message: end
     inside the last message, without a generation prompt. kwargs: more variables for the template. All of it is data
     that JSON can hold.

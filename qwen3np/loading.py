@@ -34,7 +34,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, counted
 from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -65,7 +65,7 @@ class ScoreOptions(TypedDict, total=False):
     stride: int | None
     numerics: str
     engine: str
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,8 +114,12 @@ class Model:
     def generate(self, input_ids: Batch, **settings: Unpack[GenerationSettings]) -> tuple[list[list[int]], KVCache]: ...
     @lists_settings
     def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
-        """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
-        chosen = self.generation_settings(settings)
+        """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json.
+
+        Longer than two seconds, this shows a bar, in a notebook or on stderr if that is a terminal, unless progress is
+        False; so do `complete`, `score`, `embed` and `rerank`.
+        """
+        chosen = self.generation_settings({"progress": True, **settings})
         return generate(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
@@ -141,9 +145,11 @@ class Model:
 
         See qwen3np.score.
         """
-        if not isinstance(texts, str) and len(texts) and isinstance(texts[0], str):
-            return [score(self.weights, self.config, self.text.encode(text), **options) for text in texts]
-        return score(self.weights, self.config, self._ids(texts), **options)
+        several = not isinstance(texts, str) and len(texts) and isinstance(texts[0], str)
+        sequences = [self._ids(text) for text in (texts if several else [texts])]
+        with counted(options.get("progress", True), sum(map(len, sequences)), "scored") as count:
+            found = [score(self.weights, self.config, ids, **{**options, "progress": count}) for ids in sequences]
+        return found if several else found[0]
 
     def embed(
         self,
@@ -154,14 +160,15 @@ class Model:
         attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
         """Return a vector of length 1 for each text (N, D), or for a single one (D,); see qwen3np.embed."""
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "progress": progress}
-        vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "attention_mask": attention_mask}
+        with counted(progress, len(many), "embedded", "text") as count:
+            vectors = embed(self, many, instruction, dimensions, progress=count, **options)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(
@@ -172,12 +179,13 @@ class Model:
         *,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
         """Return how well each document meets the query, from 0 to 1 (N,); see qwen3np.rerank."""
         from qwen3np.embeddings import rerank
 
-        return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=progress)
+        with counted(progress, len(documents), "ranked", "document") as count:
+            return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=count)
 
     def trace(
         self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast", points: str = "*"

@@ -135,7 +135,12 @@ class GenerationSettings(TypedDict, total=False):
     numerics: Annotated[str, Rule(lambda x: x in NUMERICS, f"one of {', '.join(NUMERICS)}", "float32")]
     engine: Annotated[str, Rule(lambda x: x in ENGINES, f"one of {', '.join(ENGINES)}", "fast")]
     edit: Annotated[Edit | None, Rule(callable, "a callable (name, array) -> array or None", None)]
-    progress: Annotated[Progress | None, Rule(callable, "a callable (prompt positions computed)", None)]
+    progress: Annotated[  # True: a bar after two seconds, in a notebook or a terminal
+        Progress | bool | None,
+        Rule(
+            lambda x: callable(x) or isinstance(x, bool), "a callable (tokens of prompts and answers), or a bool", None
+        ),
+    ]
     # of generate alone: for ids (B, S) padded on the left or the right, 1 for tokens; the number of answers to a prompt
     attention_mask: Annotated[ArrayLike | None, Rule(lambda x: True, "an array (B, S)", None)]
     num_return_sequences: Annotated[int, _number(lambda n: n >= 1, "a whole number from 1", 1, Integral)]

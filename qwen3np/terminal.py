@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from qwen3np.errors import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
 
 class Style(str):
@@ -204,6 +204,22 @@ def _width(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+@contextmanager
+def counted(
+    progress: Callable[[int], object] | bool | None, total: int, what: str, unit: str = "tok"
+) -> Generator[Callable[[int], object] | None]:
+    """Yield what is to be called with each number that is done: progress itself or, for True, a bar.
+
+    The bar appears after two seconds, in a notebook or on stderr if that is a terminal, and goes when all is done.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    shown = None if progress else True  # tqdm's None: where it is a terminal
+    with bars()(total=total, desc=what, unit=unit, delay=2, leave=False, disable=shown) as bar:
+        yield bar.update
 
 
 def bars() -> Any:

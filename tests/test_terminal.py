@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import unicodedata
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qwen3np import terminal
@@ -45,22 +48,64 @@ def forbidden(text):
     return [c for c in text if not (c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs")]
 
 
-def test_5_000_hostile_answers_reach_a_terminal_as_text(monkeypatch):
-    rng, count = np.random.default_rng(0), 0
-    for n in range(5000):
-        screen = Screen()
-        monkeypatch.setattr(sys, "stdout", screen)
-        text = drawn(rng)
-        with terminal.guarded():
-            if n % 3 == 0:
-                print(text)
-            elif n % 3 == 1:
-                paged([text[:7], text[7:]])
-            else:
-                sys.stdout.writelines([text])
-        count += len(forbidden(screen.getvalue()))
-        assert len(screen.getvalue()) >= len(text.strip())  # shown, not dropped
-    assert count == 0
+ANSWERS = """
+import io, os, sys
+import numpy as np
+from qwen3np import Model, load
+from qwen3np.cli import main
+from qwen3np.commands import chat, generate
+from qwen3np.generate import Step
+from test_terminal import drawn
+
+os.environ["TERM"] = "dumb"  # no styles of our own
+model, rng = load(progress=False), np.random.default_rng(0)
+encode, end = model.text.encode, model.text.token_to_id("<|im_end|>")
+logits = np.zeros(1, np.float32)
+
+def steps(weights, config, prompts, **options):
+    for row in range(len(prompts)):
+        for token in encode(drawn(rng)):
+            yield Step(row, token, logits, False)
+        yield Step(row, end, logits, True)
+
+for command in (chat, generate):
+    command.load_model = lambda arguments: (model, model.text)
+generate.steps = steps
+Model.stream = lambda self, ids, **options: iter([*encode(drawn(rng)), end])
+for flags in ([], ["--chat"]):
+    main(["generate", *flags, *["x"] * 1250])
+sys.stdin = io.TextIOWrapper(io.BytesIO(b"Hi\n/reset\n" * 2500))
+main(["chat", "--lines"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_5_000_hostile_answers_reach_a_terminal_as_text():
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    attributes = termios.tcgetattr(theirs)
+    attributes[1] &= ~termios.OPOST  # else the system makes \r\n of \n
+    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+    path = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
+    environment, pieces = os.environ | {"PYTHONPATH": path}, []
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen([sys.executable, "-c", ANSWERS], stdout=theirs, stderr=said, env=environment) as child:
+            os.close(theirs)
+            with contextlib.suppress(OSError):  # Linux's way to say that nothing more comes
+                while piece := os.read(ours, 2**16):
+                    pieces.append(piece)
+            os.close(ours)
+        said.seek(0)
+        errors = said.read()
+    assert child.returncode == 0, errors[-2000:]
+    text = b"".join(pieces).decode()
+    answers = errors.count("tokens, first after") + 2 * 1250
+    outside = forbidden(text)
+    print(f"{answers:,} answers, {len(text.encode()):,} bytes, {len(outside)} outside of printable text and newlines")
+    assert (answers, outside) == (5000, [])
+    assert text.count("\\x1b[2J") > 1000  # shown, not dropped
 
 
 def test_pipes_get_every_byte(capsys):
@@ -130,7 +175,7 @@ def test_a_page_is_drawn_again_at_another_width(wide, monkeypatch):
         screen = wide(9, 5)
         os.kill(os.getpid(), signal.SIGWINCH)
         page.write("x\n")
-        assert screen.getvalue() == f"{clear}\x1b[2m> a long\nquestion\nx\n"
+        assert screen.getvalue() == f"{clear}\x1b[2m> a long \nquestion\nx\n"
     assert signal.getsignal(signal.SIGWINCH) == before
 
 

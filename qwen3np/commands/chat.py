@@ -264,7 +264,9 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         taken = self.conversation.undo()
-        self.say("There is nothing to take back." if taken is None else f"Taken back: {one_line(taken['content'])[:60]}")
+        self.say(
+            "There is nothing to take back." if taken is None else f"Taken back: {one_line(taken['content'])[:60]}"
+        )
 
     def _regen(self, _: str) -> None:
         message = self.conversation.undo()

@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     sizes = {name: getattr(arguments, name) for name in SIZES}
     documents = read_documents(arguments.corpus)
-    if len(documents) == 1 and isinstance(documents[0], str) and "\n\n" in documents[0]:
+    if len(documents) == 1 and isinstance(documents[0], str) and "\n" in documents[0]:
         print(
-            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank lines do not, and "
-            "a model learns to stop from the ends of documents]",
+            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank and other lines do "
+            "not, and a model learns to stop from the ends of documents]",
             file=sys.stderr,
         )
     held_out = read_documents(arguments.held_out) if arguments.held_out else ()

@@ -101,7 +101,7 @@ def resolve(
 
 
 def similar(name: str) -> str | None:
-    """Return the published name that this one, which lacks its owner or is misspelt, stands for most likely, or None."""
+    """Return the published name that was most likely meant by one without an owner, or a misspelt one; else None."""
     known = {full.lower(): full for full in PUBLISHED}
     owned = name if "/" in name else f"Qwen/{name}"
     return next((known[near] for near in get_close_matches(owned.lower(), known, 1, 0.88) if known[near] != name), None)

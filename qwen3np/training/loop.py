@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -171,7 +172,7 @@ def train(
     if progress:
         print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     losses: list[float] = []
-    begun = state.step
+    begun, started = state.step, 0.0
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of an overflow the loss tells
         for rows, masks in islice(batches(encoded, settings), state.step, None):
@@ -193,6 +194,11 @@ def train(
             adamw(state.weights, gradients, state.moments, state.step, rate, weight_decay=settings.weight_decay)
             losses.append(loss)
             bar.update(tokens)
+            if state.step == begun + 1:  # the first takes longer
+                started = time.perf_counter()
+            elif progress and state.step == begun + 2:
+                seconds = (settings.steps - state.step) * (time.perf_counter() - started)
+                bar.write(f"[about {_duration(seconds)} to go]", file=sys.stderr)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 line: dict[str, float] = {"step": state.step, "learning_rate": rate, "loss": sum(losses) / len(losses)}
@@ -207,6 +213,13 @@ def train(
     for name in ("config.json", "model.safetensors"):  # of a run that is continued, or was stopped just here
         (folder / name).unlink(missing_ok=True)
     save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
+
+
+def _duration(seconds: float) -> str:
+    """Say how long this is, as roughly as it is known."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
 
 
 def _estimate(state: State, encoded: Sequence[Encoded], settings: Settings) -> str:
