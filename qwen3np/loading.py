@@ -34,7 +34,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.terminal import bars, counted
+from qwen3np.terminal import bars, counted, shows_bars
 from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -148,7 +148,8 @@ class Model:
         several = not isinstance(texts, str) and len(texts) and isinstance(texts[0], str)
         sequences = [self._ids(text) for text in (texts if several else [texts])]
         with counted(options.get("progress", True), sum(map(len, sequences)), "scored") as count:
-            found = [score(self.weights, self.config, ids, **{**options, "progress": count}) for ids in sequences]
+            rest: dict[str, Any] = {**options, "progress": count}
+            found = [score(self.weights, self.config, ids, **rest) for ids in sequences]
         return found if several else found[0]
 
     def embed(
@@ -292,8 +293,6 @@ def load(
         config, weights, metadata = read_gguf(file)
         tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
         generation_config = _checked_of(file, generation_of(metadata))
-    elif (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     else:
         config, weights = read_checkpoint(folder)
         path = folder / "generation_config.json"
@@ -366,7 +365,12 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
         pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
     with tqdm(
-        total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
+        total=4 * total,
+        desc="float32 copy",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not (progress and shows_bars()),
     ) as bar:
 
         def make(piece: tuple[Array, Array]) -> None:

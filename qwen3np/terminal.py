@@ -217,9 +217,16 @@ def counted(
     if not isinstance(progress, bool):
         yield progress
         return
-    shown = None if progress else True  # tqdm's None: where it is a terminal
-    with bars()(total=total, desc=what, unit=unit, delay=2, leave=False, disable=shown) as bar:
+    off = not (progress and shows_bars())
+    with bars()(total=total, desc=what, unit=unit, delay=2, leave=False, disable=off) as bar:
         yield bar.update
+
+
+def shows_bars() -> bool:
+    """Whether a bar would be seen: in a notebook, whose streams are no terminals, or on stderr if that is one."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
 
 
 def bars() -> Any:

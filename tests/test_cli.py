@@ -186,7 +186,7 @@ def test_info_of_every_official_config(run, data):
         assert f"{4 * cache:,} bytes per 4,096 positions in float32" in out
         mapped, copied = (2 * unique + 4 * cache) / 1e9, 4 * (unique + cache) / 1e9
         assert f"{mapped:,.1f} GB with the file mapped and this cache, {copied:,.1f} with a float32 copy" in out
-        assert re.search(r"this machine +(does not fit|fits) of the [\d.]+ GB that are free", out)
+        assert re.search(r"this machine +(does not fit|fits) into the [\d.]+ GB that are free", out)
         assert ("128 of size" in out) == ("num_experts" in config)
 
 
@@ -194,10 +194,10 @@ def test_info_says_what_fits(run, model, monkeypatch):
     unique, cache = sum(tensor.size for tensor in model.weights.values()), 4 * 2 * 4 * 2 * 64 * 1000
     mapped, copied = sum(file.stat().st_size for file in BUILTIN.glob("*.safetensors")) + cache, 4 * unique + cache
     for free, said in (
-        (copied, "fits of the 0.0 GB that are free, mapped or copied\n"),
-        (copied - 1, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped - 1, "does not fit of the 0.0 GB that are free: weights are read from the disk again and again\n"),
+        (copied, "fits into the 0.0 GB that are free, mapped or copied\n"),
+        (copied - 1, "fits into the 0.0 GB that are free, mapped\n"),
+        (mapped, "fits into the 0.0 GB that are free, mapped\n"),
+        (mapped - 1, "does not fit into the 0.0 GB that are free: weights are read from the disk again and again\n"),
         (0, "its free memory is not known\n"),
     ):
         monkeypatch.setattr("qwen3np.commands.info.available_memory", lambda free=free: free)

@@ -163,7 +163,7 @@ def test_each_stopping_rule_ends_an_answer_where_transformers_does(rules, monkey
     from transformers.generation.utils import GenerationMixin
 
     sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
-    config = Config.from_dict({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1})
+    config = Config.from_dict({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e4})
     weights, most = init_weights(config, 0), 8
     rng, clock, mixin = np.random.default_rng(RULES.index(rules[-1])), 0.0, GenerationMixin()
     mixin.config = SimpleNamespace()

@@ -48,7 +48,7 @@ def forbidden(text):
     return [c for c in text if not (c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs")]
 
 
-ANSWERS = """
+ANSWERS = r"""
 import io, os, sys
 import numpy as np
 from qwen3np import Model, load

@@ -40,21 +40,27 @@ def add_model(
     scaling = (
         "yarn:FACTOR extends the context, of 32,768 positions to 131,072 with yarn:4 (default: as config.json says)"
     )
-    group.add_argument("--rope-scaling", metavar="TYPE:FACTOR", help=scaling)
+    group.add_argument("--rope-scaling", type=_yarn, metavar="TYPE:FACTOR", help=scaling)
 
 
 def scaled(config: Config, arguments: argparse.Namespace) -> Config:
-    """Return the config as --rope-scaling extends it. Raises ConfigError for what is not yarn:FACTOR."""
-    if arguments.rope_scaling is None:
-        return config
-    kind, _, factor = arguments.rope_scaling.partition(":")
-    if kind != "yarn":
-        raise ConfigError(f"--rope-scaling: type {kind!r} is not supported; supported: yarn:FACTOR")
+    """Return the config as --rope-scaling extends it. Raises ConfigError for a factor that it refuses."""
     try:
-        return config.extended(float(factor))
-    except ValueError as error:
-        reason = error if isinstance(error, ConfigError) else f"{factor!r} is no number" if factor else "no factor"
-        raise ConfigError(f"--rope-scaling {arguments.rope_scaling}: {reason}; an example: yarn:4") from None
+        return config if arguments.rope_scaling is None else config.extended(arguments.rope_scaling)
+    except ConfigError as error:
+        raise ConfigError(f"--rope-scaling yarn:{arguments.rope_scaling:g}: {error}; an example: yarn:4") from None
+
+
+def _yarn(written: str) -> float:
+    """Return FACTOR of yarn:FACTOR."""
+    kind, _, factor = written.partition(":")
+    if kind != "yarn":
+        raise argparse.ArgumentTypeError(f"type {kind!r} is not supported; supported: yarn:FACTOR")
+    try:
+        return float(factor)
+    except ValueError:
+        reason = f"{factor!r} is no number" if factor else "no factor"
+        raise argparse.ArgumentTypeError(f"{reason}; an example: yarn:4") from None
 
 
 def named(arguments: argparse.Namespace) -> str | None:
@@ -133,6 +139,8 @@ def flags_of_generation(arguments: argparse.Namespace) -> dict[str, Any]:
         if name != "stop" and value is not None:  # this flag means strings; see Ends
             given[name] = value
     checked(given, needed=False)
+    if negative := [i for i in arguments.stop_id or () if i < 0]:
+        raise ValueError(f"--stop-id {negative[0]}: ids are whole numbers from 0")
     if "" in arguments.stop:
         raise ValueError("--stop: stop strings must not be empty")
     for written in arguments.set:
@@ -200,7 +208,7 @@ def read_text(path: str) -> str:
     """
     found = utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), "stdin" if path == "-" else path)
     if path == "-" and not found:
-        raise ValueError("stdin is empty; give a text there, as an argument or with --file")
+        raise ValueError("stdin is empty, so there is no text")
     return found.removeprefix("\ufeff")
 
 

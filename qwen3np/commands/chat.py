@@ -207,12 +207,14 @@ class Chat:
                 for piece in self.shown(ends.text(timed())):
                     self.page.write(piece)
         except ContextOverflowError as error:
-            raise ValueError(f"{error}; {self.offers()}") from None
+            what = str(error).replace("input_ids: prompt 0", "the conversation")
+            raise ValueError(f"{what}: {self.offers()}") from None
         finally:
-            self.page.write(style("0"))
-            self.page.write("\n")
+            if ids:
+                self.page.write(style("0"))
+                self.page.write("\n")
         if not ids:
-            self.say("[interrupted before the answer began; the message is dropped]")
+            self.say("\n[interrupted before the answer began; the message is dropped]")
             return
         cost = f"{len(ids)} tokens, first after {times[0] - began:.1f} s"
         if len(ids) > 1:

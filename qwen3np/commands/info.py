@@ -110,7 +110,7 @@ def _fits(mapped: int, copied: int) -> str:
     free = available_memory()
     if not free:
         return "its free memory is not known"
-    room = f"of the {free / 1e9:,.1f} GB that are free"
+    room = f"into the {free / 1e9:,.1f} GB that are free"
     if mapped > free:
         return f"does not fit {room}: weights are read from the disk again and again"
     return f"fits {room}, {'mapped or copied' if copied <= free else 'mapped'}"

@@ -20,6 +20,8 @@ _PICKLES = ("*.bin", "*.pth", "*.pt")
 
 def require_checkpoint(folder: Path) -> None:
     """Raise CheckpointError for a folder without weights in safetensors: one line, what it is and what to do."""
+    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     if any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
         return
     if (folder / SINGLE).exists() or (folder / INDEX).exists():

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import sys
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from typing import Any
 
 from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.limits import read_json
+from qwen3np.terminal import bars, shows_bars
 
 # All that is read of a checkpoint. Repositories may hold the same weights in other formats as well
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
@@ -93,7 +93,7 @@ def resolve(
         raise CheckpointError(f"there is no folder {name}: give one that exists, or a Hub id such as Qwen/Qwen3-0.6B")
     try:
         wanted = _wanted(gguf_file, adapter)
-        return _download(name, revision, wanted, weights, quiet=not (progress and sys.stderr.isatty()))
+        return _download(name, revision, wanted, weights, quiet=not (progress and shows_bars()))
     except CheckpointError:
         raise
     except Exception as error:  # the HTTP client differs between versions, and hf_xet has errors of its own
@@ -147,7 +147,8 @@ def _download(name: str, revision: str | None, wanted: list[str], weights: bool,
     more = VOCABULARY_FILES if wanted[0] == FILES[0] and "tokenizer.json" not in files else []
     patterns = wanted + more
     with _no_bars() if quiet else nullcontext():
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        shown = None if quiet else bars()  # its own would be seen in terminals only
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=shown))
 
 
 @contextmanager

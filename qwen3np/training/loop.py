@@ -26,7 +26,7 @@ from qwen3np.guard import forward
 from qwen3np.loading import Model
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, shows_bars
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
@@ -166,9 +166,9 @@ def train(
         desc="training",
         unit=" tokens",
         unit_scale=True,
-        disable=None if progress else True,
+        disable=not (progress and shows_bars()),
     )
-    lines = progress and bar.disable  # no terminal, no notebook
+    lines = progress and not shows_bars()
     if progress:
         print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     losses: list[float] = []
@@ -227,9 +227,10 @@ def _estimate(state: State, encoded: Sequence[Encoded], settings: Settings) -> s
     tokens, parameters = sum(len(ids) for ids, _ in encoded), count_parameters(state.config)["unique"]
     per_step = settings.batch_size * settings.sequence_length
     steps = settings.steps - state.step
+    documents = f"{len(encoded):,} document{'s' * (len(encoded) != 1)}"
     return (
-        f"[{len(encoded):,} documents, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} "
-        f"tokens: each document about {steps * per_step / max(tokens, 1):.1f} times]"
+        f"[{documents}, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} tokens: each "
+        f"document about {steps * per_step / max(tokens, 1):.1f} times]"
     )
 
 
@@ -245,6 +246,9 @@ def _begun(
     """Return the state to go on from, the documents as ids, and the held-out rows and masks. Raises as train does."""
     fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
     config = Config.from_dict({**sizes, **fixed}) if base is None else base.config
+    if settings.sequence_length > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        raise ValueError(f"sequence_length = {settings.sequence_length}: the context of this model is {context}")
     size = 16 * count_parameters(config)["unique"]
     require_memory(size, "training: weights, gradients and two moments in float32", "choose smaller sizes")
     state = State.load(folder) if resume else None
