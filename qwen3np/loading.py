@@ -364,14 +364,8 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
         step = max(PIECE * len(tensor) // tensor.size, 1)  # rows
         pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
-    with tqdm(
-        total=4 * total,
-        desc="float32 copy",
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=not (progress and shows_bars()),
-    ) as bar:
+    off = not (progress and shows_bars())
+    with tqdm(total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=off) as bar:
 
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece

@@ -214,24 +214,25 @@ def counted(
 
     The bar appears after two seconds, in a notebook or on stderr if that is a terminal, and goes when all is done.
     """
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    off = not (progress and shows_bars())
-    with bars()(total=total, desc=what, unit=unit, delay=2, leave=False, disable=off) as bar:
-        yield bar.update
+    if progress is True and shows_bars():
+        with bars()(total=total, desc=what, unit=unit, delay=2, leave=False) as bar:
+            yield bar.update
+    else:
+        yield None if isinstance(progress, bool) else progress
 
 
 def shows_bars() -> bool:
     """Whether a bar would be seen: in a notebook, whose streams are no terminals, or on stderr if that is one."""
-    ipython: Any = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
 
 
 def bars() -> Any:
     """Return tqdm's bars for where this runs: widgets in a notebook that has ipywidgets, else text."""
-    if "ipykernel" not in sys.modules:  # tqdm.auto would load asyncio, which takes as long as the built-in model
+    if not _in_notebook():  # tqdm.auto would load asyncio, which takes as long as the built-in model
         from tqdm import tqdm
     else:
         with warnings.catch_warnings():

@@ -25,13 +25,14 @@ CELLS = {
         'model.hidden_states("One two").shape, model.attention_maps("One two").shape'
     ),
     "edit": (
-        'paris, berlin = (model.text.encode(f"The capital of {name} is") for name in ("France", "Germany"))\n'
-        "state = model.hidden_states(berlin)[3, -1]\n"
+        'france, spain = (model.text.encode(f"The capital of {name} is") for name in ("France", "Spain"))\n'
+        "state = model.hidden_states(spain)[-1, -1]\n"
         "def patch(name, x):\n"
-        '    if name == "model.layers.2" and x.shape[1] == len(paris):\n'
+        '    if name == "model.layers.3":  # what Spain came to takes the place of what France came to\n'
         "        return np.concatenate([x[:, :-1], np.broadcast_to(state, x[:, -1:].shape)], axis=1)\n"
-        "for edit in (None, patch):\n"
-        '    print(model.complete("The capital of France is", edit=edit))'
+        "first = [model.generate(ids, max_new_tokens=1, edit=edit)[0]\n"
+        "         for ids, edit in ((france, None), (spain, None), (france, patch))]\n"
+        "print(first[0] != first[1] == first[2])"
     ),
     "embed": 'model.embed(["a", "b"]).shape',
     "bars": (
@@ -99,7 +100,7 @@ def test_values_and_their_reprs(shown):
         assert shown[name]["value"].startswith(words), (name, shown[name])
         assert len(shown[name]["value"]) < 1000  # no arrays written out
     assert shown["generate"]["stdout"] == "False 6\n"
-    assert shown["edit"]["stdout"] == " Paris.\n Berlin.\n"
+    assert shown["edit"]["stdout"] == "True\n"
 
 
 def test_progress(shown):
