@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.errors import CheckpointError, ConfigError, one_line
 from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.folders import gguf_of
@@ -304,7 +304,7 @@ def load(
     if adapter is not None:
         config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
     if progress and weights.remarks:
-        print(*(f"[{remark}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
+        print(*(f"[{one_line(remark)}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":

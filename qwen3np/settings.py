@@ -163,8 +163,8 @@ _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "token_healing": ((False,), "token healing"),
 }
 # Settings that no file can give.
-_PROGRAM = (
-    *("stop", "stop_ids", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
+PROGRAM = (
+    *("stop", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
     *("attention_mask", "num_return_sequences"),
 )
 # What other libraries call them.
@@ -244,7 +244,7 @@ def from_file(given: Mapping[str, Any]) -> GenerationSettings:
     max_length.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    ours = [name for name in GenerationSettings.__annotations__ if name not in _PROGRAM]
+    ours = [name for name in GenerationSettings.__annotations__ if name not in (*PROGRAM, "stop_ids")]
     if given.get("do_sample"):
         given = {"temperature": 1.0, **given, "penalty_alpha": None}
     else:

@@ -15,10 +15,11 @@ from typing import Any
 
 from qwen3np.config import Config
 from qwen3np.errors import ConfigError
+from qwen3np.files.hub import BUILTIN
 from qwen3np.files.limits import readable
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
-from qwen3np.settings import GenerationSettings, checked
+from qwen3np.settings import PROGRAM, GenerationSettings, checked
 from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer, said_in, stop_at
 
@@ -122,8 +123,8 @@ def setting(written: str) -> dict[str, Any]:
     name, value = found[1].replace("-", "_"), found[2]
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
         value = json.loads(value)
-    if name in ("stop", "logits_processors"):
-        raise ValueError(f"{name} takes a function of Python; --stop and stop_strings take texts")
+    if name in PROGRAM:
+        raise ValueError(f"{name} is set by a program, or by a flag of its own; stop_strings takes texts to end before")
     try:
         checked({name: value}, needed=False)
     except TypeError as error:
@@ -187,8 +188,8 @@ def warn_of_chat_model(model: Model, arguments: argparse.Namespace, kind: str) -
 
     Chat models pad their vocabulary beyond the tokenizer's entries; Qwen's models of these kinds do not.
     """
-    named_so = kind.lower() in Path(arguments.model).name.lower()
-    if not named_so and model.config.vocab_size > model.text.vocab_size:
+    made_so = kind.lower() in Path(arguments.model).name.lower() or model.pooling or "score.weight" in model.weights
+    if not made_so and (model.config.vocab_size > model.text.vocab_size or model.text.folder == BUILTIN):
         print(
             f"[{arguments.model} looks like a model for text, which was not trained for this; "
             f"Qwen/Qwen3-{kind}-0.6B was]",

@@ -278,7 +278,9 @@ class Chat:
 
     def _history(self, _: str) -> None:
         for message in self.conversation.messages:
-            self.say(f"{message['role']}: {message.get('content') or ''}")
+            content = message.get("content") or ""
+            shown = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+            self.say(f"{message['role']}: {shown}")
         if not self.conversation.messages:
             self.say("Nothing has been said.")
 
