@@ -46,7 +46,7 @@ CELLS = {
         "import tempfile\nfrom qwen3np.training.loop import Settings, train\n"
         "folder = tempfile.mkdtemp() + '/small'\n"
         "sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16)\n"
-        'train(["Ada has an apple."] * 50, folder, sizes, Settings(steps=6, batch_size=2, sequence_length=16))\n'
+        'train(["Ada has an apple."] * 50, folder, sizes, Settings(steps=12, batch_size=2, sequence_length=16))\n'
         "qwen3np.load(folder)"
     ),
     "a setting of another library": 'model.complete("One", max_tokens=3)',

@@ -41,6 +41,10 @@ def drawn(rng, name, size, length):
         "exponential_decay_length_penalty": lambda: (int(rng.integers(0, length)), float(rng.uniform(0.9, 1.5))),
         "suppress_tokens": lambda: ids(),
         "begin_suppress_tokens": lambda: ids(),
+        "temperature": lambda: float(rng.uniform(0.1, 3)),
+        "top_k": lambda: int(rng.integers(1, size + 1)),
+        "top_p": lambda: float(rng.uniform(0.05, 0.99)),
+        "min_p": lambda: float(rng.uniform(0.01, 0.9)),
         "top_h": lambda: float(rng.uniform(0.05, 1)),
         "typical_p": lambda: float(rng.uniform(0.05, 0.99)),
         "epsilon_cutoff": lambda: float(10 ** rng.uniform(-4, -0.5)),
@@ -54,7 +58,7 @@ PROCESSORS = (
     *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
     "begin_suppress_tokens",
 )
-FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FILTERS = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def both(rng, names):

@@ -159,6 +159,8 @@ def train(
     sizes = {**SIZES, **sizes}
     state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume, base)
     config = state.config
+    if progress:
+        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     tokens = settings.batch_size * settings.sequence_length
     bar: Any = tqdm(
         total=settings.steps * tokens,
@@ -169,8 +171,6 @@ def train(
         disable=not (progress and shows_bars()),
     )
     lines = progress and not shows_bars()
-    if progress:
-        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     losses: list[float] = []
     begun, started = state.step, 0.0
     with bar, warnings.catch_warnings():
@@ -194,11 +194,13 @@ def train(
             adamw(state.weights, gradients, state.moments, state.step, rate, weight_decay=settings.weight_decay)
             losses.append(loss)
             bar.update(tokens)
-            if state.step == begun + 1:  # the first takes longer
+            timed = state.step - begun - 1  # the first takes longer
+            if not timed:
                 started = time.perf_counter()
-            elif progress and state.step == begun + 2:
-                seconds = (settings.steps - state.step) * (time.perf_counter() - started)
+            elif progress and started and (timed == 8 or time.perf_counter() - started > 2):
+                seconds = (settings.steps - state.step) * (time.perf_counter() - started) / timed
                 bar.write(f"[about {_duration(seconds)} to go]", file=sys.stderr)
+                started = 0.0  # once
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 line: dict[str, float] = {"step": state.step, "learning_rate": rate, "loss": sum(losses) / len(losses)}
