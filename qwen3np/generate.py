@@ -143,23 +143,15 @@ def steps(
     guard.require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-    return _counted(weights, config, prompts, cache, most, chosen)
 
+    def reported() -> Iterator[Step]:
+        with counted(chosen["progress"], sum(map(len, prompts)) + sum(most), "generated") as count:
+            for step in _run(weights, config, prompts, cache, most, {**chosen, "progress": count}):
+                yield step
+                if count is not None:
+                    count(1)
 
-def _counted(
-    weights: Weights,
-    config: Config,
-    prompts: list[list[int]],
-    cache: KVCache,
-    most: list[int],
-    settings: dict[str, Any],
-) -> Iterator[Step]:
-    """Yield the steps, and report each after its consumer is done with it."""
-    with counted(settings["progress"], sum(map(len, prompts)) + sum(most), "generated") as count:
-        for step in _run(weights, config, prompts, cache, most, {**settings, "progress": count}):
-            yield step
-            if count is not None:
-                count(1)
+    return reported()
 
 
 def _run(

@@ -6,6 +6,9 @@ import importlib.util
 import os
 
 import pytest
+from loopback_hub import LoopbackHub
+
+from qwen3np.files.hub import BUILTIN
 
 if not all(importlib.util.find_spec(name) for name in ("ipykernel", "nbclient", "nbformat")):
     pytest.skip("needs the extra `study`", allow_module_level=True)
@@ -49,6 +52,7 @@ CELLS = {
         'train(["Ada has an apple."] * 50, folder, sizes, Settings(steps=12, batch_size=2, sequence_length=16))\n'
         "qwen3np.load(folder)"
     ),
+    "download": 'qwen3np.load("Qwen/Tiny")',
     "a setting of another library": 'model.complete("One", max_tokens=3)',
     "no text": "model.text.encode(3)",
     "a transposed tensor": (
@@ -61,15 +65,19 @@ CELLS = {
 
 
 @pytest.fixture(scope="module")
-def shown():
+def shown(tmp_path_factory):
     """Every cell's outputs: the value it ends with, what it printed on stdout and on stderr, and its error."""
     import nbclient
     import nbformat
 
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS.values()]
     book = nbformat.v4.new_notebook(cells=cells)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    nbclient.NotebookClient(book, timeout=120, allow_errors=True, kernel_name="python3").execute(env=environment)
+    with LoopbackHub() as hub:
+        files = (file for file in BUILTIN.iterdir() if file.suffix in (".json", ".safetensors"))
+        hub.repos["Qwen/Tiny"] = {"main": {file.name: file.read_bytes() for file in files}}
+        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path_factory.mktemp("hub")), "NO_PROXY": "127.0.0.1"}
+        environment = os.environ | place | {"HF_HUB_OFFLINE": "0"}
+        nbclient.NotebookClient(book, timeout=120, allow_errors=True, kernel_name="python3").execute(env=environment)
     found = {}
     for name, cell in zip(CELLS, book.cells, strict=True):
         said = {"stdout": "", "stderr": "", "value": "", "error": ""}
@@ -95,6 +103,7 @@ def test_values_and_their_reprs(shown):
         "trace": "((1, 4, 2, 2), (5, 2, 160), (4, 4, 2, 2))",
         "embed": "(2, 160)",
         "train": "Model(0.0 M parameters",
+        "download": "Model(1.7 M parameters",
     }.items():
         assert not shown[name]["error"]
         assert shown[name]["value"].startswith(words), (name, shown[name])
@@ -109,6 +118,7 @@ def test_progress(shown):
     assert "50 documents, " in told
     assert "to go]" in told
     assert "training: 100%" in told
+    assert "100%" in shown["download"]["stderr"]
     for name in ("load", "complete", "generate", "score", "embed"):  # too soon for a bar
         assert shown[name]["stderr"] == ""
 

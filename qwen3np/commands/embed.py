@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--instruction", type=text, metavar="TASK", help=instruction)
     parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N, normalised (default: all)")
     out = ".npy: the array (texts, dimensions); .npz: it as embeddings, beside texts; .jsonl (default: JSON to stdout)"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=out)
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, help=out)
     add_model(parser, "Qwen/Qwen3-Embedding-0.6B")
     add_computation(parser)
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .txt file (lines of <|endoftext|> separate its documents, blank lines do not), a .jsonl file (an "
         'object a line: {"text": ...} or {"messages": [...]}), or a folder of them',
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
     parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="documents whose loss the log shows beside")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a run that was stopped: the same command again"
