@@ -137,7 +137,8 @@ def _checked(message: Mapping[str, Any], where: str, template: str) -> dict[str,
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise ValueError(f'{where} ({role}): content[{n}] must be a text part, {{"type": "text", "text": ...}}')
     elif not isinstance(content, str):
-        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts")
+        way_out = "; json.dumps makes a string of an object" if isinstance(content, Mapping) else ""
+        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts{way_out}")
     for name in _REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}

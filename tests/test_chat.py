@@ -123,6 +123,7 @@ def test_the_role_developer_is_system_unless_the_template_knows_it():
         ([*USER, {"role": "wizard", "content": "hi"}], "'wizard', which is none of system, user, assistant, tool"),
         ([{"role": "user"}], r"messages\[0\] \(user\) needs content"),
         ([{"role": "tool", "content": None}], r"\(tool\) needs content"),
+        ([{"role": "tool", "content": {"degrees": 21}}], r"\(tool\) needs content, .*; json.dumps makes a string"),
         ([{"role": "assistant"}], r"\(assistant\) needs content"),
         ([{"role": "system", "content": 3}], "needs content, a string"),
         ([{"role": "user", "content": []}], "needs content, a string or a list of text parts"),
