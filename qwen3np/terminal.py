@@ -1,4 +1,4 @@
-"""What reaches a terminal: text of models and files without its control characters, words wrapped at the edge."""
+"""Output to a terminal: text from models and files without control characters, words wrapped at the edge."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class Style(str):
-    """An escape sequence of our own, such as "dim": the only ones that pass."""
+    """One of our own escape sequences, such as "dim": only these reach the terminal."""
 
 
 class Terminal:
-    """A stdout that shows control characters instead of obeying them, whoever prints."""
+    """A stdout that shows control characters instead of passing them on, no matter which code prints."""
 
     def __init__(self, stream: IO[str]) -> None:
-        """Stand in front of this stream."""
+        """Wrap this stream."""
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text as `visible` shows it; a Style as it is."""
+        """Write text with its control characters made visible; a Style passes unchanged."""
         self._stream.write(text if isinstance(text, Style) else visible(text))
         return len(text)
 
@@ -40,13 +40,13 @@ class Terminal:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        """Be the stream in all else."""
+        """Delegate everything else to the stream."""
         return getattr(self._stream, name)
 
 
 @contextmanager
 def guarded() -> Generator[None]:
-    """Put a Terminal in the place of stdout, if that is a terminal: pipes and files get every byte as it is."""
+    """Replace stdout with a Terminal if it is one; pipes and files get every byte unchanged."""
     if not sys.stdout.isatty():
         yield
         return
@@ -55,7 +55,7 @@ def guarded() -> Generator[None]:
 
 
 def style(code: str) -> Style:
-    """Return the escape sequence of a text style; nothing where stdout is no terminal."""
+    """Return the escape sequence of a text style; empty if stdout is not a terminal."""
     return Style(f"\x1b[{code}m" if sys.stdout.isatty() and _has_styles() else "")
 
 
@@ -64,7 +64,7 @@ def _has_styles() -> bool:
 
 
 def thinking_styled(pieces: Iterable[str], inside: bool, hide: bool) -> Iterator[str]:
-    """Yield what is to be printed of an answer: the reasoning dimmed, or left out. inside: the prompt opened it."""
+    """Yield an answer for printing, with its reasoning dimmed or left out. inside: the prompt opened the reasoning."""
     thinking, blank = inside, False
     if thinking and not hide:
         yield style("2")
@@ -79,13 +79,13 @@ def thinking_styled(pieces: Iterable[str], inside: bool, hide: bool) -> Iterator
                     yield shown
             if marker:
                 thinking = not thinking
-                blank = hide  # the empty lines after it go with it
+                blank = hide  # drop the empty lines after it as well
                 if not hide:
                     yield from (style("2"), marker) if thinking else (marker, style("0"))
 
 
 def reasoning_apart(text: str, inside: bool) -> tuple[str | None, str]:
-    """Return the reasoning of an answer (None: it has none), and the rest. inside: the prompt opened it."""
+    """Split an answer into its reasoning, or None, and the rest. inside: the prompt opened the reasoning."""
     if not inside and not text.lstrip().startswith("<think>"):
         return None, text
     reasoning, _, answer = text.lstrip().removeprefix("<think>").partition("</think>")
@@ -95,7 +95,7 @@ def reasoning_apart(text: str, inside: bool) -> tuple[str | None, str]:
 class Page:
     """A conversation on a terminal: words wrapped at the right edge, all of it drawn again at another width.
 
-    A word waits for its end, since only then is it known whether it fits. Where stdout is no terminal, text passes.
+    A word waits for its end, since only then is it known whether it fits. Without a terminal nothing changes.
     """
 
     def __init__(self) -> None:
@@ -200,7 +200,7 @@ class Page:
 
 
 def _width(character: str) -> int:
-    """The columns of a character."""
+    """Return how many columns a character takes."""
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
@@ -231,7 +231,7 @@ def _in_notebook() -> bool:
 
 
 def bars() -> Any:
-    """Return tqdm's bars for where this runs: widgets in a notebook that has ipywidgets, else text."""
+    """Return tqdm: widgets in a notebook that has ipywidgets, text elsewhere."""
     if not _in_notebook():  # tqdm.auto would load asyncio, which takes as long as the built-in model
         from tqdm import tqdm
     else:

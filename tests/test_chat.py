@@ -1,4 +1,4 @@
-"""Messages -> text, against the published renders and transformers; and templates that mean harm."""
+"""Messages -> text, against published renderings and transformers; and malicious templates."""
 
 import copy
 import json

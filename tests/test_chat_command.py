@@ -1,4 +1,4 @@
-"""What `qwen3np chat` shows and does, with answers that are scripted: the built-in checkpoint does not reason."""
+"""What `qwen3np chat` shows and does, with scripted answers, because the built-in checkpoint does not reason."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_line_of_costs(chat, capsys):
 @pytest.mark.parametrize("content", ['{"messages": ""}', '{"messages": {}}', "[" * 200_000, "{}", '{"messages": [1]}'])
 def test_what_is_no_saved_conversation(chat, tmp_path, content):
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match=r"bad.json: (not JSON|needs a list of messages)"):
+    with pytest.raises(ValueError, match=r"bad.json: (not JSON|must hold a list of messages)"):
         chat().take(f"/load {tmp_path}/bad.json")
 
 

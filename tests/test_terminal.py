@@ -1,4 +1,4 @@
-"""What reaches a terminal: on a real one (a pseudo-terminal), and drawn."""
+"""Output to a terminal: on a pseudo-terminal, and on random text."""
 
 from __future__ import annotations
 

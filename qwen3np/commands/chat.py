@@ -49,7 +49,7 @@ COMMANDS = """\
 /load FILE        go on with a saved conversation
 /help, /?         this list
 /exit             leave, as /quit, /bye and Ctrl-D do
-//TEXT            a message that begins with a slash
+//TEXT            a message that starts with a slash
 Ctrl-C stops an answer."""
 NAMES = tuple(line.split()[0].strip("/,") for line in COMMANDS.splitlines() if line.startswith("/") and line[1] != "/")
 LEAVE = ("exit", "quit", "bye")

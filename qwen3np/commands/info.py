@@ -24,18 +24,18 @@ HELP = "describe a checkpoint: architecture, parameters, memory"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    text = "say what memory a context of N positions needs (default: 1000)"
+    text = "report the memory for a context of N positions (default: 1000)"
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--positions", type=int, metavar="N", default=1000, help=text)
     add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the architecture table. A folder that holds nothing but a config.json is described too."""
+    """Print the architecture table. A folder with nothing but a config.json is enough."""
     positions: int = arguments.positions
     if positions < 1:
-        raise ValueError(f"--positions={positions} is not a whole number from 1")
-    # whether it would fit is asked before the weights are downloaded
+        raise ValueError(f"--positions={positions} must be at least 1")
+    # people ask whether a model fits before they download its weights
     folder = resolve(named(arguments), revision=arguments.revision, gguf_file=arguments.gguf_file, weights=False)
     file = gguf_of(folder, arguments.gguf_file) if folder.is_file() or arguments.gguf_file else None
     if file is None and not (folder / "config.json").exists():
@@ -107,11 +107,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _fits(mapped: int, copied: int) -> str:
-    """Say whether so many bytes, with the file mapped or with a float32 copy, fit into the memory that is free."""
+    """Say whether these sizes, with the file mapped or with a float32 copy, fit into the free memory."""
     free = available_memory()
     if not free:
-        return "its free memory is not known"
-    room = f"into the {free / 1e9:,.1f} GB that are free"
+        return "free memory is unknown"
+    room = f"into {free / 1e9:,.1f} GB of free memory"
     if mapped > free:
-        return f"does not fit {room}: weights are read from the disk again and again"
+        return f"does not fit {room}: weights would be read from disk repeatedly"
     return f"fits {room}, {'mapped or copied' if copied <= free else 'mapped'}"

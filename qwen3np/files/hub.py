@@ -1,4 +1,4 @@
-"""A name -> a folder: a checkpoint on this disk or on the Hugging Face Hub."""
+"""A name -> a folder: a checkpoint on disk or on the Hugging Face Hub."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.limits import read_json
 from qwen3np.terminal import bars, shows_bars
 
-# All that is read of a checkpoint. Repositories may hold the same weights in other formats as well
+# The files of a checkpoint that are read. Repositories may hold the same weights in other formats as well
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
 FILES = [
     "config.json",
@@ -25,7 +25,7 @@ FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    # of a sentence-transformers model: how its vectors are made
+    # how a sentence-transformers model makes vectors
     "modules.json",
     "config_sentence_transformers.json",
     "1_Pooling/config.json",
@@ -67,11 +67,11 @@ def resolve(
     cache are not transferred again, and a complete copy there is enough if the Hub does not answer. huggingface_hub
     obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 
-    With gguf_file only this file is fetched, or all of a split one, and an existing .gguf file is returned as it is.
-    With adapter=True it is the folder of a LoRA adapter. With weights=False the weights, often many gigabytes, are not
-    downloaded. With progress=True bars are shown on stderr if that is a terminal.
+    With gguf_file only this file is fetched, or all parts of a split one; an existing .gguf file is returned as it is.
+    adapter=True fetches the files of a LoRA adapter. weights=False skips the weights, which are often many gigabytes.
+    progress=True shows progress bars if stderr is a terminal.
 
-    Raises CheckpointError, one line that says why there is no folder, and what to do.
+    Raises CheckpointError: one line that says why there is no folder, and what to do.
     """
     if name_or_path is None:
         if revision is not None:
@@ -96,7 +96,7 @@ def resolve(
         return _download(name, revision, wanted, weights, quiet=not (progress and shows_bars()))
     except CheckpointError:
         raise
-    except Exception as error:  # the HTTP client differs between versions, and hf_xet has errors of its own
+    except Exception as error:  # the HTTP client differs between versions, and hf_xet raises its own errors
         raise CheckpointError(_explain(error, name, revision)) from error
 
 
@@ -138,7 +138,7 @@ def _download(name: str, revision: str | None, wanted: list[str], weights: bool,
     if missing := _missing(files, wanted, weights):
         ggufs = [file for file in files if file.endswith(".gguf")]
         way_out = (
-            f"choose one of its GGUF files by gguf_file (--gguf-file): {', '.join(ggufs[:10])}"
+            f"choose one of its GGUF files with gguf_file (--gguf-file): {', '.join(ggufs[:10])}"
             if ggufs
             else "give a repository (or a revision) with the weights as transformers saves them in safetensors, "
             "or with GGUF files; .bin cannot be read"
@@ -153,7 +153,7 @@ def _download(name: str, revision: str | None, wanted: list[str], weights: bool,
 
 @contextmanager
 def _no_bars() -> Generator[None]:
-    """Keep the client from drawing progress bars, some of which would also go into files."""
+    """Keep the client from drawing progress bars, some of which would end up in redirected output."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -167,7 +167,7 @@ def _no_bars() -> Generator[None]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds all files of weights. An index that cannot be read is left to the loader to report."""
+    """Whether a folder holds all weight files. An unreadable index is left to the loader to report."""
     if (folder / "model.safetensors").exists():
         return True
     try:
@@ -178,7 +178,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _missing(files: Collection[str], wanted: Sequence[str], weights: bool) -> str | None:
-    """Return the name of a file that `files` need to be what is wanted, or None."""
+    """Return the name of a wanted file that is not in `files`, or None."""
     if wanted[0] != FILES[0]:
         return next((pattern for pattern in wanted if not any(fnmatch(file, pattern) for file in files)), None)
     if "config.json" not in files:
@@ -189,7 +189,7 @@ def _missing(files: Collection[str], wanted: Sequence[str], weights: bool) -> st
 
 
 def _explain(error: BaseException, name: str, revision: str | None) -> str:
-    """Return one line for an error of huggingface_hub: the cause, and what to do."""
+    """Turn an error of huggingface_hub into one line: the cause, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -201,7 +201,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # why it had to be in the cache
+        error = error.__cause__  # why the cache was needed
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     log_in = "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -211,7 +211,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return f"there is neither a folder {name} nor a model {name} on {hub}: {hint}; if it is private, {log_in}"
     if status in (401, 403):
-        return f"{hub} refuses access to {name} ({status}): accept its licence on {hub}/{name}, then {log_in}"
+        return f"{hub} denies access to {name} ({status}): accept its licence on {hub}/{name}, then {log_in}"
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no revision {revision}: give a branch, a tag or a commit of {hub}/{name}"
     if isinstance(error, OfflineModeIsEnabled):
@@ -227,6 +227,6 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
         f"{name} is not complete in the cache {cache}, and downloading it from {hub} failed ({reason}): "
-        "check the connection and run it again (files that arrived whole are kept), or give a folder"
+        "check the connection and run it again (completed files are kept), or give a folder"
         + (f"; {hint}" if meant else "")
     )
