@@ -58,9 +58,10 @@ def render_chat(
 ) -> str:
     """The text of a conversation: `template` rendered as transformers' `apply_chat_template` renders it.
 
-    messages: dicts with "role" (system, user, assistant or tool) and "content", a string or a list of text parts,
-    {"type": "text", "text": ...}; an assistant's may have "reasoning_content" and "tool_calls", and with these no
-    content. Templates that do not read lists get the parts as one text, a line each, as in vLLM and llama.cpp.
+    messages: dicts with "role" (system, user, assistant or tool; developer means system, unless the template knows it)
+    and "content", a string or a list of text parts, {"type": "text", "text": ...}; an assistant's may be None, and may
+    be missing next to its "reasoning_content" or "tool_calls". Templates that do not read lists get the parts as one
+    text, a line each, as in vLLM and llama.cpp.
     tools: their JSON schemas. enable_thinking: None leaves the choice to the template. continue_final_message: end
     inside the last message, without a generation prompt. kwargs: more variables for the template. All of it is data
     that JSON can hold.
@@ -72,7 +73,7 @@ def render_chat(
         raise ValueError("the conversation is empty: a chat template needs at least one message")
     if not all(isinstance(tool, Mapping) for tool in tools or ()):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("tools must be a list of JSON schemas (dicts)")
-    checked = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = [_checked(message, f"messages[{i}]", template) for i, message in enumerate(messages)]
     variables = {
         "documents": None,
         **kwargs,
@@ -117,22 +118,27 @@ def _cut(text: str, final: str) -> str:
     return before if after.startswith(" ") else before.rstrip()
 
 
-def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked(message: Mapping[str, Any], where: str, template: str) -> dict[str, Any]:
     """The message as transformers hands it to templates: without None, its reasoning under the standard name."""
     if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"{where} is not a dict with role and content")
-    message = {key: value for key, value in message.items() if value is not None}
+    given, message = message, {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
-    if role not in _ROLES:
+    if role == "developer" and role not in template:  # the newer name of OpenAI's API
+        role = message["role"] = "system"
+    if role not in (*_ROLES, "developer"):
         raise ValueError(f"{where} has the role {role!r}, which is none of {', '.join(_ROLES)}")
     optional = role == "assistant" and (message.get("tool_calls") or any(name in message for name in _REASONING))
+    if role == "assistant" and "content" in given and not optional:
+        message.setdefault("content", "")  # None, as clients of OpenAI's API have it
     content = message.get("content", "" if optional else None)
     if isinstance(content, (list, tuple)) and content:
         for n, part in enumerate(cast("list[Any]", content)):
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise ValueError(f'{where} ({role}): content[{n}] must be a text part, {{"type": "text", "text": ...}}')
     elif not isinstance(content, str):
-        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts")
+        way_out = "; json.dumps makes a string of an object" if isinstance(content, Mapping) else ""
+        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts{way_out}")
     for name in _REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}

@@ -159,28 +159,35 @@ class Conversation:
 
     def set_system(self, text: str | None) -> None:
         """Set the system message, or remove it; the other messages stay."""
-        rest = self.messages[1:] if self.messages and self.messages[0]["role"] == "system" else self.messages
-        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        self.messages = ([{"role": "system", "content": text}] if text else []) + self.messages[self._systems :]
 
     def reset(self) -> None:
         """Forget all messages except the system message, whose part of the cache remains usable."""
-        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        self.messages = self.messages[: self._systems]
 
     def drop(self, turns: int) -> int:
         """Forget the oldest turns, each a user's message and what followed it; return how many were forgotten."""
         starts = self._turns()[: turns + 1]
-        system = len(self.messages[:1]) if self.messages and self.messages[0]["role"] == "system" else 0
         end = starts[turns] if len(starts) > turns else len(self.messages)
-        self.messages = self.messages[:system] + self.messages[end:]
+        self.messages = self.messages[: self._systems] + self.messages[end:]
         return min(turns, len(starts))
 
-    def undo(self) -> str | None:
+    def undo(self) -> dict[str, Any] | None:
         """Take back the last turn; return its user's message, or None if there is none."""
         if not (starts := self._turns()):
             return None
         message = self.messages[starts[-1]]
         del self.messages[starts[-1] :]
-        return message["content"]
+        return message
+
+    @property
+    def system(self) -> str | None:
+        """The system message, or None."""
+        return self.messages[0]["content"] if self._systems else None
+
+    @property
+    def _systems(self) -> int:
+        return int(bool(self.messages) and self.messages[0]["role"] in ("system", "developer"))
 
     def _turns(self) -> list[int]:
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]

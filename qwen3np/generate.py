@@ -17,6 +17,7 @@ from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
 from qwen3np.sampling import generators, sample
 from qwen3np.settings import Batch, GenerationSettings, Ids, checked, lists_settings, require_ids
+from qwen3np.terminal import counted
 from qwen3np.weights import Weights
 
 if TYPE_CHECKING:
@@ -142,7 +143,15 @@ def steps(
     guard.require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-    return _run(weights, config, prompts, cache, most, chosen)
+
+    def reported() -> Iterator[Step]:
+        with counted(chosen["progress"], sum(map(len, prompts)) + sum(most), "generated") as count:
+            for step in _run(weights, config, prompts, cache, most, {**chosen, "progress": count}):
+                yield step
+                if count is not None:
+                    count(1)
+
+    return reported()
 
 
 def _run(

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.errors import CheckpointError, ConfigError, one_line
 from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.folders import gguf_of
@@ -35,7 +35,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, counted, shows_bars
 from qwen3np.tokenizer import Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -66,7 +66,7 @@ class ScoreOptions(TypedDict, total=False):
     stride: int | None
     numerics: str
     engine: str
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +124,9 @@ class Model:
     def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
         """Return new ids and the cache, like qwen3np.generate, which describes arguments and errors.
 
-        Settings left out come from the checkpoint's generation_config.json.
+        Settings left out come from the checkpoint's generation_config.json. What takes longer than two seconds shows a
+        bar, in a notebook or on stderr if that is a terminal, unless progress is False; so do `complete`, `score`,
+        `embed` and `rerank`.
 
         Examples
         --------
@@ -133,7 +135,7 @@ class Model:
         >>> model.text.decode(new)
         ' Paris.<|endoftext|>'
         """
-        chosen = self.generation_settings(settings)
+        chosen = self.generation_settings({"progress": True, **settings})
         return generate(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
@@ -198,9 +200,12 @@ class Model:
         >>> logprobs.shape, f"{logprobs.sum():.3f}"
         ((7,), '-8.539')
         """
-        if not isinstance(texts, str) and len(texts) and isinstance(texts[0], str):
-            return [score(self.weights, self.config, self.text.encode(text), **options) for text in texts]
-        return score(self.weights, self.config, self._ids(texts), **options)
+        several = not isinstance(texts, str) and len(texts) and isinstance(texts[0], str)
+        sequences = [self._ids(text) for text in (texts if several else [texts])]
+        with counted(options.get("progress", True), sum(map(len, sequences)), "scored") as count:
+            rest: dict[str, Any] = {**options, "progress": count}
+            found = [score(self.weights, self.config, ids, **rest) for ids in sequences]
+        return found if several else found[0]
 
     def embed(
         self,
@@ -212,7 +217,7 @@ class Model:
         attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
         """Return a vector of length 1 for each text, (N, D), or for a single one, (D,).
 
@@ -221,8 +226,11 @@ class Model:
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        options: dict[str, Any] = {"prompt": prompt, "numerics": numerics, "engine": engine, "progress": progress}
-        vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
+        options: dict[str, Any] = {"prompt": prompt, "numerics": numerics, "engine": engine}
+        with counted(progress, len(many), "embedded", "text") as count:
+            vectors = embed(
+                self, many, instruction, dimensions, attention_mask=attention_mask, progress=count, **options
+            )
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(
@@ -233,7 +241,7 @@ class Model:
         *,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
         """Return how well each document answers the query, from 0 to 1: (N,), in the order of the documents.
 
@@ -241,7 +249,8 @@ class Model:
         """
         from qwen3np.embeddings import rerank
 
-        return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=progress)
+        with counted(progress, len(documents), "ranked", "document") as count:
+            return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=count)
 
     def trace(
         self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast", points: str = "*"
@@ -412,8 +421,6 @@ def load(
         config, weights, metadata = read_gguf(file)
         tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
         generation_config = _checked_of(file, generation_of(metadata))
-    elif (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: an unfinished training run; repeat its command with --resume to continue it")
     else:
         config, weights = read_checkpoint(folder)
         path = folder / "generation_config.json"
@@ -425,7 +432,7 @@ def load(
     if adapter is not None:
         config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
     if progress and weights.remarks:
-        print(*(f"[{remark}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
+        print(*(f"[{one_line(remark)}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":
@@ -485,9 +492,8 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
         step = max(PIECE * len(tensor) // tensor.size, 1)  # rows
         pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
-    with tqdm(
-        total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
-    ) as bar:
+    off = not (progress and shows_bars())
+    with tqdm(total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=off) as bar:
 
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece

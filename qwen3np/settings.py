@@ -135,7 +135,12 @@ class GenerationSettings(TypedDict, total=False):
     numerics: Annotated[str, Rule(lambda x: x in NUMERICS, f"one of {', '.join(NUMERICS)}", "float32")]
     engine: Annotated[str, Rule(lambda x: x in ENGINES, f"one of {', '.join(ENGINES)}", "fast")]
     edit: Annotated[Edit | None, Rule(callable, "a callable (name, array) -> array or None", None)]
-    progress: Annotated[Progress | None, Rule(callable, "a callable (prompt positions computed)", None)]
+    progress: Annotated[  # True: a bar after two seconds, in a notebook or a terminal
+        Progress | bool | None,
+        Rule(
+            lambda x: callable(x) or isinstance(x, bool), "a callable (tokens of prompts and answers), or a bool", None
+        ),
+    ]
     # generate only: 1 for tokens and 0 for padding in ids (B, S), padded left or right; the answers to each prompt
     attention_mask: Annotated[ArrayLike | None, Rule(lambda x: True, "an array (B, S)", None)]
     num_return_sequences: Annotated[int, _number(lambda n: n >= 1, "a whole number >= 1", 1, Integral)]
@@ -158,8 +163,8 @@ _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "token_healing": ((False,), "token healing"),
 }
 # Settings that a file cannot hold.
-_PROGRAM = (
-    *("stop", "stop_ids", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
+PROGRAM = (
+    *("stop", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
     *("attention_mask", "num_return_sequences"),
 )
 # What other libraries call them.
@@ -239,7 +244,7 @@ def from_file(given: Mapping[str, Any]) -> GenerationSettings:
     max_length.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    ours = [name for name in GenerationSettings.__annotations__ if name not in _PROGRAM]
+    ours = [name for name in GenerationSettings.__annotations__ if name not in (*PROGRAM, "stop_ids")]
     if given.get("do_sample"):
         given = {"temperature": 1.0, **given, "penalty_alpha": None}
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 import unicodedata
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 from qwen3np.errors import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
 
 class Style(str):
@@ -53,7 +56,11 @@ def guarded() -> Generator[None]:
 
 def style(code: str) -> Style:
     """Return the escape sequence of a text style; empty if stdout is not a terminal."""
-    return Style(f"\x1b[{code}m" if sys.stdout.isatty() else "")
+    return Style(f"\x1b[{code}m" if sys.stdout.isatty() and _has_styles() else "")
+
+
+def _has_styles() -> bool:
+    return os.environ.get("TERM") != "dumb"
 
 
 def thinking_styled(pieces: Iterable[str], inside: bool, hide: bool) -> Iterator[str]:
@@ -85,48 +92,111 @@ def reasoning_apart(text: str, inside: bool) -> tuple[str | None, str]:
     return reasoning.strip(), answer.lstrip("\n")
 
 
-def wrapped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield text as it comes, moving words that would cross the right edge to a new line, even after a resize.
+class Page:
+    """A conversation on a terminal: words wrapped at the right edge, all of it drawn again at another width.
 
-    A word is held back until it is complete: only then do we know if it fits. Without a terminal nothing changes.
+    A word waits for its end, since only then is it known whether it fits. Without a terminal nothing changes.
     """
-    if not sys.stdout.isatty():
-        yield from pieces
-        return
-    column, word = 0, ""
 
-    def placed(word: str) -> str:
-        nonlocal column
-        width = sum(map(_width, word))
-        edge = shutil.get_terminal_size().columns
-        before = "\n" if column and column + width > edge else ""
-        column = (0 if before else column) + width
-        if column > edge:  # longer than a line: the terminal cuts it
-            column %= edge
-        return before + word
+    def __init__(self) -> None:
+        """Start with nothing shown."""
+        self._shown: list[str] = []
+        self._column, self._word = 0, ""
+        self._asks = self._resized = False
 
-    for piece in pieces:
+    def write(self, piece: str, stream: IO[str] | None = None) -> None:
+        """Show a piece of text on stdout, or on stderr, which is the same page where both are terminals."""
+        out = stream or sys.stdout
+        if not (sys.stdout.isatty() and out.isatty()):
+            out.write(visible(piece) if out.isatty() else piece)
+        else:
+            self._shown.append(piece)
+            if self._resized:
+                self._draw()
+            else:
+                for part in self._wrapped(piece):
+                    out.write(part)
+        out.flush()
+
+    def ask(self, prompt: str) -> str:
+        """Return a line that is typed."""
+        self._asks = True
+        try:
+            line = input(prompt)
+        finally:
+            self._asks, self._column = False, 0
+        self._shown.append(f"{prompt}{line}\n")
+        return line
+
+    @contextmanager
+    def redrawn(self) -> Generator[None]:
+        """Draw the page again when the window has another size, where the system and the terminal can."""
+        if not (hasattr(signal, "SIGWINCH") and sys.stdout.isatty() and _has_styles()):
+            yield
+            return
+
+        def resized(number: int, frame: object) -> None:
+            self._resized = True
+            if self._asks:  # else within a write, perhaps: the next one draws
+                self._draw()
+
+        before = signal.signal(signal.SIGWINCH, resized)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGWINCH, before)
+
+    def _draw(self) -> None:
+        """Clear the screen and show the newest lines that fit, less one for what is typed."""
+        self._resized, self._column, self._word = False, 0, ""
+        lines: list[list[str]] = [[]]
+        for part in chain.from_iterable(map(self._wrapped, self._shown)):
+            if isinstance(part, Style):
+                lines[-1].append(part)
+            else:
+                first, *rest = part.split("\n")
+                lines[-1].append(first)
+                lines += [[line] for line in rest]
+        top = max(len(lines) - shutil.get_terminal_size().lines + 1, 0)
+        styles = [part for line in lines[:top] for part in line if isinstance(part, Style)]
+        for part in (Style("\x1b[H\x1b[2J"), *styles[-1:], *lines[top]):
+            sys.stdout.write(part)
+        for line in lines[top + 1 :]:
+            for part in ("\n", *line):
+                sys.stdout.write(part)
+        sys.stdout.flush()
+
+    def _wrapped(self, piece: str) -> Iterator[str]:
+        """Yield what of the text is ready, with its lines broken."""
         if isinstance(piece, Style):
-            if word:
-                yield placed(word)
-                word = ""
+            yield self._placed()
             yield piece
-            continue
+            return
         out = ""
         for character in visible(piece):
             if character == "\n":
-                out, word, column = out + placed(word) + "\n", "", 0
+                out += self._placed() + "\n"
+                self._column = 0
             elif character == " " or _width(character) == 2:  # Chinese and Japanese break anywhere
-                out, word = out + placed(word), ""
-                space = placed(character)
-                out += "\n" if space == "\n " else space
-                column = 0 if space == "\n " else column
+                out += self._placed()
+                self._word = character
+                space = self._placed()
+                if space == "\n ":
+                    space, self._column = "\n", 0
+                out += space
             else:
-                word += character
-        if out:
-            yield out
-    if word:
-        yield placed(word)
+                self._word += character
+        yield out
+
+    def _placed(self) -> str:
+        """Return the word that waited, on a new line where it would cross the edge."""
+        word, self._word = self._word, ""
+        width, edge = sum(map(_width, word)), shutil.get_terminal_size().columns
+        before = "\n" if self._column and self._column + width > edge else ""
+        self._column = (0 if before else self._column) + width
+        if self._column > edge:  # longer than a line: the terminal cuts it
+            self._column %= edge
+        return before + word
 
 
 def _width(character: str) -> int:
@@ -136,9 +206,33 @@ def _width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+@contextmanager
+def counted(
+    progress: Callable[[int], object] | bool | None, total: int, what: str, unit: str = "tok"
+) -> Generator[Callable[[int], object] | None]:
+    """Yield what is to be called with each number that is done: progress itself or, for True, a bar.
+
+    The bar appears after two seconds, in a notebook or on stderr if that is a terminal, and goes when all is done.
+    """
+    if progress is True and shows_bars():
+        with bars()(total=total, desc=what, unit=unit, delay=2, leave=False) as bar:
+            yield bar.update
+    else:
+        yield None if isinstance(progress, bool) else progress
+
+
+def shows_bars() -> bool:
+    """Whether a bar would be seen: in a notebook, whose streams are no terminals, or on stderr if that is one."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
 def bars() -> Any:
     """Return tqdm: widgets in a notebook that has ipywidgets, text elsewhere."""
-    if "ipykernel" not in sys.modules:  # tqdm.auto would load asyncio, which takes as long as the built-in model
+    if not _in_notebook():  # tqdm.auto would load asyncio, which takes as long as the built-in model
         from tqdm import tqdm
     else:
         with warnings.catch_warnings():

@@ -131,7 +131,7 @@ def test_a_full_context_says_what_can_be_done(builtin, capsys):
     made.take("Go on") if "context is full" not in (err := capsys.readouterr().err) else None
     err += capsys.readouterr().err
     assert "cut, since the context is full: /drop N forgets the N oldest turns, /reset all, --rope-scaling" in err
-    with pytest.raises(ValueError, match=r"the context of this model is 256; /drop N forgets"):
+    with pytest.raises(ValueError, match=r"the context of this model is 256: /drop N forgets"):
         made.take("7" * context)
 
 

@@ -472,7 +472,8 @@ def test_settings_by_name(run, model):
             "unknown flag: --temprature; did you mean --temperature?; qwen3np generate",
         ),
         (("score", "x", "y"), "unknown argument: y; qwen3np score --help"),
-        (("info", "-m", "Qwen3-0.6B"), "there is no such folder; on the Hub it is Qwen/Qwen3-0.6B"),
+        (("info", "-m", "Qwen3-0.6B"), "there is no folder Qwen3-0.6B; did you mean Qwen/Qwen3-0.6B, on the Hub?"),
+        (("info", "-m", "qwen3-0.6b-base"), "did you mean Qwen/Qwen3-0.6B-Base, on the Hub?"),
         (("generate", "--seed", "-1", "-m", "no/where", "x"), "seed must be a whole number"),  # before it is loaded
         (("embed", "--file", "no where", "-m", "x"), "no where: No such file or directory"),
     ],

@@ -185,7 +185,7 @@ def test_drop_and_undo(model, monkeypatch):
     conversation.set_system("S")
     for text in "abcd":
         conversation.say(text)
-    assert conversation.undo() == "d"
+    assert conversation.undo()["content"] == "d"
     assert conversation.drop(2) == 2
     assert [message["content"] for message in conversation.messages] == ["S", "c", "3"]
     assert conversation.drop(5) == 1

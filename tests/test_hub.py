@@ -246,6 +246,10 @@ def test_what_is_not_there(hub, tmp_path):
             assert f"neither a folder {name} nor a model {name} on {hub.url}" in text
             assert "check the spelling" in text
             assert "hf auth login" in text
+        assert "did you mean Qwen/Qwen3-0.6B?" in fetch("Qwen/Qwen-3-0.6b")
+        assert fetch("qwen3-0.6b-base") == (
+            "there is no folder qwen3-0.6b-base; did you mean Qwen/Qwen3-0.6B-Base, on the Hub?"
+        )
         assert f"Qwen/Bin on {hub.url} has no model.safetensors" in fetch("Qwen/Bin")
         assert f"Qwen/GGUF on {hub.url} has no config.json" in fetch("Qwen/GGUF")
         for name in ("Qwen/Qwen3 0.6B", ""):

@@ -657,9 +657,10 @@ def test_what_is_said_before_and_on_the_way(tmp_path, capsys):
     (tmp_path / "stories.txt").write_text(
         "\n\n".join(f"{name} has {n} apples." for n in range(40) for name in ("Ada", "Bo"))
     )
-    main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=9)))
+    main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=12)))
     err = capsys.readouterr().err
-    assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank lines do not" in err
-    assert re.search(r"\[1 documents, [\d,]+ tokens; [\d,]+ parameters; 9 steps of 96 tokens, about", err)
-    assert re.search(r"\[step 3, learning_rate .*, loss .*; of 9 steps\]", err)  # no terminal, so lines
+    assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank and other" in err
+    assert re.search(r"\[1 document, [\d,]+ tokens; [\d,]+ parameters; 12 steps of 96 tokens, about", err)
+    assert re.search(r"\[about [\d.]+ (s|minutes|hours) to go\]", err)
+    assert re.search(r"\[step 3, learning_rate .*, loss .*; of 12 steps\]", err)  # no terminal, so lines
     assert "--resume with more --steps continues training" in err

@@ -15,10 +15,11 @@ from typing import Any
 
 from qwen3np.config import Config
 from qwen3np.errors import ConfigError
+from qwen3np.files.hub import BUILTIN
 from qwen3np.files.limits import readable
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
-from qwen3np.settings import GenerationSettings, checked
+from qwen3np.settings import PROGRAM, GenerationSettings, checked
 from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer, said_in, stop_at
 
@@ -38,21 +39,27 @@ def add_model(
     group.add_argument("--gguf-file", metavar="F", help="the GGUF file to use, in the folder or on the Hub")
     group.add_argument("--adapter", metavar="A", help="a LoRA adapter to apply: a folder, or a Hub id")
     scaling = "yarn:FACTOR extends the context; yarn:4 makes 131,072 positions of 32,768 (default: as in config.json)"
-    group.add_argument("--rope-scaling", metavar="TYPE:FACTOR", help=scaling)
+    group.add_argument("--rope-scaling", type=_yarn, metavar="TYPE:FACTOR", help=scaling)
 
 
 def scaled(config: Config, arguments: argparse.Namespace) -> Config:
-    """Return the config as extended by --rope-scaling. Raises ConfigError unless that is yarn:FACTOR."""
-    if arguments.rope_scaling is None:
-        return config
-    kind, _, factor = arguments.rope_scaling.partition(":")
-    if kind != "yarn":
-        raise ConfigError(f"--rope-scaling: type {kind!r} is not supported; supported: yarn:FACTOR")
+    """Return the config as extended by --rope-scaling. Raises ConfigError for an unsupported factor."""
     try:
-        return config.extended(float(factor))
-    except ValueError as error:
-        reason = error if isinstance(error, ConfigError) else f"{factor!r} is not a number" if factor else "no factor"
-        raise ConfigError(f"--rope-scaling {arguments.rope_scaling}: {reason}; example: yarn:4") from None
+        return config if arguments.rope_scaling is None else config.extended(arguments.rope_scaling)
+    except ConfigError as error:
+        raise ConfigError(f"--rope-scaling yarn:{arguments.rope_scaling:g}: {error}; example: yarn:4") from None
+
+
+def _yarn(written: str) -> float:
+    """Return FACTOR of yarn:FACTOR."""
+    kind, _, factor = written.partition(":")
+    if kind != "yarn":
+        raise argparse.ArgumentTypeError(f"type {kind!r} is not supported; supported: yarn:FACTOR")
+    try:
+        return float(factor)
+    except ValueError:
+        reason = f"{factor!r} is not a number" if factor else "no factor"
+        raise argparse.ArgumentTypeError(f"{reason}; example: yarn:4") from None
 
 
 def named(arguments: argparse.Namespace) -> str | None:
@@ -60,8 +67,6 @@ def named(arguments: argparse.Namespace) -> str | None:
     model: str | None = arguments.model
     if model is None:
         print("[the small built-in checkpoint; --model Qwen/Qwen3-0.6B names a large one]", file=sys.stderr)
-    elif re.fullmatch(r"[Qq]wen3[\w.-]*", model) and not Path(model).exists():
-        raise ValueError(f"--model {model}: there is no such folder; on the Hub it is Qwen/Q{model[1:]}")
     return model
 
 
@@ -127,8 +132,8 @@ def setting(written: str) -> dict[str, Any]:
     name, value = found[1].replace("-", "_"), found[2]
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
         value = json.loads(value)
-    if name in ("stop", "logits_processors"):
-        raise ValueError(f"{name} takes a Python function; --stop and stop_strings take texts")
+    if name in PROGRAM:
+        raise ValueError(f"{name} cannot be set here: it is for programs or has its own flag; stop_strings takes texts")
     try:
         checked({name: value}, needed=False)
     except TypeError as error:
@@ -144,6 +149,8 @@ def flags_of_generation(arguments: argparse.Namespace) -> dict[str, Any]:
         if name != "stop" and value is not None:  # this flag takes strings; see Ends
             given[name] = value
     checked(given, needed=False)
+    if negative := [i for i in arguments.stop_id or () if i < 0]:
+        raise ValueError(f"--stop-id {negative[0]}: ids are whole numbers from 0")
     if "" in arguments.stop:
         raise ValueError("--stop: stop strings must not be empty")
     for written in arguments.set:
@@ -199,8 +206,8 @@ def texts_and_model(given: list[str], arguments: argparse.Namespace, what: str, 
     """
     texts = read_texts(given, arguments, what)
     model, _ = load_model(arguments)
-    named_so = kind.lower() in Path(arguments.model).name.lower()
-    if not named_so and model.config.vocab_size > model.text.vocab_size:
+    made_so = kind.lower() in Path(arguments.model).name.lower() or model.pooling or "score.weight" in model.weights
+    if not made_so and (model.config.vocab_size > model.text.vocab_size or model.text.folder == BUILTIN):
         print(
             f"[{arguments.model} looks like a model for generating text, not trained for this; "
             f"Qwen/Qwen3-{kind}-0.6B was]",
@@ -221,7 +228,7 @@ def read_text(path: str) -> str:
     """
     found = utf8(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), "stdin" if path == "-" else path)
     if path == "-" and not found:
-        raise ValueError("stdin is empty; give a text on stdin, as an argument, or with --file")
+        raise ValueError("stdin is empty, so there is no text")
     return found.removeprefix("\ufeff")
 
 
@@ -273,7 +280,7 @@ def chat_files(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], lis
     if arguments.system:
         messages = [
             {"role": "system", "content": arguments.system},
-            *[m for m in messages if m.get("role") != "system"],
+            *[m for m in messages if m.get("role") not in ("system", "developer")],
         ]
     return messages, read_objects(arguments.tools, "tools") if arguments.tools else None
 

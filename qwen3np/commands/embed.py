@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dimensions", type=int, metavar="N", help="keep the first N dimensions, normalised again (default: all)"
     )
     out = ".npy: an array (texts, dimensions); .npz: embeddings and texts; .jsonl (default: JSON lines on stdout)"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=out)
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, help=out)
     add_texts_and_model(parser, "text", "Embedding")
 
 

@@ -8,6 +8,7 @@ import sys
 
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
+from qwen3np.errors import one_line
 from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint
 from qwen3np.files.folders import gguf_of
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = len(weights.files)
         disk = f"{stored:,} bytes in {count} file{'s' * (count > 1)}, {formats}: {bits:.3g} bits per weight"
         for remark in weights.remarks:
-            print(f"[{remark}]", file=sys.stderr)
+            print(f"[{one_line(remark)}]", file=sys.stderr)
     else:
         config = Config.from_file(folder)
         stored = 2 * count_parameters(config)["unique"]

@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from qwen3np.study.tour import Line, Part, laid_out, pages, plain, read_lessons, run_lesson, styled
 
 EXAMPLE = "qwen3np tour --lesson 4"
 GUARDED = False  # it prints the package's own text, and draws its pages with control characters
 HELP = "learn how the model works: lessons with code that runs"
+
+Key: TypeAlias = Callable[[os.terminal_size], str]
 
 _WIDEST = 100  # columns: longer lines are hard to read
 _KEYS = """\
@@ -94,12 +96,13 @@ class Reader:
     """Reads the book in a terminal: the current page, and the note in the last line."""
 
     book: Book
-    key: Callable[[], str] | None  # waits for a key, "" after a change of the window's size; None: lines are read
+    key: Key | None  # waits for a key, "" once the window has another size than this; None: lines are read
     lesson: int
     page: int = 0
     note: str = ""
     sought: str = ""
     helping: bool = False
+    size: os.terminal_size = field(default_factory=shutil.get_terminal_size)  # of the window when it was drawn
     _laid: dict[tuple[int, int, int], list[list[Line]]] = field(default_factory=dict[Any, Any])
 
     def read(self) -> None:
@@ -173,7 +176,7 @@ class Reader:
 
     def draw(self) -> None:
         """Draw the page, with its position and the keys in the last line."""
-        columns, rows = shutil.get_terminal_size()
+        columns, rows = self.size = shutil.get_terminal_size()
         shown = self.pages(self.lesson)
         self.page = min(self.page, len(shown) - 1)
         body = [Line("text", line) for line in _KEYS.splitlines()] if self.helping else shown[self.page]
@@ -189,25 +192,25 @@ class Reader:
         if self.key is None:
             line = sys.stdin.readline()
             return line.strip() if line else "q"
-        typed = self.key()
+        typed = self.key(self.size)
         if not typed.isdecimal() and typed != "/":
             return _NAMED.get(typed, typed) or None
         while True:  # the rest of the line
             print(f"\r\x1b[K{typed}", end="", flush=True)
-            key = self.key()
+            key = self.key(self.size)
             if key in ("\n", "\r"):
                 return typed
             if key in ("\x7f", "\x08"):
                 typed = typed[:-1]
             elif key.isprintable():
                 typed += key
-            if not typed or key in ("\x1b", "\x04"):
+            if not typed or key in ("", "\x1b", "\x04"):
                 return None
 
 
 @contextmanager
-def keyboard() -> Generator[Callable[[], str] | None]:
-    """Yield a function that waits for one key, and returns "" if the terminal is resized.
+def keyboard() -> Generator[Key | None]:
+    """Yield a function that waits for one key, and returns "" once the terminal has another size than it is given.
 
     Yield None if input comes in whole lines: stdin is not a terminal, or the system has no termios.
     """
@@ -224,8 +227,7 @@ def keyboard() -> Generator[Callable[[], str] | None]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pending: list[str] = []
 
-    def key() -> str:
-        size = shutil.get_terminal_size()
+    def key(size: os.terminal_size) -> str:
         while not pending:
             if not select.select([terminal], [], [], 0.2)[0]:
                 if shutil.get_terminal_size() != size:

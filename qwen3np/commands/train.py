@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .txt file (lines of <|endoftext|> separate its documents, blank lines do not), a .jsonl file (an "
         'object per line: {"text": ...} or {"messages": [...]}), or a folder of such files',
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
     parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="more documents, whose loss is logged as well")
     parser.add_argument(
         "--resume", action="store_true", help="continue an interrupted run: repeat its command with this flag"
@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     sizes = {name: getattr(arguments, name) for name in SIZES}
     documents = read_documents(arguments.corpus)
-    if len(documents) == 1 and isinstance(documents[0], str) and "\n\n" in documents[0]:
+    if len(documents) == 1 and isinstance(documents[0], str) and "\n" in documents[0]:
         print(
-            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank lines do not, and "
-            "a model learns when to stop from the ends of documents]",
+            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank and other lines do "
+            "not, and a model learns when to stop from the ends of documents]",
             file=sys.stderr,
         )
     held_out = read_documents(arguments.held_out) if arguments.held_out else ()

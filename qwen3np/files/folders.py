@@ -20,6 +20,8 @@ _PICKLES = ("*.bin", "*.pth", "*.pt")
 
 def require_checkpoint(folder: Path) -> None:
     """Raise CheckpointError, saying what the folder is and what to do, if it has no weights in safetensors."""
+    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: an unfinished training run; repeat its command with --resume to continue it")
     if any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
         return
     if (folder / SINGLE).exists() or (folder / INDEX).exists():

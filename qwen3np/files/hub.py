@@ -3,15 +3,16 @@
 import errno
 import os
 import re
-import sys
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from qwen3np.errors import CheckpointError, ConfigError
 from qwen3np.files.limits import read_json
+from qwen3np.terminal import bars, shows_bars
 
 # The files of a checkpoint that are read. Repositories may hold the same weights in other formats as well
 # (consolidated.safetensors, onnx/, *.bin, *.gguf).
@@ -36,6 +37,16 @@ VOCABULARY_FILES = ["vocab.json", "merges.txt", "added_tokens.json"]
 # Not a Hub id: it starts like a path, or contains a second slash, a backslash or a colon.
 _PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
+# The names of the family on the Hub, for hints about misspelt ones.
+_SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")
+PUBLISHED = [
+    *(f"Qwen/Qwen3-{size}{kind}" for size in _SIZES for kind in ("", "-FP8", "-AWQ", "-GGUF")),
+    *(f"Qwen/Qwen3-{size}-Base" for size in (*_SIZES[:5], "30B-A3B")),
+    *(f"Qwen/Qwen3-{size}-{kind}-2507" for size in ("4B", *_SIZES[6:]) for kind in ("Instruct", "Thinking")),
+    *(f"Qwen/Qwen3-{kind}-{size}" for kind in ("Embedding", "Reranker") for size in ("0.6B", "4B", "8B")),
+    *(f"Qwen/Qwen3-Coder-{size}-Instruct" for size in ("30B-A3B", "480B-A35B")),
+]
 
 BUILTIN = Path(__file__).parents[1] / "builtin"  # the small checkpoint that comes with the package
 
@@ -76,15 +87,24 @@ def resolve(
         raise CheckpointError(
             f"{name} is {kind}: give the folder that holds it, {Path(folder).parent}, or a .gguf file"
         )
+    if "/" not in name and (meant := similar(name)):  # every model of the family has an owner
+        raise CheckpointError(f"there is no folder {name}; did you mean {meant}, on the Hub?")
     if isinstance(name_or_path, os.PathLike) or _PATH.match(name):
         raise CheckpointError(f"there is no folder {name}: give one that exists, or a Hub id such as Qwen/Qwen3-0.6B")
     try:
         wanted = _wanted(gguf_file, adapter)
-        return _download(name, revision, wanted, weights, quiet=not (progress and sys.stderr.isatty()))
+        return _download(name, revision, wanted, weights, quiet=not (progress and shows_bars()))
     except CheckpointError:
         raise
     except Exception as error:  # the HTTP client differs between versions, and hf_xet raises its own errors
         raise CheckpointError(_explain(error, name, revision)) from error
+
+
+def similar(name: str) -> str | None:
+    """Return the published name that was most likely meant by one without an owner, or a misspelt one; else None."""
+    known = {full.lower(): full for full in PUBLISHED}
+    owned = name if "/" in name else f"Qwen/{name}"
+    return next((known[near] for near in get_close_matches(owned.lower(), known, 1, 0.88) if known[near] != name), None)
 
 
 def _wanted(gguf_file: str | None, adapter: bool) -> list[str]:
@@ -127,7 +147,8 @@ def _download(name: str, revision: str | None, wanted: list[str], weights: bool,
     more = VOCABULARY_FILES if wanted[0] == FILES[0] and "tokenizer.json" not in files else []
     patterns = wanted + more
     with _no_bars() if quiet else nullcontext():
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        shown = None if quiet else bars()  # its own would be seen in terminals only
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=shown))
 
 
 @contextmanager
@@ -184,13 +205,11 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     log_in = "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    hint = f"did you mean {meant}?" if (meant := similar(name)) else "check the spelling (such as Qwen/Qwen3-0.6B)"
     if isinstance(error, HFValidationError):
-        return f"{name!r} is neither a folder nor a Hub id such as Qwen/Qwen3-0.6B"
+        return f"{name!r} is neither a folder nor a Hub id (owner/name): {hint}"
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-        return (
-            f"there is neither a folder {name} nor a model {name} on {hub}: check the spelling "
-            f"(owner/name, such as Qwen/Qwen3-0.6B); if it is private, {log_in}"
-        )
+        return f"there is neither a folder {name} nor a model {name} on {hub}: {hint}; if it is private, {log_in}"
     if status in (401, 403):
         return f"{hub} denies access to {name} ({status}): accept its licence on {hub}/{name}, then {log_in}"
     if isinstance(error, RevisionNotFoundError):
@@ -198,7 +217,7 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return (
             f"{name} is not complete in the cache {cache}, and HF_HUB_OFFLINE is set: "
-            "run once without it to download the rest, or give a folder"
+            "run once without it to download the rest, or give a folder" + (f"; {hint}" if meant else "")
         )
     if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
         return (
@@ -209,4 +228,5 @@ def _explain(error: BaseException, name: str, revision: str | None) -> str:
     return (
         f"{name} is not complete in the cache {cache}, and downloading it from {hub} failed ({reason}): "
         "check the connection and run it again (completed files are kept), or give a folder"
+        + (f"; {hint}" if meant else "")
     )

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from qwen3np.guard import forward
 from qwen3np.loading import Model
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, shows_bars
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
@@ -184,6 +185,8 @@ def train(
     sizes = {**SIZES, **sizes}
     state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume, base)
     config = state.config
+    if progress:
+        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     tokens = settings.batch_size * settings.sequence_length
     bar: Any = tqdm(
         total=settings.steps * tokens,
@@ -191,13 +194,11 @@ def train(
         desc="training",
         unit=" tokens",
         unit_scale=True,
-        disable=None if progress else True,
+        disable=not (progress and shows_bars()),
     )
-    lines = progress and bar.disable  # no terminal, no notebook
-    if progress:
-        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
+    lines = progress and not shows_bars()
     losses: list[float] = []
-    begun = state.step
+    begun, started = state.step, 0.0
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # an overflow shows in the loss
         for rows, masks in islice(batches(encoded, settings), state.step, None):
@@ -219,6 +220,13 @@ def train(
             adamw(state.weights, gradients, state.moments, state.step, rate, weight_decay=settings.weight_decay)
             losses.append(loss)
             bar.update(tokens)
+            timed = state.step - begun - 1  # the first takes longer
+            if not timed:
+                started = time.perf_counter()
+            elif progress and started and (timed == 8 or time.perf_counter() - started > 2):
+                seconds = (settings.steps - state.step) * (time.perf_counter() - started) / timed
+                bar.write(f"[about {_duration(seconds)} to go]", file=sys.stderr)
+                started = 0.0  # once
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 line: dict[str, float] = {"step": state.step, "learning_rate": rate, "loss": sum(losses) / len(losses)}
@@ -238,14 +246,22 @@ def train(
     save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
 
 
+def _duration(seconds: float) -> str:
+    """Say how long this is, as roughly as it is known."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 def _estimate(state: State, encoded: Sequence[Encoded], settings: Settings) -> str:
     """Describe the corpus, the size of the model and the remaining work."""
     tokens, parameters = sum(len(ids) for ids, _ in encoded), count_parameters(state.config)["unique"]
     per_step = settings.batch_size * settings.sequence_length
     steps = settings.steps - state.step
+    documents = f"{len(encoded):,} document{'s' * (len(encoded) != 1)}"
     return (
-        f"[{len(encoded):,} documents, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} "
-        f"tokens, about {steps * per_step / max(tokens, 1):.1f} epochs]"
+        f"[{documents}, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} tokens, "
+        f"about {steps * per_step / max(tokens, 1):.1f} epochs]"
     )
 
 
@@ -261,6 +277,9 @@ def _begun(
     """Return the state to continue from, the documents as ids, and held-out rows and masks. Raises like train."""
     fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
     config = Config.from_dict({**sizes, **fixed}) if base is None else base.config
+    if settings.sequence_length > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        raise ValueError(f"sequence_length = {settings.sequence_length}: the context of this model is {context}")
     size = 16 * count_parameters(config)["unique"]
     require_memory(size, "training: weights, gradients and two moments in float32", "choose smaller sizes")
     state = State.load(folder) if resume else None
