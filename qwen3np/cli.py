@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from qwen3np.terminal import guarded
 
 # modules of qwen3np.commands
 COMMANDS = (
-    *("generate", "chat", "score", "embed", "rerank", "info"),
+    *("generate", "chat", "score", "embed", "rerank", "info", "convert"),
     *("trace", "compare", "diagnose", "fixture", "verify"),
     *("tour", "view", "train", "bench"),
 )
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what is not finite is an error of its own
         with guarded():
             arguments = _parsed(sys.argv[1:] if argv is None else argv)
+        with guarded() if getattr(arguments, "guarded", True) else nullcontext():
             if getattr(arguments, "threads", None) is not None:
                 check_threads(arguments.threads, "--threads")
                 os.environ["QWEN3NP_NUM_THREADS"] = arguments.threads
@@ -103,7 +105,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         text, epilog = f"{command.HELP[0].upper()}{command.HELP[1:]}.", f"example: {command.EXAMPLE}"
         subparser = subparsers.add_parser(name, help=command.HELP, description=text, epilog=epilog)
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, guarded=getattr(command, "GUARDED", True))
     if not argv:
         parser.print_help()
         parser.exit()

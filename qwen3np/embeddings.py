@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.errors import ContextOverflowError
+from qwen3np.files.sentence import Pooling
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import checked_sequence, forward, require_finite
 from qwen3np.loading import Model
@@ -48,26 +49,29 @@ def embed(
     instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
     the first ones, normalised again, which Qwen3-Embedding was trained for. With an attention_mask, texts are padded
     ids (N, S) instead, which end as the model wants it. progress is called with how many texts are done.
+    A sentence-transformers folder pools the hidden states, ends texts and puts its prompt in front as its files say.
 
     Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
     one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
     CheckpointError and NonFiniteError as generate.
     """
-    size = model.config.hidden_size
+    size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
         raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
+    skipped = 0
     if attention_mask is not None:
         if instruction is not None:
             raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are taken as they are")
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
-        tokenizer, (end,) = _tokenizer(model, "embed", "<|endoftext|>")
         _check_texts(texts, "texts")
-        if instruction is not None:
-            _check_text(instruction, "instruction")
-            texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
-        sequences = [[*tokenizer.encode(text), end] for text in texts]
-    x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
+        sequences, skipped = _with_prompt(model, texts, instruction)
+    if pooling.mode == "cls":  # no token before it, so its state depends on no other
+        sequences = [sequence[:1] for sequence in sequences]
+    if pooling.mode == "mean":
+        x = _mean_hidden_states(model, sequences, skipped, numerics, engine, progress)[:, :dimensions]
+    else:
+        x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -90,9 +94,9 @@ def rerank(
     tokens of the template; ContextOverflowError for a document that is too long: none is cut short unasked;
     CheckpointError and NonFiniteError as generate.
     """
-    tokenizer, (no, yes, *_) = _tokenizer(
-        model, "rerank", "no", "yes", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
-    )
+    score = model.weights.get("score.weight")
+    answers = ("no", "yes") if score is None else ()
+    tokenizer, ids = _tokenizer(model, "rerank", *answers, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
     for text, name in ((query, "query"), (instruction, "instruction")):
         _check_text(text, name)
@@ -102,12 +106,38 @@ def rerank(
     pairs = [f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}" for document in documents]
     sequences = [before + tokenizer.encode(pair) + after for pair in pairs]
     x = _last_hidden_states(model, sequences, "documents", numerics, engine, progress)
-    head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     num = named(numerics, engine)
-    logits = num.ops.head(x, model.weights[head][[no, yes]], num)
+    if score is None:
+        head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+        score = model.weights[head][ids[:2]]
+    elif len(score) > 2:
+        raise ValueError(f"rerank: score.weight has {len(score)} labels; a model that scores texts has one or two")
+    logits = num.ops.head(x, score, num)
     for row, sequence in zip(logits, sequences, strict=True):
         require_finite(row, model.weights, model.config, sequence, numerics)
+    if logits.shape[1] == 1:  # yes - no, as a Qwen3ForSequenceClassification gives it
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     return np.exp(log_probabilities(logits)[:, 1])
+
+
+def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) -> tuple[list[list[int]], int]:
+    """Return the ids of texts after their prompt, and how many of its tokens do not count for a mean.
+
+    A sentence-transformers folder ends texts as its own tokenizer.json does, other checkpoints as Qwen3-Embedding.
+    """
+    pooling = model.pooling
+    tokenizer, end = _tokenizer(model, "embed", *([] if pooling else ["<|endoftext|>"]))
+    prompt = pooling.prompt if pooling else ""
+    if instruction is not None:
+        _check_text(instruction, "instruction")
+        prompt = f"Instruct: {instruction}\nQuery:"
+    if pooling is None:
+        return [[*tokenizer.encode(prompt + text), *end] for text in texts], 0
+    sequences = [tokenizer.encode_whole(prompt + text) for text in texts]
+    skipped = 0 if pooling.with_prompt else len(tokenizer.encode(prompt))
+    if empty := [n for n, sequence in enumerate(sequences) if len(sequence) <= skipped]:
+        raise ValueError(f"texts[{empty[0]}]: this model's tokenizer makes no token of it")
+    return sequences, skipped
 
 
 def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[int]]:
@@ -139,6 +169,41 @@ def _check_text(text: object, name: str) -> None:
         raise ValueError(f"{name}: a str is needed, not {type(text).__name__}")
 
 
+def _mean_hidden_states(
+    model: Model,
+    sequences: Sequence[list[int]],
+    skipped: int,
+    numerics: str,
+    engine: str,
+    progress: Callable[[int], object] | None,
+) -> Array:
+    """Return the mean hidden state (N, D) of the tokens of each of N sequences, without the first `skipped`."""
+    config, n = model.config, named(numerics, engine)
+    _require_context(sequences, "texts", config.max_position_embeddings)
+    found = np.empty((len(sequences), config.hidden_size), n.dtype)
+    for row, ids in enumerate(sequences):
+        cache, total = KVCache.allocate(config, 1, len(ids), n.storage), np.zeros(config.hidden_size, np.float64)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            piece = np.array([ids[start : start + PREFILL_CHUNK]])
+            x = forward(model.weights, config, piece, cache, numerics=numerics, engine=engine, head=False)[0]
+            total += x[max(skipped - start, 0) :].sum(axis=0, dtype=np.float64)
+        found[row] = total / (len(ids) - skipped)
+        require_finite(found[row], model.weights, config, ids, numerics)
+        if progress:
+            progress(1)
+    return found
+
+
+def _require_context(sequences: Sequence[list[int]], name: str, context: int) -> None:
+    """Raise ContextOverflowError for a sequence that is longer than the context."""
+    lengths = [len(sequence) for sequence in sequences]
+    if max(lengths) > context:
+        raise ContextOverflowError(
+            f"{name}[{lengths.index(max(lengths))}]: {max(lengths)} tokens with what the template adds; the context of "
+            f"this model is {context}: cut it into parts"
+        )
+
+
 def _last_hidden_states(
     model: Model,
     sequences: Sequence[list[int]],
@@ -154,12 +219,7 @@ def _last_hidden_states(
     """
     config, n = model.config, named(numerics, engine)
     lengths = np.array([len(sequence) for sequence in sequences])
-    context = config.max_position_embeddings
-    if lengths.max() > context:
-        raise ContextOverflowError(
-            f"{name}[{lengths.argmax()}]: {lengths.max()} tokens with what the template adds; the context of this "
-            f"model is {context}: cut it into parts"
-        )
+    _require_context(sequences, name, config.max_position_embeddings)
 
     def run(ids: Array, cache: KVCache) -> tuple[Array, int]:
         """Bring the cache up to ids (B, S). Return the hidden states of the last piece, and where it starts."""
@@ -171,11 +231,12 @@ def _last_hidden_states(
 
     shared = 0
     if len(sequences) > 1:
-        beginnings = np.array([sequence[: lengths.min() - 1] for sequence in sequences])  # each has a token of its own
+        # each has a token of its own
+        beginnings = np.array([sequence[: lengths.min() - 1] for sequence in sequences], np.int64)
         same = (beginnings == beginnings[0]).all(axis=0)
         shared = int(same.argmin()) if not same.all() else len(same)
     beginning = KVCache.allocate(config, 1, max(shared, 1), n.storage)
-    run(np.array([sequences[0][:shared]]), beginning)
+    run(np.array([sequences[0][:shared]], np.int64), beginning)
 
     found = np.empty((len(sequences), config.hidden_size), n.dtype)
     order = np.argsort(-lengths, kind="stable")

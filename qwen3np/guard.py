@@ -297,7 +297,9 @@ class _Origin:
 
     @classmethod
     def _sample(cls, weights: Mapping[str, Array]) -> Array:
-        return np.concatenate([weights[name].flat[:8].astype(np.float64) for name in sorted(cls._names(weights))])
+        return np.concatenate(
+            [np.ravel(weights[name][:8])[:8].astype(np.float64) for name in sorted(cls._names(weights))]
+        )
 
 
 def require_finite(

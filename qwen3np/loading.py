@@ -17,9 +17,13 @@ from numpy.typing import ArrayLike
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
+from qwen3np.files.folders import gguf_of
+from qwen3np.files.gguf import generation_of, read_gguf
 from qwen3np.files.hub import resolve
 from qwen3np.files.limits import read_json
+from qwen3np.files.sentence import Pooling, pooling_of
 from qwen3np.generate import generate, stream
 from qwen3np.guard import forward, require_unchanged
 from qwen3np.memory import available_memory, require_memory
@@ -29,7 +33,9 @@ from qwen3np.ops.fast.threads import share
 from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
-from qwen3np.tokenizer import Tokenizer, said_in
+from qwen3np.stored import kind, put
+from qwen3np.terminal import bars
+from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
 if TYPE_CHECKING:
@@ -73,11 +79,12 @@ class Model:
     weights: Weights
     tokenizer: Tokenizer | None  # None where the folder has none; everything on ids still works
     generation_config: Mapping[str, Any]
+    pooling: Pooling | None = None  # of a sentence-transformers folder: how it makes vectors
 
     def __repr__(self) -> str:
         """Show sizes, not arrays."""
         c, counts = self.config, count_parameters(self.config)
-        kinds = ", ".join(sorted({str(w.dtype) for w in self.weights.values()}))
+        kinds = ", ".join(sorted({kind(w) for w in self.weights.values()}))
         experts = f", {c.num_experts_per_tok} of {c.num_experts} experts" if c.num_experts else ""
         tokenizer = repr(self.tokenizer) if self.tokenizer else "no tokenizer"
         return (
@@ -251,10 +258,15 @@ def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     weights_dtype: str = "auto",
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint from a folder, from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B"), or the built-in one.
+
+    A .gguf file is loaded by its path, or by gguf_file, its name in a folder or on the Hub. adapter is the folder of a
+    LoRA adapter (or its name on the Hub) that is applied to the checkpoint.
 
     weights_dtype "mapped" uses the file as it is: ready at once, in the file's own memory ("bfloat16": its old name).
     "float32" makes one float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than
@@ -266,19 +278,26 @@ def load(
     """
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
-    folder = resolve(name_or_path, revision=revision, progress=progress)
-    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+    folder = resolve(name_or_path, revision=revision, gguf_file=gguf_file, progress=progress)
+    pooling: Pooling | None = None
+    if file := gguf_of(folder, gguf_file):
+        config, weights, metadata = read_gguf(file)
+        tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
+        generation_config = _checked_of(file, generation_of(metadata))
+    elif (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
-    config, weights = read_checkpoint(folder)
-    generation_config: dict[str, Any] = {}
-    if (folder / "generation_config.json").exists():
-        try:
-            generation_config = _checked(read_json(folder / "generation_config.json"))
-        except ConfigError as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
-    names = ("vocab.json", "merges.txt")
-    has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
-    tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
+    else:
+        config, weights = read_checkpoint(folder)
+        path = folder / "generation_config.json"
+        generation_config = _checked_of(path, None) if path.exists() else {}
+        names = ("vocab.json", "merges.txt")
+        has_tokenizer = (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in names)
+        tokenizer = Tokenizer.from_folder(folder, config.vocab_size) if has_tokenizer else None
+        pooling = pooling_of(folder)
+    if adapter is not None:
+        config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
+    if progress and weights.remarks:
+        print(*(f"[{remark}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":
@@ -288,7 +307,15 @@ def load(
         copies = _copied(weights, progress)
         require_unchanged(weights)  # else some may be of the file as it was, others as it is
         weights = LoadedWeights(copies)
-    return Model(config, weights, tokenizer, generation_config)
+    return Model(config, weights, tokenizer, generation_config, pooling)
+
+
+def _checked_of(path: Path, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Return these generation settings, or those that the file holds, checked. Raises CheckpointError."""
+    try:
+        return _checked(read_json(path) if settings is None else settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
@@ -322,15 +349,13 @@ def _copy_fits(size: int, progress: bool) -> bool:
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, which all threads make."""
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
-    pairs = [(copies[name].reshape(-1), tensor.reshape(-1)) for name, tensor in weights.items()]
-    pieces = [
-        (copy[start : start + PIECE], tensor[start : start + PIECE])
-        for copy, tensor in pairs
-        for start in range(0, copy.size, PIECE)
-    ]
+    pieces: list[tuple[Array, Array]] = []
+    for name, tensor in weights.items():
+        step = max(PIECE * len(tensor) // tensor.size, 1)  # rows
+        pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
     with tqdm(
         total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
@@ -338,10 +363,10 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
 
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece
-            np.copyto(copy, tensor)
+            put(tensor, copy)
             release(tensor)  # else the file and its copy would be in memory side by side
             with lock:
-                cast("Any", bar).update(copy.nbytes)
+                bar.update(copy.nbytes)
 
         share(pieces, total, make)
     return copies

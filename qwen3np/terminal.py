@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import unicodedata
+import warnings
 from contextlib import contextmanager, redirect_stdout
 from typing import IO, TYPE_CHECKING, Any
 
@@ -133,3 +134,11 @@ def _width(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def bars() -> Any:
+    """Return tqdm's bars for where this runs: widgets in a notebook that has ipywidgets, else text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
+        from tqdm.auto import tqdm
+    return tqdm

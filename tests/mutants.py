@@ -621,8 +621,8 @@ GROUPS = [
         },
     ),
     (
-        "sampling.py",
-        "settings sampling",
+        "processors.py",
+        "processors sampling settings",
         {
             "top_k without ties": ("scores >= np.partition", "scores > np.partition"),
             "top_p one less": ('np.float32(1 - p), side="right")', 'np.float32(1 - p), side="left")'),
@@ -635,41 +635,67 @@ GROUPS = [
                 "np.exp(scores - scores.max()) >=",
                 "np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum() >=",
             ),
-            "min_p before top_p": ('("top_p", _top_p), ("min_p", _min_p)', '("min_p", _min_p), ("top_p", _top_p)'),
+            "min_p before top_p": (
+                '    "top_p": _top_p,\n    "min_p": _min_p,\n',
+                '    "min_p": _min_p,\n    "top_p": _top_p,\n',
+            ),
+            "penalty counts repeats": (
+                "scores[ids] = np.where(previous < 0, previous * factor, previous / factor)",
+                "np.divide.at(scores, ids, factor)",
+            ),
+            "presence penalty counts repeats": (
+                "scores[np.unique(ids[ids.size - new :])] -= np.float32(penalty)",
+                "np.subtract.at(scores, ids[ids.size - new :], np.float32(penalty))",
+            ),
+            "presence penalty added": (
+                "scores[np.unique(ids[ids.size - new :])] -= np.float32(penalty)",
+                "scores[np.unique(ids[ids.size - new :])] += np.float32(penalty)",
+            ),
+            "presence penalty counts the prompt": (
+                "scores[np.unique(ids[ids.size - new :])]",
+                "scores[np.unique(ids)]",
+            ),
+            "presence penalty of the prompt before anything is new": (
+                "scores[np.unique(ids[ids.size - new :])]",
+                "scores[np.unique(ids[-new:])]",
+            ),
+            "frequency penalty once": (
+                "np.float32(penalty) * counts.astype(np.float32)",
+                "np.float32(penalty)",
+            ),
+            "frequency penalty counts the prompt": (
+                "np.unique(ids[ids.size - new :], return_counts=True)",
+                "np.unique(ids, return_counts=True)",
+            ),
+            "frequency penalty of the prompt before anything is new": (
+                "np.unique(ids[ids.size - new :], return_counts=True)",
+                "np.unique(ids[-new:], return_counts=True)",
+            ),
+            "frequency penalty without presence penalty ignored": (
+                "    found, counts = np.unique(",
+                '    if settings["presence_penalty"] is None:\n        return\n    found, counts = np.unique(',
+            ),
+        },
+    ),
+    (
+        "sampling.py",
+        "settings sampling generate",
+        {
             "temperature multiplies": ("scores /= np.float32(temperature)", "scores *= np.float32(temperature)"),
             "temperature after the filters": (
                 "        if temperature > 0:\n            scores /= np.float32(temperature)\n",
                 "",
             ),
-            "penalty counts repeats": (
-                "scores[previous_ids] = np.where(previous < 0, previous * factor, previous / factor)",
-                "np.divide.at(scores, previous_ids, factor)",
-            ),
-            "presence penalty counts repeats": (
-                'np.float32(settings["presence_penalty"] or 0)',
-                'np.float32(settings["presence_penalty"] or 0) * counts.astype(np.float32)',
-            ),
-            "frequency penalty once": (
-                'np.float32(settings["frequency_penalty"] or 0) * counts.astype(np.float32)',
-                'np.float32(settings["frequency_penalty"] or 0)',
-            ),
-            "presence penalty added": (
-                'scores[ids] -= np.float32(settings["presence_penalty"]',
-                'scores[ids] += np.float32(settings["presence_penalty"]',
-            ),
-            "presence and frequency penalties count the prompt": ("np.intp)[-new:])", "np.intp))"),
-            "frequency penalty without presence penalty ignored": (
-                'if (settings["presence_penalty"] or settings["frequency_penalty"]) and new:',
-                'if settings["presence_penalty"] and new:',
-            ),
-            "penalties of the prompt before anything is new": (
-                'settings["frequency_penalty"]) and new:',
-                'settings["frequency_penalty"]):',
-            ),
             "processors before the penalties": (
-                '            _penalize(scores, settings["repetition_penalty"], np.asarray(previous_ids, np.intp))\n',
-                '            last = [lambda ids, x: (_penalize(x, settings["repetition_penalty"], ids), x)[1]]\n'
-                '            settings = {**settings, "logits_processors": [*settings["logits_processors"], *last]}\n',
+                "        for name, process in PROCESSORS.items():\n"
+                "            if settings[name] is not None:\n"
+                "                process(scores, settings[name], settings, previous, new)\n",
+                '        for process in settings["logits_processors"]:\n'
+                "            scores = np.array(process(np.asarray(previous_ids), scores), np.float32)\n"
+                "        for name, process in PROCESSORS.items():\n"
+                "            if settings[name] is not None:\n"
+                "                process(scores, settings[name], settings, previous, new)\n"
+                '        settings = {**settings, "logits_processors": ()}\n',
             ),
             "processors after the temperature": (
                 "            if scores.shape != np.shape(logits):\n",
@@ -687,9 +713,10 @@ GROUPS = [
                 'for process in settings["logits_processors"]:',
                 'for process in settings["logits_processors"][:1]:',
             ),
-            "an id below 0 is the last": (
-                "0 <= previous_ids.min() <= previous_ids.max()",
-                "previous_ids.max()",
+            "an id below 0 is the last": ("0 <= previous.min() <= previous.max()", "previous.max()"),
+            "one generator for all": (
+                "[np.random.default_rng([*parts, row] if row else parts) for row in range(rows)]",
+                "[np.random.default_rng(parts)] * rows",
             ),
             "ids of probability 0": ('cdf[-1], side="right"', 'cdf[-1], side="left"'),
             "sums in float32": (
@@ -705,18 +732,6 @@ GROUPS = [
             "never stops at an id": (" or chosen in stop_ids", ""),
             "the callable stop ignored": (" or (stop is not None and stop(new[row]))", ""),
             "stop is given the whole sequence": ("and stop(new[row])", "and stop(prompts[row] + new[row])"),
-            "without stop_ids it never stops": (
-                '        chosen["stop_ids"] = config.eos_token_id\n',
-                '        chosen["stop_ids"] = ()\n',
-            ),
-            "empty stop_ids are those of the config": (
-                'if chosen["stop_ids"] is None:',
-                'if not chosen["stop_ids"]:',
-            ),
-            "stop_ids and those of the config": (
-                '    if chosen["stop_ids"] is None:\n        chosen["stop_ids"] = config.eos_token_id\n',
-                '    chosen["stop_ids"] = [*config.eos_token_id, *(chosen["stop_ids"] or ())]\n',
-            ),
             "one token more": ("len(new[row]) == most[row]", "len(new[row]) > most[row]"),
             "prefix believed": (
                 "start = cache.keep_prefix(0, ids[:-1])",
@@ -725,13 +740,9 @@ GROUPS = [
             "a cache that another call used": ("if not guard.cache_holds(", "if False and guard.cache_holds("),
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("        if start == len(ids):", "        if start >= len(ids) - 1:"),
-            "one generator for all": (
-                '[np.random.default_rng(settings["seed"]) for _ in prompts]',
-                '[np.random.default_rng(settings["seed"])] * len(prompts)',
-            ),
             "the penalty does not count the prompt": (
-                "generators[row], ids[row, :end], len(new[row]))",
-                "generators[row], new[row], len(new[row]))",
+                "draws[row], ids[row, :end], len(new[row]))",
+                "draws[row], new[row], len(new[row]))",
             ),
             "nothing is new to the penalties": ("ids[row, :end], len(new[row]))", "ids[row, :end])"),
             "finished sequences mix up the others": (
@@ -759,7 +770,7 @@ GROUPS = [
     ),
     (
         "settings.py",
-        "settings sampling generate",
+        "settings sampling generate loading",
         {
             "defaults win over what is given": (
                 "return {name: rule.default for name, rule in known.items() if rule.default is not REQUIRED} | "
@@ -768,7 +779,7 @@ GROUPS = [
                 "{name: rule.default for name, rule in known.items() if rule.default is not REQUIRED}",
             ),
             "any name": ("        if name not in known:\n", "        if False:\n"),
-            "any value": ("if not (rule.holds(value) or", "if False and not (rule.holds(value) or"),
+            "any value": ("if not ((value is None and", "if False and not ((value is None and"),
             "no length: an endless answer": (
                 '        raise TypeError("max_new_tokens is missing: the number of new tokens after which to end")\n',
                 '        settings = {**settings, "max_new_tokens": 1 << 20}\n',
@@ -776,6 +787,16 @@ GROUPS = [
             "temperature 1 by default": ('"a finite number >= 0 (0 is greedy)", 0.0)', '"a finite number >= 0", 1.0)'),
             "top_p of 0": ("lambda p: 0 < p <= 1", "lambda p: 0 <= p <= 1"),
             "temperature infinite": ("lambda t: 0 <= t < inf", "lambda t: 0 <= t"),
+            "without stop_ids it never stops": ("frozenset(config.eos_token_id if", "frozenset(() if"),
+            "empty stop_ids are those of the config": (
+                'config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])',
+                'chosen["stop_ids"] or config.eos_token_id)',
+            ),
+            "stop_ids and those of the config": (
+                'config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])',
+                '[*config.eos_token_id, *(chosen["stop_ids"] or ())])',
+            ),
+            "filters without do_sample": ('if given.get("do_sample"):', "if given:"),
         },
     ),
     (
@@ -858,11 +879,7 @@ GROUPS = [
                 "tensor[start : start + PIECE]",
                 "tensor[: copy[start : start + PIECE].size]",
             ),
-            "filters without do_sample": ('if given.get("do_sample"):', "if given:"),
-            "stop ids of config.json alone": (
-                'given.get("eos_token_id", self.config.eos_token_id)',
-                "self.config.eos_token_id",
-            ),
+            "stop ids of config.json alone": ('eos: Any = given.get("eos_token_id")', "eos: Any = None"),
         },
     ),
     (
@@ -943,7 +960,7 @@ GROUPS = [
         "conversation.py",
         "conversation",
         {
-            "options do not reach the template": ("(self.messages, **template_options)", "(self.messages)"),
+            "options do not reach the template": ("(messages, **template_options)", "(messages)"),
         },
     ),
     (

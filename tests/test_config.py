@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen3np import Config, ConfigError, count_parameters, init_weights
 from qwen3np.config import Yarn
+from qwen3np.files.hf_config import remarks
 from qwen3np.weights import weight_shapes
 
 OFFICIAL = {  # Qwen/Qwen3-0.6B
@@ -142,6 +143,9 @@ def test_defaults_are_those_of_transformers():
 def test_round_trip(seed, eos):
     config = draw_any_config(np.random.default_rng(seed))
     config = replace(config, eos_token_id=tuple(eos))
+    if yarn := config.rope_scaling:  # what it makes of the context
+        length = int(yarn.factor * yarn.original_max_position_embeddings)
+        config = replace(config, max_position_embeddings=max(length, config.max_position_embeddings))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -153,7 +157,6 @@ EXPERTS = {"model_type": "qwen3_moe", **EXPERT_SIZES}
 UNSUPPORTED = [  # what is changed, and what the message must say: key, value, what is supported
     ({"model_type": "llama"}, 'model_type = "llama"', "qwen3 and qwen3_moe"),
     ({"hidden_act": "gelu"}, 'hidden_act = "gelu"', "silu"),
-    ({"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}', "bfloat16, float16 or float32"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5", "1.0"),
     ({"is_causal": False}, "is_causal = false", "true"),
     ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types = [", "a sliding_window"),
@@ -185,7 +188,8 @@ UNSUPPORTED = [  # what is changed, and what the message must say: key, value, w
     ({"head_dim": 127}, "head_dim = 127", "even"),
     ({"num_key_value_heads": 5}, "num_key_value_heads = 5", "divisor of num_attention_heads (16)"),
     ({"head_dim": None, "hidden_size": 1001}, "head_dim = null", "explicit"),
-    ({"hidden_size": 1024.0}, "hidden_size = 1024.0", "whole numbers from 1"),
+    ({"hidden_size": 1024.5}, "hidden_size = 1024.5", "whole numbers from 1"),
+    ({"rope_scaling": {**YARN, "factor": 1e300}}, "rope_scaling.factor", "contexts below 2^63 positions"),
     ({"vocab_size": "151936"}, 'vocab_size = "151936"', "whole numbers"),
     ({"num_hidden_layers": 0}, "num_hidden_layers = 0", "from 1"),
     ({"num_attention_heads": True}, "num_attention_heads = true", "whole numbers"),
@@ -236,7 +240,42 @@ def test_an_unsupported_value_is_refused_with_key_value_and_what_is_supported(ch
     ],
 )
 def test_spellings_of_yarn(d, yarn):
-    assert Config.from_dict(d) == replace(Config.from_dict(OFFICIAL), rope_scaling=yarn)
+    length = max(int(yarn.factor * yarn.original_max_position_embeddings), 40960)
+    wanted = replace(Config.from_dict(OFFICIAL), rope_scaling=yarn, max_position_embeddings=length)
+    assert Config.from_dict(d) == wanted
+
+
+def test_the_model_cards_recipe_makes_the_context_longer():
+    """Qwen3's cards: add rope_scaling, and leave max_position_embeddings at 40,960. vLLM derives factor x original."""
+    card = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert Config.from_dict(without(rope_scaling=card)).max_position_embeddings == 131_072
+    longer = without(rope_scaling=card, max_position_embeddings=262_144)
+    assert Config.from_dict(longer).max_position_embeddings == 262_144
+    saved = without("rope_theta", rope_parameters={**THETA, "rope_type": "default"}, rope_scaling=card)
+    assert Config.from_dict(saved).rope_scaling == Yarn(4.0, 32768)  # added to what transformers 5 had saved
+    both = without(rope_scaling={**card, "factor": 2.0}, rope_parameters={**card, **THETA})
+    with pytest.raises(ConfigError, match="rope_scaling is given more than once, with different values"):
+        Config.from_dict(both)
+
+
+def test_settings_that_change_nothing():
+    left = {"bits": 4, "quant_method": "bitsandbytes"}  # the tensors say how they are stored
+    for change in (
+        {"hidden_act": "swish"},
+        {"quantization_config": left},
+        {"hidden_size": 1024.0, "max_position_embeddings": 40960.0},
+        {"use_sliding_window": None, "rope_scaling": None, "tie_word_embeddings": True, "layer_types": None},
+    ):
+        assert Config.from_dict(without(**change)) == Config.from_dict(OFFICIAL)
+
+
+def test_attn_factor_is_ignored_as_in_transformers_and_said():
+    """DeepSeek-R1-0528-Qwen3-8B's config.json."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    d = without(rope_scaling={**yarn, "attn_factor": 0.8782488562869419})
+    assert Config.from_dict(d) == Config.from_dict(without(rope_scaling=yarn))
+    assert "attn_factor" in remarks(d)[0]
+    assert remarks(without(rope_scaling=yarn)) == []
 
 
 def test_yarn_needs_a_factor():
@@ -244,11 +283,6 @@ def test_yarn_needs_a_factor():
         ConfigError, match=r"rope_scaling.factor is missing: YaRN needs the ratio of the new context to the original"
     ):
         Config.from_dict(without(rope_scaling={"rope_type": "yarn"}))
-
-
-def test_two_rotary_types_are_an_error():
-    with pytest.raises(ConfigError, match="rope_scaling is given more than once, with different values"):
-        Config.from_dict(without(rope_scaling=YARN, rope_parameters=THETA))
 
 
 @pytest.mark.parametrize(("positions", "extended"), [(32768, 131_072), (40960, 131_072), (262_144, 1_048_576)])

@@ -263,7 +263,7 @@ def test_numerics_of_one_name_are_one_object():
 
 # What reads top to bottom: a file imports only what stands above it. "." ends a package's name: all of its files.
 ORDER = [
-    *("errors", "terminal", "memory", "numerics", "rules", "config", "cache", "rope", "qwen3"),
+    *("errors", "terminal", "memory", "numerics", "stored", "rules", "config", "cache", "rope", "qwen3"),
     *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "generate", "scoring"),
     *("files.", "chat", "tokenizer", "files.checkpoint", "loading", "embeddings", "conversation"),
     *("verify", "published.", "porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),

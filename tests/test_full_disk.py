@@ -104,9 +104,9 @@ LONG = "One two three four five six seven eight nine ten. " * 8
     [
         (["trace", LONG, "-o"], "trace.safetensors"),
         (["view", LONG, "-o"], "view.html"),
-        (["embed", "--out"], "texts.npy"),
-        (["embed", "--out"], "texts.npz"),
-        (["embed", "--out"], "texts.jsonl"),
+        (["embed", "--lines", "--out"], "texts.npy"),
+        (["embed", "--lines", "--out"], "texts.npz"),
+        (["embed", "--lines", "--out"], "texts.jsonl"),
     ],
 )
 def test_what_a_command_writes(disk, command, name, refused, embedding):

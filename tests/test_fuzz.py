@@ -25,7 +25,7 @@ def test_changed_files_are_refused_or_read_as_the_safetensors_library_reads_them
 
 
 def test_unchanged_files_load(originals, tmp_path):
-    assert [fuzz.run(files, tmp_path) for files in originals] == ["loaded", "loaded"]
+    assert [fuzz.run(files, tmp_path) for files in originals] == ["loaded"] * 6
 
 
 @pytest.fixture

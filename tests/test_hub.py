@@ -31,10 +31,10 @@ CHECKPOINT = {
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer_config.json": b'{"chat_template": ""}',
     "chat_template.jinja": b"{{ messages }}",
+    "modules.json": b"[]",
 }
 OTHERS = {
     "README.md": b"# a model",
-    "1_Pooling/config.json": b"{}",
     "consolidated.safetensors": WEIGHTS,
     "model.fp16.safetensors": WEIGHTS,
     "onnx/model.safetensors": WEIGHTS,
@@ -89,8 +89,8 @@ def client(hub, home, stderr=None, **environment):
         ) as process,
     ):
 
-        def fetch(name, revision=None, progress=True, weights=True, **environment):
-            options = {"progress": progress, "weights": weights}
+        def fetch(name, revision=None, progress=True, weights=True, gguf_file=None, adapter=False, **environment):
+            options = {"progress": progress, "weights": weights, "gguf_file": gguf_file, "adapter": adapter}
             print(json.dumps([name, revision, options, environment]), file=process.stdin, flush=True)
             line = process.stdout.readline()
             assert line, log.read_text()
@@ -148,7 +148,7 @@ def test_the_built_in_checkpoint_has_no_revision():
 def test_a_file_is_not_a_checkpoint(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(CheckpointError, match="is a file: give the folder"):
+    with pytest.raises(CheckpointError, match="is a shard of a model: give the folder"):
         resolve(file)
 
 
@@ -174,6 +174,22 @@ def test_a_download_has_the_needed_files_and_a_second_one_transfers_nothing(hub,
         hub.close()
         assert fetch(name) == folder
     assert hub.sent == sizes(CHECKPOINT)
+
+
+def test_a_gguf_file_an_adapter_and_pooling_are_fetched_alone(hub, tmp_path):
+    parts = {f"Q8/x-0000{n}-of-00002.gguf": WEIGHTS[n:] for n in (1, 2)}
+    lora = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    hub.repos["Qwen/GGUF"] = {"main": {"x-Q8_0.gguf": WEIGHTS, "x-Q4_K.gguf": WEIGHTS, "README.md": b""} | parts}
+    hub.repos["me/lora"] = {"main": lora | {"tokenizer.json": b"", "optimizer.pt": b""}}
+    hub.repos["me/st"] = {"main": {**CHECKPOINT, "1_Pooling/config.json": b"{}", "1_Pooling/more.json": b"{}"}}
+    with client(hub, tmp_path) as fetch:
+        assert set(contents(fetch("Qwen/GGUF", gguf_file="x-Q8_0.gguf"))) == {"x-Q8_0.gguf"}
+        assert contents(fetch("Qwen/GGUF", gguf_file="Q8/x-00001-of-00002.gguf")).keys() >= parts.keys()
+        assert contents(fetch("me/lora", adapter=True)) == lora
+        assert contents(fetch("me/st")) == CHECKPOINT | {"1_Pooling/config.json": b"{}"}
+        assert "choose one of its GGUF files by gguf_file (--gguf-file): " in fetch("Qwen/GGUF")
+        assert "has no y.gguf: choose one" in fetch("Qwen/GGUF", gguf_file="y.gguf")
+        assert "has no adapter_config.json" in fetch("me/st", adapter=True)
 
 
 def test_shards_and_the_older_tokenizer_files(hub, tmp_path):

@@ -84,7 +84,7 @@ def test_what_is_written(place, model):
     main(["view", "--model", str(model), PROMPT, "-o", str(place / "Blick ü.html")])
     assert "<html" in (place / "Blick ü.html").read_text(encoding="utf-8")
     main(["fixture", "-o", str(place / "Satz 雪")])
-    assert json.loads((place / "Satz 雪" / "tied" / "ids.json").read_text(encoding="utf-8"))
+    assert json.loads((place / "Satz 雪" / "tied" / "values" / "ids.json").read_text(encoding="utf-8"))
     names = {path.name for path in place.iterdir()}
     assert names == {"ein Modell", "Spur – 1.safetensors", "Blick ü.html", "Satz 雪"}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen3np import processed_logits
-from qwen3np.generate import said_in
+from qwen3np.tokenizer import said_in
 
 CASES = 1000
 
@@ -77,7 +77,7 @@ def both(rng, names):
     try:
         return processed_logits(logits, settings, ids, new), scores[0].numpy()
     except ValueError as error:
-        if "no id is left" not in str(error) and "no finite maximum" not in str(error):
+        if not any(reason in str(error) for reason in ("no id is left", "no finite maximum", "leave the range")):
             raise
         return None, scores[0].numpy()
 

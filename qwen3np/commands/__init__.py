@@ -19,6 +19,7 @@ from qwen3np.files.limits import readable
 from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
 from qwen3np.numerics import ENGINES, NUMERICS
 from qwen3np.settings import GenerationSettings, checked
+from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer, said_in, stop_at
 
 
@@ -29,11 +30,13 @@ def add_model(
 ) -> None:
     """Add the flags that name a checkpoint: one such as `needed`, where the built-in one cannot do what is asked."""
     group = parser.add_argument_group("checkpoint")
-    text = f"a folder, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
+    text = f"a folder, a .gguf file, or a Hub id such as {needed or 'Qwen/Qwen3-0.6B'}" + (
         f" (default: {default})" if not needed else ""
     )
     group.add_argument("-m", "--model", metavar="M", required=needed is not None, help=text)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
+    group.add_argument("--gguf-file", metavar="F", help="the GGUF file to use, of a folder or on the Hub")
+    group.add_argument("--adapter", metavar="A", help="a LoRA adapter to apply: a folder, or a Hub id")
     scaling = (
         "yarn:FACTOR extends the context, of 32,768 positions to 131,072 with yarn:4 (default: as config.json says)"
     )
@@ -151,7 +154,13 @@ def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str,
 
 def load_named(arguments: argparse.Namespace) -> Model:
     """Return the model that the flags name."""
-    model = load(named(arguments), revision=arguments.revision, weights_dtype=arguments.weights_dtype)
+    model = load(
+        named(arguments),
+        revision=arguments.revision,
+        gguf_file=arguments.gguf_file,
+        adapter=arguments.adapter,
+        weights_dtype=arguments.weights_dtype,
+    )
     return replace(model, config=scaled(model.config, arguments))
 
 
@@ -290,7 +299,7 @@ class Ends:
 
 def progress_bar(total: int | None, what: str, unit: str = "tok") -> Any:
     """Return a tqdm bar on stderr that counts tokens, where that is a terminal; it goes when it is closed."""
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 

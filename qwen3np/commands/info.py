@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
+from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint
+from qwen3np.files.folders import gguf_of
+from qwen3np.files.gguf import read_gguf
 from qwen3np.files.hub import has_weights, resolve
 from qwen3np.memory import available_memory
+from qwen3np.stored import kind
 from qwen3np.weights import count_parameters
 
 EXAMPLE = "qwen3np info --model Qwen/Qwen3-0.6B"
@@ -30,13 +35,21 @@ def run(arguments: argparse.Namespace) -> None:
     if positions < 1:
         raise ValueError(f"--positions={positions} is not a whole number from 1")
     # whether it would fit is asked before the weights are downloaded
-    folder = resolve(named(arguments), revision=arguments.revision, weights=False)
-    if has_weights(folder) or not (folder / "config.json").exists():
-        config, weights = read_checkpoint(folder)
-        files = sorted(weights.files)
-        stored = sum(file.stat().st_size for file in files)
-        dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
-        disk = f"{stored:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {', '.join(dtypes)}"
+    folder = resolve(named(arguments), revision=arguments.revision, gguf_file=arguments.gguf_file, weights=False)
+    file = gguf_of(folder, arguments.gguf_file) if folder.is_file() or arguments.gguf_file else None
+    if file is None and not (folder / "config.json").exists():
+        file = gguf_of(folder)
+    if file is not None or has_weights(folder) or not (folder / "config.json").exists():
+        config, weights = read_gguf(file)[:2] if file is not None else read_checkpoint(folder)
+        if arguments.adapter is not None:
+            config, weights = adapted(config, weights, resolve(arguments.adapter, adapter=True))
+        stored = sum(path.stat().st_size for path in weights.files)
+        formats = " and ".join(sorted({kind(tensor) for tensor in weights.values()}))
+        bits = 8 * sum(tensor.nbytes for tensor in weights.values()) / sum(tensor.size for tensor in weights.values())
+        count = len(weights.files)
+        disk = f"{stored:,} bytes in {count} file{'s' * (count > 1)}, {formats}: {bits:.3g} bits per weight"
+        for remark in weights.remarks:
+            print(f"[{remark}]", file=sys.stderr)
     else:
         config = Config.from_file(folder)
         stored = 2 * count_parameters(config)["unique"]

@@ -17,6 +17,7 @@ from typing import Any
 from qwen3np.study.tour import Line, Part, laid_out, pages, plain, read_lessons, run_lesson, styled
 
 EXAMPLE = "qwen3np tour --lesson 4"
+GUARDED = False  # it prints the package's own text, and draws its pages with control characters
 HELP = "learn how the model works, lesson by lesson, each with its code and a computation"
 
 _WIDEST = 100  # columns: longer lines are hard to read

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,17 +13,23 @@ from numpy.typing import DTypeLike
 
 from qwen3np.config import Config
 from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.files import hf_config
+from qwen3np.files.folders import INDEX, SINGLE, require_checkpoint, weight_files
 from qwen3np.files.limits import check_links, read_json
+from qwen3np.files.names import known_names, split_experts, without_zeros
+from qwen3np.files.packing import packed
 from qwen3np.files.tensors import map_tensors, write_tensors
 from qwen3np.files.writing import written_aside
 from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.stored import Stored
 from qwen3np.weights import LoadedWeights, Weights, identity, weight_shapes
 
 if TYPE_CHECKING:
     from qwen3np.tokenizer import Tokenizer
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = "score.weight"  # (labels, D): the head of a model that scores texts, as Qwen3ForSequenceClassification has it
+_PIECE = 1 << 22  # numbers that are compared at a time
 _STORED = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
 _LISTED = 20  # problems that are listed one by one, so that an error stays readable
 
@@ -63,12 +69,12 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     check_links(folder)
-    config = Config.from_file(folder / "config.json")
-    expected = weight_shapes(config)
+    require_checkpoint(folder)
     problems: list[str] = []
     found: dict[str, Array | None] = {}  # None: in a file that is listed as a problem
+    unreadable = False
     identities: dict[Path, tuple[int, int, int]] = {}
-    for path, listed in _files(folder, problems).items():
+    for path, listed in weight_files(folder, problems).items():
         tensors: Mapping[str, Array | None]
         try:
             identities[path.absolute()] = identity(path)
@@ -76,23 +82,93 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
         except (CheckpointError, OSError) as error:
             cause = f"{path.name}: cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             problems.append(cause)
-            tensors = dict.fromkeys(listed or expected)
+            unreadable |= not listed
+            tensors = dict.fromkeys(listed or ())
         problems += [
-            f"{name}: not in {path.name}, where {_INDEX} puts it" for name in listed or () if name not in tensors
+            f"{name}: not in {path.name}, where {INDEX} puts it" for name in listed or () if name not in tensors
         ]
         problems += [f"{name}: in more than one file" for name in found.keys() & tensors.keys()]
         found |= tensors
 
-    if not any(name.startswith("model.") for name in found):
-        found = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in found.items()}
-        if "lm_head.weight" not in found:  # of a model that makes embeddings
-            expected.pop("lm_head.weight", None)
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    problems += _misfits(found, expected)
+    found, remarks = known_names(found)
+    settings = _settings(folder / "config.json", found)
+    config = hf_config.from_settings(settings, folder / "config.json")
+    expected = weight_shapes(config) | {_HEAD: (config.vocab_size, config.hidden_size)}
+    if unreadable:  # a file without an index: what it should hold is not missing
+        found = dict.fromkeys(expected) | found
+    found, damaged = split_experts(without_zeros(found, expected), config)
+    try:
+        quantization = settings.get("quantization_config") or settings.get("quantization")
+        stored, unfit = packed(found, expected, config, quantization)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    stored = {name: _narrowed(tensor) for name, tensor in stored.items()}
+    config, head = _with_its_head(config, stored)
+    expected = _expected(config, stored)
+    problems += [*damaged, *unfit, *_misfits(stored, expected)]
     if problems:
         raise CheckpointError(f"{folder}: not a usable checkpoint: {_listed(list(dict.fromkeys(problems)))}")
-    return config, LoadedWeights({name: cast("Array", found[name]) for name in expected}, identities)
+    weights = {name: cast("Array", stored[name]) for name in expected}
+    return config, LoadedWeights(weights, identities, [*remarks, *hf_config.remarks(settings), *head])
+
+
+def _settings(path: Path, found: Mapping[str, Array | None]) -> dict[str, Any]:
+    """Return what config.json says, with the head_dim of the tensors where it is left out."""
+    try:
+        settings = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    norms = (tensor for name, tensor in found.items() if name.endswith(".self_attn.q_norm.weight"))
+    norm = next(norms, None)
+    if settings.get("head_dim") is None and norm is not None and norm.ndim == 1 and norm.size:
+        settings["head_dim"] = norm.size
+    return settings
+
+
+def _with_its_head(config: Config, tensors: dict[str, Array | Stored | None]) -> tuple[Config, list[str]]:
+    """Leave out a head that is stored though the config ties it to the embedding, unless it is another.
+
+    Returns the config, which then does not tie it, and what is to be said about it.
+    """
+    if not config.tie_word_embeddings or _HEAD not in tensors:
+        return config, []
+    embedding, head = tensors.get(_EMBEDDING), tensors[_HEAD]
+    if _EMBEDDING not in tensors:
+        tensors[_EMBEDDING] = head
+    if embedding is None or head is None or _same_numbers(embedding, head):
+        del tensors[_HEAD]
+        return config, []
+    remark = "config.json ties the head to the embedding, but another head is stored, which is used"
+    return replace(config, tie_word_embeddings=False), [remark]
+
+
+def _same_numbers(a: Array | Stored, b: Array | Stored) -> bool:
+    """Whether two matrices hold the same numbers. They are read a piece at a time, up to the first difference."""
+    if a.shape != b.shape:
+        return False
+    step = max(_PIECE * len(a) // max(a.size, 1), 1)
+    for start in range(0, len(a), step):
+        one, other = (np.asarray(tensor[start : start + step]) for tensor in (a, b))
+        if one.dtype == other.dtype:  # as bytes: faster, and NaN is itself
+            one, other = one.view(np.uint8), other.view(np.uint8)
+        if not np.array_equal(one, other):
+            return False
+    return True
+
+
+def _expected(config: Config, tensors: Mapping[str, Array | Stored | None]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that these tensors must have: those of the config, with a score and without a missing head."""
+    expected = weight_shapes(config)
+    if _HEAD not in tensors:  # of a model that makes embeddings or scores
+        expected.pop(_HEAD, None)
+    if (score := tensors.get(SCORE)) is not None and score.ndim == 2:
+        expected[SCORE] = (len(score), config.hidden_size)
+    return expected
+
+
+def _narrowed(tensor: Array | Stored | None) -> Array | Stored | None:
+    """Return a tensor of float64, which nothing is trained in, as float32, and every other as it is."""
+    return tensor.astype(np.float32) if tensor is not None and tensor.dtype == np.float64 else tensor
 
 
 def save_checkpoint(
@@ -139,11 +215,11 @@ def save_checkpoint(
         files["generation_config.json"] = _json(dict(generation_config))
     if tokenizer:
         files |= tokenizer.files()
-    for name in (*files, _SINGLE, _INDEX):
+    for name in (*files, SINGLE, INDEX):
         path = folder / name  # a save that was killed leaves files, but the same ones
         if path.exists() and not (path.is_file() and path.read_bytes() == files.get(name)):
             raise CheckpointError(f"{folder}: already holds a checkpoint ({name}); choose a new folder")
-    shapes = weight_shapes(config)
+    shapes = _expected(config, weights)
     if config.tie_word_embeddings:  # as when reading
         weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     if problems := _misfits(weights, shapes, dtype):
@@ -151,7 +227,7 @@ def save_checkpoint(
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with written_aside(folder / _SINGLE) as part:  # named last: where this file is, all are
+        with written_aside(folder / SINGLE) as part:  # named last: where this file is, all are
             write_tensors(part, weights, shapes, dtype)
             for name, content in files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -166,7 +242,9 @@ def _json(value: object) -> bytes:
 
 
 def _misfits(
-    found: Mapping[str, Array | None], expected: Mapping[str, tuple[int, ...]], dtype: DTypeLike | None = None
+    found: Mapping[str, Array | Stored | None],
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike | None = None,
 ) -> list[str]:
     """Return what is wrong with tensors that are, or with `dtype` will be, stored. None fits everything."""
     problems = [f"{name}: extra: no such tensor in this model" for name in sorted(found.keys() - expected.keys())]
@@ -186,30 +264,3 @@ def _listed(problems: Sequence[str]) -> str:
     """Join problems into one line, the first of them if there are many."""
     rest = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     return "; ".join([*problems[:_LISTED], *rest])
-
-
-def _files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
-    """Return the safetensors files of a folder, each with the tensors that the index, if any, says it holds."""
-    if (folder / _SINGLE).is_file():
-        return {folder / _SINGLE: None}
-    if not (folder / _INDEX).is_file():
-        raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
-    try:
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / _INDEX}: {error}") from None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
-    shards: dict[str, list[str]] = {}
-    for name, shard in cast("dict[str, Any]", weight_map).items():
-        if isinstance(shard, str) and shard == Path(shard).name and shard not in ("", ".."):
-            shards.setdefault(shard, []).append(name)
-        else:
-            problems.append(f"{name}: {_INDEX} puts it into {shard!r}, which is not the name of a file in the folder")
-    files: dict[Path, list[str] | None] = {}
-    for shard, listed in shards.items():
-        if os.path.isfile(folder / shard):  # False for impossible names, too
-            files[folder / shard] = listed
-        else:
-            problems.append(f"{shard}: missing, though {_INDEX} names it")
-    return files

@@ -27,6 +27,7 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+_FLOATS = ("rope_theta", "rms_norm_eps", "initializer_range", "factor", "attention_factor", "mscale", "mscale_all_dim")
 _OF_WINDOWS = ("sliding_window", "max_window_layers", "layer_types")
 _OF_ROPE = ("rope_theta", "rope_scaling")
 _EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -65,7 +66,7 @@ def from_dict(d: Mapping[str, Any]) -> Config:
     sparse = _is_sparse(d)
     left_out = (*_OF_WINDOWS, *_OF_ROPE, *(() if sparse else _OF_EXPERTS))
     names = [field.name for field in fields(Config) if field.name not in left_out]
-    values = {name: plain(d[name]) for name in names if d.get(name) is not None} | _rope(d)
+    values = {name: _as_meant(name, plain(d[name])) for name in names if d.get(name) is not None} | _rope(d)
     eos = values.get("eos_token_id", ())
     values["eos_token_id"] = eos if isinstance(eos, tuple) else (eos,)
     if "num_key_value_heads" in d and "num_attention_heads" in values:  # null: one for each query head
@@ -85,7 +86,13 @@ def from_dict(d: Mapping[str, Any]) -> Config:
             supported = f"an explicit number: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})"
             raise _unsupported("head_dim", None, supported)
         values["head_dim"] = width // heads
-    return Config(**values)
+    config = Config(**values)
+    if yarn := config.rope_scaling:  # the model cards add rope_scaling and leave the length as it was
+        length = yarn.factor * yarn.original_max_position_embeddings
+        if length >= 2**63:
+            raise _unsupported("rope_scaling.factor", yarn.factor, "contexts below 2^63 positions")
+        config = replace(config, max_position_embeddings=max(int(length), config.max_position_embeddings))
+    return config
 
 
 def from_file(path: str | Path) -> Config:
@@ -115,9 +122,26 @@ def from_file(path: str | Path) -> Config:
     if path.is_dir():
         path = path / "config.json"
     try:
-        return from_dict(read_json(path))
+        settings = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return from_settings(settings, path)
+
+
+def from_settings(settings: Mapping[str, Any], path: Path) -> Config:
+    """Return the same as from_dict, with the file that holds the settings in the error."""
+    try:
+        return from_dict(settings)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('config: ')}") from None
+
+
+def remarks(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a user should know about settings that are read in another way than they may have been meant."""
+    ropes = [settings[key] for key in ("rope_parameters", "rope_scaling") if isinstance(settings.get(key), dict)]
+    if any(rope.get("attn_factor") is not None for rope in ropes):
+        return ["attn_factor in config.json is ignored, as transformers does (vLLM multiplies by it)"]
+    return []
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -184,6 +208,12 @@ def _fits(c: Config) -> Iterator[tuple[bool, str, str]]:
         yield not (c.layer_types or c.max_window_layers), "num_experts", "experts where all layers slide, or none"
 
 
+def _as_meant(name: str, value: Any) -> Any:
+    """Return a whole number for a float that is one, where a whole number is meant."""
+    whole = isinstance(value, float) and value.is_integer() and name not in _FLOATS
+    return int(value) if whole else value
+
+
 def _require(values: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value of a Config that is not supported."""
     for key, value, supported in broken(Config, values):
@@ -213,8 +243,7 @@ def _refuse_other_mathematics(d: Mapping[str, Any]) -> None:
     """Raise ConfigError for each switch that transformers obeys and this package does not have."""
     only: dict[str, tuple[tuple[Any, ...], str]] = {  # key: (the values supported besides null, in words)
         "model_type": (("qwen3", "qwen3_moe"), "qwen3 and qwen3_moe (text models)"),
-        "hidden_act": (("silu",), "silu"),
-        "quantization_config": ((), "unquantised weights: bfloat16, float16 or float32"),
+        "hidden_act": (("silu", "swish"), "silu, which is also called swish"),
         "partial_rotary_factor": ((1.0,), "1.0: the whole head is rotated"),
         "is_causal": ((True,), "true: causal attention"),
     }
@@ -272,6 +301,8 @@ def _rope(d: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "default" and settings:
             name, value = next(iter(settings.items()))
             raise _unsupported(f"{key}.{name}", value, "yarn, or the default rotary type without such a setting")
+    if len(scalings) == 2 and None in scalings:  # a card's YaRN, added to what transformers 5 had saved
+        scalings = [scaling for scaling in scalings if scaling]
     if not thetas:  # transformers would fall back to 10,000, which is wrong for every released checkpoint
         raise ConfigError("config: rope_theta is missing (looked for rope_theta and rope_parameters.rope_theta)")
     for name, values in (("rope_theta", thetas), ("rope_scaling", scalings)):
@@ -283,6 +314,7 @@ def _rope(d: Mapping[str, Any]) -> dict[str, Any]:
 def _yarn(key: str, settings: dict[str, Any], d: Mapping[str, Any]) -> Yarn:
     """Return the settings of YaRN that rope_parameters or rope_scaling, whichever `key` is, holds."""
     names = [field.name for field in fields(Yarn)]
+    settings = {name: _as_meant(name, value) for name, value in settings.items() if name != "attn_factor"}
     for name, value in settings.items():
         if name not in names:
             raise _unsupported(f"{key}.{name}", value, f"the settings {', '.join(names)}")

@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    # of a sentence-transformers model: how its vectors are made
+    "modules.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 ]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 # The older form of tokenizer.json, needed only if that is missing.
-VOCABULARY_FILES = ["vocab.json", "merges.txt"]
+VOCABULARY_FILES = ["vocab.json", "merges.txt", "added_tokens.json"]
 
 # Not a Hub id: it starts like a path, or contains a second slash, a backslash or a colon.
 _PATH = re.compile(r"[./~]|.*/.*/|.*[\\:]")
@@ -38,6 +44,8 @@ def resolve(
     name_or_path: str | os.PathLike[str] | None,
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    adapter: bool = False,
     weights: bool = True,
     progress: bool = True,
 ) -> Path:
@@ -48,8 +56,9 @@ def resolve(
     cache are not transferred again, and a complete copy there is enough if the Hub does not answer. huggingface_hub
     obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 
-    With weights=False the weights, often many gigabytes, are not downloaded. With progress=True bars are shown on
-    stderr if that is a terminal.
+    With gguf_file only this file is fetched, or all of a split one, and an existing .gguf file is returned as it is.
+    With adapter=True it is the folder of a LoRA adapter. With weights=False the weights, often many gigabytes, are not
+    downloaded. With progress=True bars are shown on stderr if that is a terminal.
 
     Raises CheckpointError, one line that says why there is no folder, and what to do.
     """
@@ -61,18 +70,31 @@ def resolve(
     if os.path.isdir(folder):
         return Path(folder)
     if os.path.isfile(folder):
-        raise CheckpointError(f"{name} is a file: give the folder that holds it")
+        if folder.endswith(".gguf"):
+            return Path(folder)
+        kind = "a shard of a model" if folder.endswith(".safetensors") else "a file"
+        raise CheckpointError(
+            f"{name} is {kind}: give the folder that holds it, {Path(folder).parent}, or a .gguf file"
+        )
     if isinstance(name_or_path, os.PathLike) or _PATH.match(name):
         raise CheckpointError(f"there is no folder {name}: give one that exists, or a Hub id such as Qwen/Qwen3-0.6B")
     try:
-        return _download(name, revision, weights, quiet=not (progress and sys.stderr.isatty()))
+        wanted = _wanted(gguf_file, adapter)
+        return _download(name, revision, wanted, weights, quiet=not (progress and sys.stderr.isatty()))
     except CheckpointError:
         raise
     except Exception as error:  # the HTTP client differs between versions, and hf_xet has errors of its own
         raise CheckpointError(_explain(error, name, revision)) from error
 
 
-def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) -> Path:
+def _wanted(gguf_file: str | None, adapter: bool) -> list[str]:
+    """Return the patterns of the files to fetch."""
+    if gguf_file is not None:
+        return [re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", gguf_file)]
+    return ADAPTER_FILES if adapter else FILES
+
+
+def _download(name: str, revision: str | None, wanted: list[str], weights: bool, *, quiet: bool) -> Path:
     from huggingface_hub import (
         constants,
         model_info,
@@ -80,23 +102,30 @@ def _download(name: str, revision: str | None, weights: bool, *, quiet: bool) ->
     )
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = [pattern for pattern in FILES if weights or not pattern.endswith(".safetensors")]
+    if wanted is FILES and not weights:
+        wanted = [pattern for pattern in wanted if not pattern.endswith(".safetensors")]
     try:
         # snapshot_download asks for this as well, but without a timeout.
         info = model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:
         with suppress(LocalEntryNotFoundError):
             cached = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
-            if not _missing(os.listdir(cached), weights) and (not weights or has_weights(Path(cached))):
+            whole = wanted[0] != FILES[0] or not weights or has_weights(Path(cached))
+            if whole and not _missing(os.listdir(cached), wanted, weights):
                 return Path(cached)
         raise
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    if missing := _missing(files, weights):
-        raise CheckpointError(
-            f"{name} on {constants.ENDPOINT} has no {missing}: give a repository (or a revision) with the "
-            "weights as transformers saves them in safetensors; .bin and .gguf cannot be read"
+    if missing := _missing(files, wanted, weights):
+        ggufs = [file for file in files if file.endswith(".gguf")]
+        way_out = (
+            f"choose one of its GGUF files by gguf_file (--gguf-file): {', '.join(ggufs[:10])}"
+            if ggufs
+            else "give a repository (or a revision) with the weights as transformers saves them in safetensors, "
+            "or with GGUF files; .bin cannot be read"
         )
-    patterns = wanted if "tokenizer.json" in files else wanted + VOCABULARY_FILES
+        raise CheckpointError(f"{name} on {constants.ENDPOINT} has no {missing}: {way_out}")
+    more = VOCABULARY_FILES if wanted[0] == FILES[0] and "tokenizer.json" not in files else []
+    patterns = wanted + more
     with _no_bars() if quiet else nullcontext():
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
@@ -127,8 +156,10 @@ def has_weights(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
 
 
-def _missing(files: Collection[str], weights: bool) -> str | None:
-    """Return the name of a file that `files` need to be a checkpoint, or None."""
+def _missing(files: Collection[str], wanted: Sequence[str], weights: bool) -> str | None:
+    """Return the name of a file that `files` need to be what is wanted, or None."""
+    if wanted[0] != FILES[0]:
+        return next((pattern for pattern in wanted if not any(fnmatch(file, pattern) for file in files)), None)
     if "config.json" not in files:
         return "config.json"
     if weights and "model.safetensors" not in files and "model.safetensors.index.json" not in files:

@@ -24,10 +24,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error}") from None
+        raise ConfigError(lfs_pointer(path) or f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"holds a JSON {type(value).__name__}, not an object")
     return cast("dict[str, Any]", value)
+
+
+def lfs_pointer(path: Path) -> str:
+    """Return what to do about a file that holds only the pointer which git-lfs keeps in its place; "" for others."""
+    with path.open("rb") as file:
+        pointer = file.read(24) == b"version https://git-lfs."
+    return f"only the pointer to a file of git-lfs: run `git lfs pull` in {path.parent}" if pointer else ""
 
 
 def readable(path: Path, most: int = MOST_BYTES) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qwen3np.errors import CheckpointError
-from qwen3np.files.limits import MOST_BYTES
+from qwen3np.files.limits import MOST_BYTES, lfs_pointer
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.weights import Weights
 
@@ -50,6 +50,8 @@ def map_tensors(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
+        if pointer := lfs_pointer(path):
+            raise CheckpointError(f"{path.name}: {pointer}")
         if length > size - 8:
             raise CheckpointError(f"{path.name}: truncated: {size} bytes, too few for its header; download it again")
         if length > MOST_BYTES:
@@ -112,10 +114,11 @@ def write_tensors(path: Path, tensors: Weights, names: Collection[str], dtype: D
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].reshape(-1)
-            for start in range(0, flat.size, _PIECE):
+            tensor = tensors[name]
+            step = max(_PIECE * len(tensor) // tensor.size, 1)  # rows
+            for start in range(0, len(tensor), step):
                 with np.errstate(over="raise"):
-                    piece = flat[start : start + _PIECE].astype(dtype or flat.dtype, copy=False)
+                    piece = tensor[start : start + step].astype(dtype or tensor.dtype, copy=False)
                 # a view as bytes: NumPy's buffer protocol has no format for bfloat16
                 file.write(np.ascontiguousarray(piece).view(np.uint8).data)
         file.flush()

@@ -25,6 +25,7 @@ from qwen3np.guard import forward
 from qwen3np.loading import Model
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.terminal import bars
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
@@ -149,7 +150,7 @@ def train(
     corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
     where training could not start.
     """
-    from tqdm.auto import tqdm
+    tqdm = bars()
 
     folder = Path(folder)
     if unknown := [name for name in sizes if name not in SIZES]:

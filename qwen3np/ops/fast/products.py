@@ -16,6 +16,7 @@ import numpy as np
 from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
 from qwen3np.qwen3 import Scope
+from qwen3np.stored import Stored, put
 
 # At or below this many rows of x, use one matrix-vector product per row: a matrix product would first copy W into an
 # order of its own, which costs more than these rows do.
@@ -64,7 +65,8 @@ def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numeri
 
 def is_ready(w: Array, numerics: Numerics) -> bool:
     """Whether BLAS can use W in place, without an upcast, rounding or a copy."""
-    return w.dtype == numerics.dtype == numerics.storage and w.flags.c_contiguous and w.flags.aligned
+    as_computed = w.dtype == numerics.dtype == numerics.storage and not isinstance(w, Stored)
+    return as_computed and w.flags.c_contiguous and w.flags.aligned
 
 
 def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
@@ -151,11 +153,12 @@ _scratch = _Scratch()
 
 def _ready(w: Array, numerics: Numerics) -> Array:
     """Return numerics.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
-    if w.dtype == numerics.dtype or (numerics.rounds and w.dtype != BFLOAT16):
+    stored = isinstance(w, Stored)
+    if not stored and (w.dtype == numerics.dtype or (numerics.rounds and w.dtype != BFLOAT16)):
         return numerics.widen(w)
     size = w.size * numerics.dtype.itemsize
     if _scratch.memory.size < size:
         _scratch.memory = np.empty(size, np.uint8)
     upcast = _scratch.memory[:size].view(numerics.dtype).reshape(w.shape)
-    np.copyto(upcast, w)
-    return upcast
+    put(w, upcast)
+    return numerics.round(upcast) if stored else upcast

@@ -1,0 +1,210 @@
+"""FP8, AWQ, GPTQ and MLX: how the published quantised checkpoints store a matrix, and the numbers that it stands for.
+
+In every one of them a group of inputs shares a scale. Transposed means that the file holds W as (in, out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+
+from qwen3np.numerics import Array
+from qwen3np.stored import FLOAT, Stored
+
+# The number that each byte stands for as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
+_NAN = 0x7F  # the byte that means NaN, without its sign
+# The two numbers in each byte of 4 bits each, the lower bits first; as one element of 8 bytes, so that one look-up
+# finds both.
+_NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(FLOAT).view(np.uint64)[:, 0]
+# AWQ's "gemm" order: which of its 8 columns each 4 bits of a word hold, the lowest first.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class FP8(Stored):
+    """w = float32(code) * float32(scale of its block). codes (out, in) float8_e4m3fn, scales (blocks, blocks of in)."""
+
+    codes: Array
+    scales: Array
+    line: Array  # (out,): the row of scales for each row
+    width: int  # inputs of a block
+
+    @classmethod
+    def of(cls, codes: Array, scales: Array, block: tuple[int, int]) -> FP8:
+        """The matrix whose blocks have this many rows and inputs."""
+        out, columns = codes.shape
+        return cls((out, columns), codes, scales, np.arange(out) // block[0], min(block[1], columns))
+
+    def _rows(self, which: slice | Array) -> FP8:
+        codes = self.codes[which]
+        return replace(self, shape=codes.shape, codes=codes, line=self.line[which])
+
+    def _fill(self, out: Array) -> None:
+        edges = [0, *(np.flatnonzero(np.diff(self.line)) + 1).tolist(), len(self)]
+        for start, stop in pairwise(edges):
+            if start < stop:
+                scales = np.repeat(self.scales[self.line[start]].astype(FLOAT), self.width)[: self.shape[1]]
+                _scaled(self.codes[start:stop].view(np.int8), scales, out[start:stop])
+
+
+def _scaled(codes: Array, scales: Array, out: Array) -> None:
+    """Put e4m3 codes (n, in), seen as int8, times scales (in,) into out.
+
+    Where their bits are put into those of a float32, seeeemmm becomes s0000eeeemmm000...: 2^-120 of the number, its
+    small (denormal) ones too. That is twice as fast as a look-up in _E4M3, which NaN and large scales need.
+    """
+    if int(np.bitwise_and(codes, _NAN).max(initial=0)) == _NAN or not float(np.abs(scales).max(initial=0)) < 128:
+        np.take(_E4M3, codes.view(np.uint8), out=out, mode="clip")
+        np.multiply(out, scales, out=out)
+        return
+    bits = out.view(np.int32)
+    np.copyto(bits, codes)
+    np.left_shift(bits, 20, out=bits)
+    np.bitwise_and(bits, np.int32(-0x80000000 | 0x07F00000), out=bits)
+    np.multiply(out, scales * FLOAT.type(2.0**120), out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class MLX(Stored):
+    """w = q * scale + bias. words (out, in * bits / 32) uint32, scales and biases (out, groups)."""
+
+    words: Array
+    scales: Array
+    biases: Array
+    bits: int
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return f"MLX {self.bits}-bit"
+
+    def _rows(self, which: slice | Array) -> MLX:
+        words = self.words[which]
+        shape = len(words), self.shape[1]
+        return replace(self, shape=shape, words=words, scales=self.scales[which], biases=self.biases[which])
+
+    def _fill(self, out: Array) -> None:
+        _unpack(self.words, self.bits, out)
+        groups = out.reshape(*self.scales.shape, -1)
+        groups *= self.scales.astype(FLOAT)[:, :, None]
+        groups += self.biases.astype(FLOAT)[:, :, None]
+
+
+@dataclass(frozen=True, eq=False)
+class GPTQ(Stored):
+    """w = (q - zero) * scale. Transposed: words (in * bits / 32, out) int32, packed along the input.
+
+    zeros (groups, out * bits / 32) int32, packed along the output and less by `less` (1 in the first version of the
+    format); scales (groups, out); group (in,): which group each input belongs to, or None where they stand in order.
+    """
+
+    words: Array
+    zeros: Array
+    scales: Array
+    group: Array | None
+    bits: int
+    less: int
+    columns: Array  # (out,): where each row stands in zeros
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+        return f"GPTQ {self.bits}-bit"
+
+    def _rows(self, which: slice | Array) -> GPTQ:
+        columns = self.columns[which]
+        shape = len(columns), self.shape[1]
+        return replace(self, shape=shape, words=self.words[:, which], scales=self.scales[:, which], columns=columns)
+
+    def _fill(self, out: Array) -> None:
+        _unpack(self.words.T, self.bits, out)
+        zeros = unpacked_columns(self.zeros, self.bits, self.columns).T + self.less
+        _apply(out, zeros, self.scales.T, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class AWQ(Stored):
+    """w = (q - zero) * scale. Transposed: words (in, out / 8) int32, zeros (groups, out / 8), both in AWQ_ORDER."""
+
+    words: Array
+    zeros: Array
+    scales: Array  # (groups, out)
+    start: int = 0  # the first row, of 8 in the first word
+
+    def _rows(self, which: slice | Array) -> Stored:
+        if not isinstance(which, slice):
+            return _Rows((len(which), self.shape[1]), self, which)
+        start, stop, _ = which.indices(len(self))
+        words = slice((self.start + start) // 8, -(-(self.start + stop) // 8))
+        return replace(
+            self,
+            shape=(stop - start, self.shape[1]),
+            words=self.words[:, words],
+            zeros=self.zeros[:, words],
+            scales=self.scales[:, start:stop],
+            start=(self.start + start) % 8,
+        )
+
+    def _fill(self, out: Array) -> None:
+        here = slice(self.start, self.start + len(self))
+        whole = len(self) == 8 * self.words.shape[1]
+        q = out if whole else np.empty((8 * self.words.shape[1], self.shape[1]), FLOAT)
+        words = np.ascontiguousarray(self.words.T).view(np.uint32)  # (out / 8, in)
+        for n, column in enumerate(AWQ_ORDER):
+            np.copyto(q.reshape(-1, 8, self.shape[1])[:, column], (words >> (4 * n)) & 15)
+        if not whole:
+            np.copyto(out, q[here])
+        columns = np.arange(8 * self.words.shape[1])[here]
+        _apply(out, unpacked_columns(self.zeros, 4, columns, AWQ_ORDER).T, self.scales.T, None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Stored):
+    """Rows of a matrix in any order, where the format has them in blocks."""
+
+    matrix: Stored
+    which: Array
+
+    def _rows(self, which: slice | Array) -> _Rows:
+        rows = self.which[which]
+        return replace(self, shape=(len(rows), self.shape[1]), which=rows)
+
+    def _fill(self, out: Array) -> None:
+        for n, row in enumerate(self.which.tolist()):
+            self.matrix._rows(slice(row, row + 1))._fill(out[n : n + 1])
+
+
+def unpacked_columns(words: Array, bits: int, columns: Array, order: tuple[int, ...] = ()) -> Array:
+    """Return the numbers of these columns (N,) from rows of packed words (n, M), the lowest bits first: (n, N) int32.
+
+    order says which of the columns of a word each of its numbers is, if they do not stand in order.
+    """
+    per = 32 // bits
+    place = np.argsort(order) if order else np.arange(per)
+    shifts = (bits * place[columns % per]).astype(np.uint32)
+    return ((words.view(np.uint32)[:, columns // per] >> shifts) & ((1 << bits) - 1)).astype(np.int32)
+
+
+def _unpack(words: Array, bits: int, out: Array) -> None:
+    """Put the numbers of packed words (n, M), the lowest bits first, into out (n, 32 M / bits)."""
+    codes = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        np.copyto(out, codes)
+    else:
+        np.take(_NIBBLES, codes, out=out.view(np.uint64), mode="clip")
+
+
+def _apply(out: Array, zeros: Array, scales: Array, group: Array | None) -> None:
+    """Turn q in out (n, in) into (q - zero) * scale; zeros and scales (n, groups)."""
+    zeros, scales = zeros.astype(FLOAT), scales.astype(FLOAT)
+    if group is None:
+        groups = out.reshape(*scales.shape, -1)
+        groups -= zeros[:, :, None]
+        groups *= scales[:, :, None]
+    else:
+        out -= zeros[:, group]
+        out *= scales[:, group]
