@@ -10,15 +10,21 @@ import pytest
 from drawing import draw_ids, trained_like
 from foreign import Foreign
 from foreign_bugs import BUGS
+from foreign_settings import chosen, quantised
 from safetensors.numpy import load_file, save_file
 
 from qwen3np import save_checkpoint
 from qwen3np.cli import main
 from qwen3np.config import Config
-from qwen3np.numerics import BFLOAT16
+from qwen3np.guard import position_axis
+from qwen3np.numerics import BFLOAT16, FLOAT32, FLOAT64
 from qwen3np.porting import Recording, compare, read_dump, record
+from qwen3np.porting.align import PRECISIONS
 from qwen3np.porting.diagnose import diagnose
 from qwen3np.porting.dumps import read_map
+from qwen3np.porting.floors import noisy_runs
+from qwen3np.porting.points import Rerun, point_names
+from qwen3np.porting.record import distance
 
 PROMPT, STEPS = 40, 2
 
@@ -104,23 +110,52 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("start", [0, 32_700])
-def test_right_ways_to_rotate(config, start, way):
-    config = replace(config, num_hidden_layers=1, max_position_embeddings=40_960)
-    weights = trained_like(config, 0)
-    golden = record(weights, config, draw_ids(np.random.default_rng(0), config, 1, 60), steps=1)
-    if start:  # the same floors would take a prompt of so many positions
-        from qwen3np.porting.floors import rotary_angles
+class Later(Recording):
+    """A recording of the first points of a prompt whose positions begin at START: whole, it would take 32,768."""
 
-        positions = np.arange(start, start + 60)
-        angles = WAYS[way](positions, config.head_dim // 2)
-        mine = rotary_angles(config, positions[None])[:, 0]
-        assert np.abs(mine - angles).max((1, 2)).min() <= 2 * np.spacing(np.float32(start))
-        return
-    dump = Foreign(config, weights, rope=turned_by(WAYS[way])).run(golden)
+    START = 32_708
+
+    @property
+    def passes(self):
+        return [(prefix, ids, positions + self.START) for prefix, ids, positions in super().passes]
+
+    @classmethod
+    def of(cls, weights, config, ids):
+        empty = cls({}, config, ids, 0, "float32", {})
+        names = point_names(config)[:9]  # to k_rope of layer 0
+        plain = Rerun(weights, config, FLOAT32, empty.passes, {})
+        exact = replace(plain, numerics=FLOAT64, computed={})
+        floors = {}
+        for run in (plain, *noisy_runs(plain, ids.size * config.hidden_size)):
+            for name in names:
+                away, by_token = distance(run.made(name), exact.made(name), position_axis(name))
+                before = floors.get(name, (0.0, 0.0))
+                floors[name] = max(away, before[0]), max(float(by_token.max()), before[1])
+        return replace(
+            empty, points={name: plain.made(name) for name in names}, floors=dict.fromkeys(PRECISIONS, floors)
+        )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize("late", [False, True])
+def test_right_ways_to_rotate(config, way, head_dim, late):
+    """In 60 positions from 0, and in the last 60 of 32,768; an inv_freq in bfloat16 stays wrong."""
+    config = replace(config, num_hidden_layers=1, head_dim=head_dim, max_position_embeddings=40_960)
+    weights = trained_like(config, 0)
+    ids = draw_ids(np.random.default_rng(0), config, 1, 60)
+    golden = Later.of(weights, config, ids) if late else record(weights, config, ids, steps=1)
+
+    def dumped(angles):
+        dump = Foreign(config, weights, rope=turned_by(angles)).run(golden)
+        return {name: x for name, x in dump.items() if name in golden.points}
+
+    def coarse(p, n):
+        return p[:, None] * (np.float64(THETA) ** (-np.arange(n) / n)).astype(BFLOAT16).astype(np.float64)
+
     for some in (weights, None):
-        assert compare(golden, dump, weights=some).verdict == "rounding"
+        assert compare(golden, dumped(WAYS[way]), weights=some).verdict == "rounding"
+        assert compare(golden, dumped(coarse), weights=some).first_point == "model.layers.0.self_attn.q_rope"
 
 
 def test_positions_and_heads_in_another_way(config, short_weights, golden):
@@ -174,42 +209,21 @@ def test_misread_points(golden, short_weights):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def kept_as(short):
-    return lambda own, at, kind, old, new: own(kind, old, short(new))
+CHOSEN = (
+    "KV cache in float16",
+    "KV cache in bfloat16",
+    "KV cache in 8 bits, one scale for each head",
+    "norms in bfloat16",
+    "norms in float16",
+    "inputs quantised to 8 bits with a scale for each row",
+)
 
 
-def groups(x, size):
-    """Quantise to 8 bits in groups of the last axis."""
-    y = x.reshape(*x.shape[:-1], -1, size)
-    step = np.abs(y).max(-1, keepdims=True) / 127
-    return (np.rint(y / np.where(step, step, 1)) * step).reshape(x.shape).astype(np.float32)
-
-
-def half(x):
-    return x.astype(np.float16).astype(np.float32)
-
-
-def brain(x):
-    return x.astype(BFLOAT16).astype(np.float32)
-
-
-SETTINGS = {
-    "KV cache in float16": {"cache": kept_as(half)},
-    "KV cache in bfloat16": {"cache": kept_as(brain)},
-    "KV cache in 8 bits, one scale for each head": {"cache": kept_as(lambda x: groups(x, 16))},
-    "norms in bfloat16": {"norm": lambda own, at, *x: brain(own(*x))},
-    "norms in float16": {"norm": lambda own, at, *x: half(own(*x))},
-    "inputs quantised to 8 bits with a scale for each row": {
-        "linear": lambda own, at, x, *w: own(groups(x, x.shape[-1]), *w),
-        "head": lambda own, at, x: own(groups(x, x.shape[-1])),
-    },
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("part", ["all", "layers", "logits"])
 def test_settings(config, short_weights, golden, name, part):
-    dump = Foreign(config, short_weights, **SETTINGS[name]).run(golden)
+    replaced, _ = chosen(name, short_weights)
+    dump = Foreign(config, short_weights, **replaced).run(golden)
     if part != "all":
         endings = ("lm_head",) if part == "logits" else ("layers.0", "layers.1", "lm_head")
         dump = {k: x for k, x in dump.items() if k.endswith(endings)}
@@ -439,7 +453,7 @@ def test_green_means_compared(config, short_weights, golden, tmp_path, capsys):
 def test_weights_of_its_own(config, short_weights, golden, tmp_path, capsys):
     """A port with quantised weights is held against a reference that has the same."""
     golden.save(tmp_path / "golden.safetensors")
-    own = {k: groups(w.astype(np.float32), w.shape[-1]) if w.ndim == 2 else w for k, w in short_weights.items()}
+    own = {k: quantised(0, scale=np.float32)(w) if w.ndim == 2 else w for k, w in short_weights.items()}
     save_checkpoint(tmp_path / "other", config, own)
     save_file({k: np.ascontiguousarray(w) for k, w in own.items()}, tmp_path / "own.safetensors")
     dump = Foreign(config, own).run(golden)

@@ -10,10 +10,10 @@ from itertools import takewhile
 import numpy as np
 
 from qwen3np.guard import position_axis
-from qwen3np.numerics import FLOAT64, Array
+from qwen3np.numerics import FLOAT32, FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, settle, tolerance
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.floors import limit, numerics_of
+from qwen3np.porting.floors import Draws, limit, noisy, numerics_of
 from qwen3np.porting.judge import PointReport
 from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
@@ -128,15 +128,23 @@ class Bench:
 
     def rounding(self, name: str) -> float:
         """Return the squared distance that is still rounding."""
-        size = self.aligned.found[name].part.size
+        here = self.aligned.found[name]
         floor = self.reports[name].added_floor or tolerance(name, self.golden, self.aligned.precision)[0]
-        return limit(floor, size) ** 2
+        return limit(floor, here.part.size) ** 2 + (here.view.resolution**2 if here.view is not None else 0.0)
 
     def own_rounding(self, wrong: Rerun, exact: Rerun, name: str) -> float:
         """Return the same where a bug makes more of rounding than the right model does."""
         away = distance(wrong.made(name), exact.made(name), position_axis(name))[0]
         floor = limit(away, self.aligned.found[name].part.size) ** 2
         return max(self.rounding(name), floor if np.isfinite(floor) else 0.0)
+
+    def scatter(self, trial: Trial) -> dict[str, float]:
+        """Return the squared distance, at points that add an error, that float32 rounding makes of these changes."""
+        if self.aligned.precision != FLOAT32.name:
+            return {}
+        one = self.wrong(trial.bugs)
+        other = replace(one, table=noisy(Draws(0), one.table), numerics=FLOAT32, computed={})
+        return {name: distance(other.made(name), one.made(name), position_axis(name))[0] ** 2 for name in self.adding}
 
     def attempt(self, candidates: Iterable[tuple[Bug, ...]]) -> Iterator[Trial]:
         """Try bugs; yield those that make a difference at the point."""

@@ -214,8 +214,8 @@ def _report(
     x, truth = (y if is_choice else y.astype(np.float64) for y in (here.part, here.truth))
     scale = None
     if here.view is not None:
-        logits = golden.points[name]
-        scale = here.view.size(np.take(logits, [-1], 1) if LAST in here.notes else logits)
+        whole = golden.points[name]
+        scale = here.view.size(np.take(whole, [-1], axis) if LAST in here.notes else whole)
     rel, by_token = distance(x, truth, axis, scale)
     seen = np.isfinite(truth)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -223,13 +223,13 @@ def _report(
     size = np.abs(truth if scale is None else scale)
     place = np.exp2(np.floor(np.log2(np.maximum(size[seen], 2.0**-126))) - DIGITS[port])
     head = None
-    if (kind := name.rpartition(".")[2]) in HEADS:
+    if (kind := name.rpartition(".")[2]) in HEADS and here.view is None:
         head = int(distance(x, truth, HEADS[kind])[1].argmax())
         head = golden.heads[head] if golden.heads is not None and kind[0] != "k" else head
-    token = int(by_token.argmax())
+    token = int(by_token.argmax()) if truth.shape[axis] > 1 or here.view is None else None
     if LAST in here.notes:
         token = golden.ids.shape[1] - golden.steps - 1
-    elif golden.tokens is not None and not name.startswith("decode."):
+    elif token is not None and golden.tokens is not None and not name.startswith("decode."):
         token = golden.tokens[token]
     rows = truth.size // max(truth.shape[axis], 1)
     if here.fault:

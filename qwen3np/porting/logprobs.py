@@ -17,7 +17,7 @@ NEAR_ONE = 0.02  # how far from 0 the logarithm of the sum of probabilities may 
 
 @dataclass(frozen=True)
 class View:
-    """Numbers made of logits: mine, and of(logits) the reference's. size(logits) is what distances are relative to."""
+    """Numbers made of a point: mine, and of(point) the reference's. size(point) is what distances are relative to."""
 
     note: str
     mine: Array
@@ -26,6 +26,7 @@ class View:
     is_last: bool = False
     precision: str = "float32"  # whose digits the logits behind them had, as far as that shows
     fault: str = ""
+    resolution: float = 0.0  # the relative distance that the printing of few digits may leave
 
 
 def log_softmax(x: Array) -> Array:
