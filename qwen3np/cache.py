@@ -80,10 +80,10 @@ class KVCache:
     def write(self, layer: int, k: Array, v: Array) -> tuple[list[Array], list[Array]]:
         """Append k and v (B, K, S, Dh) to what each sequence holds; return views of all of it, (K, T, Dh) each."""
         seen: tuple[list[Array], list[Array]] = [], []
-        for row, *new in zip(self.rows.tolist(), k, v, strict=True):
-            for held, added, views in zip((self.k[layer, row], self.v[layer, row]), new, seen, strict=True):
-                views.append(held[:, : self.lengths.item(row) + added.shape[1]])
-                views[-1][:, -added.shape[1] :] = added
+        for b, row in enumerate(self.rows.tolist()):
+            for held, new, views in ((self.k, k, seen[0]), (self.v, v, seen[1])):
+                views.append(held[layer, row, :, : self.lengths.item(row) + new.shape[2]])
+                views[-1][:, -new.shape[2] :] = new[b]
         return seen
 
     def advance(self, ids: Array) -> None:

@@ -266,7 +266,7 @@ class _Origin:
     """What a cache was filled with: which weights (the same arrays, or the same first numbers) and which settings."""
 
     def __init__(self, weights: Mapping[str, Array], config: Config, num: Numerics) -> None:
-        self.arrays: list[ref[Array]] = [ref(weights[name]) for name in self._names(weights)]
+        self.arrays = self._refs(weights)
         self.sample, self.settings = self._sample(weights), (num.name, num.engine, *_settings(config))
 
     def differs(self, weights: Mapping[str, Array], config: Config, num: Numerics) -> str | None:
@@ -276,24 +276,24 @@ class _Origin:
         """
         if self.settings != (num.name, num.engine, *_settings(config)):
             return "another config, other numerics or another engine"
-        names = self._names(weights)
-        same = len(names) == len(self.arrays) and all(
-            array() is weights[name] for array, name in zip(self.arrays, names, strict=True)
-        )
-        if not same:
+        if not self.arrays or any(array() is not weights.get(name) for name, array in self.arrays.items()):
             if not np.array_equal(self.sample, self._sample(weights)):
                 return "other weights"
-            self.arrays = [ref(weights[name]) for name in names]  # the next look is quick
+            self.arrays = self._refs(weights)  # the next look is quick
         return None
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out which arrays they were: in another process they are others."""
-        return {**self.__dict__, "arrays": []}
+        return {**self.__dict__, "arrays": {}}
 
     @staticmethod
     def _names(weights: Mapping[str, Array]) -> list[str]:
         # experts are left out: of a mapped file only those that are chosen are read
         return [name for name in weights if name.startswith("model.") and ".experts." not in name]
+
+    @classmethod
+    def _refs(cls, weights: Mapping[str, Array]) -> dict[str, ref[Array]]:
+        return {name: ref(weights[name]) for name in cls._names(weights)}
 
     @classmethod
     def _sample(cls, weights: Mapping[str, Array]) -> Array:

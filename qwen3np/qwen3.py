@@ -171,7 +171,7 @@ def attention(
         return m.out(name, rms_norm(heads(x), m[f"{name}.weight"], config.rms_norm_eps, num))
 
     q, k, v = num.ops.linear(x, m, ("q_proj", "k_proj", "v_proj"), num, bias)
-    q, k, v = (np.swapaxes(x, 1, 2) for x in (norm("q_norm", q), norm("k_norm", k), heads(v)))  # (B, heads, S, Dh)
+    q, k, v = (x.swapaxes(1, 2) for x in (norm("q_norm", q), norm("k_norm", k), heads(v)))  # (B, heads, S, Dh)
     q, k = m.out("q_rope", rotate(q, tables, num)), m.out("k_rope", rotate(k, tables, num))
     keys, values = (k, v) if cache is None else cache.write(layer, k, v)  # of each sequence: (K, T, Dh)
     context = m.out("context", num.ops.attend(q, keys, values, config.window(layer), m, num))  # (B, S, H * Dh)

@@ -138,7 +138,10 @@ def _width(character: str) -> int:
 
 def bars() -> Any:
     """Return tqdm's bars for where this runs: widgets in a notebook that has ipywidgets, else text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
-        from tqdm.auto import tqdm
+    if "ipykernel" not in sys.modules:  # tqdm.auto would load asyncio, which takes as long as the built-in model
+        from tqdm import tqdm
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
+            from tqdm.auto import tqdm
     return tqdm

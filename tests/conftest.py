@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Model, forward, load
+from qwen3np.cli import main
 from qwen3np.config import Config
 from qwen3np.files.hub import BUILTIN
 
@@ -37,6 +38,14 @@ def data() -> Path:
     if "QWEN3NP_DATA" not in os.environ:
         pytest.skip("the official Qwen3 files are not here: set QWEN3NP_DATA to their folder")
     return Path(os.environ["QWEN3NP_DATA"])
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory) -> Path:
+    """The golden values that `qwen3np fixture` writes, which takes some seconds; only to be read."""
+    folder = tmp_path_factory.mktemp("kit") / "Satz 雪"
+    main(["fixture", "-o", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,20 +10,18 @@ import pytest
 from qwen3np import read_checkpoint
 from qwen3np.cli import main
 from qwen3np.porting import Recording, record
-from qwen3np.porting.fixture import write_fixture
 from qwen3np.porting.record import distance, fingerprint
 
 
-def test_kit(tmp_path, capsys):
+def test_kit(kit, capsys):
     """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
-    main(["fixture", "-o", str(tmp_path / "kit")])
-    assert {p.name for p in (tmp_path / "kit").iterdir()} == {"README.md", "tied", "untied", "moe", "wide"}
-    assert [p.name for p in tmp_path.iterdir()] == ["kit"]
+    assert {p.name for p in kit.iterdir()} == {"README.md", "tied", "untied", "moe", "wide"}
+    assert [p.name for p in kit.parent.iterdir()] == [kit.name]
     with pytest.raises(SystemExit):
-        main(["fixture", "-o", str(tmp_path / "kit")])
+        main(["fixture", "-o", str(kit)])
     assert "is there already" in capsys.readouterr().err
     for name in ("tied", "untied", "moe", "wide"):
-        folder = tmp_path / "kit" / name
+        folder = kit / name
         config, weights = read_checkpoint(folder)
         assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
         values = folder / "values"
@@ -45,18 +43,17 @@ def test_kit(tmp_path, capsys):
         point = f"model.layers.1.mlp.{'gate' if name == 'moe' else 'up_proj'}"
         bad = weights | {f"{point}.weight": weights[f"{point}.weight"] * np.float32(1.0001)}
         assert beyond(bad, "float32")[0] == point
-    assert sum(file.stat().st_size for file in (tmp_path / "kit").rglob("*")) < 70e6  # 60 MB, most of it scores
+    assert sum(file.stat().st_size for file in kit.rglob("*")) < 70e6  # 60 MB, most of it scores
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_passes(tmp_path, dtype):
+def test_transformers_passes(kit, dtype):
     """As the kit's README says: every point, prompt and decode steps, in both precisions, within its tolerance."""
     oracle = pytest.importorskip("oracle", reason="needs the extra: pip install qwen3np[oracle]")
-    write_fixture(tmp_path / "kit")
     most = 0
     for name in ("tied", "untied", "moe", "wide"):
-        folder = tmp_path / "kit" / name
+        folder = kit / name
         ids = json.loads((folder / "values" / "ids.json").read_text())
         tolerances = json.loads((folder / "values" / "tolerances.json").read_text())[dtype]
         golden, passes = np.load(folder / "values" / "golden.npz"), []

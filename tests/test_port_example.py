@@ -12,17 +12,9 @@ import pytest
 
 from qwen3np.cli import main
 from qwen3np.porting import Recording, read_dump
-from qwen3np.porting.fixture import write_fixture
 
 PORTING = Path(__file__).parents[1] / "qwen3np" / "porting"
 SHOWN = re.findall(r"^    (\$ .*\n(?:    .*\n)*)", (PORTING / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("port") / "golden"
-    write_fixture(folder)
-    return folder
 
 
 def compiled_and_run(folder, kit, *flags):

@@ -170,7 +170,8 @@ def test_many_unlikely_ids_are_drawn_as_often_as_they_should():
     assert np.count_nonzero(drawn) == expected > 0
 
 
-def test_chi_square_of_100_000_draws():
+@pytest.mark.parametrize("n", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_chi_square(n):
     rng = np.random.default_rng(20)
     logits = rng.normal(0, 2, 40).astype(np.float32)
     previous = np.argsort(logits)[-3:]
@@ -181,12 +182,12 @@ def test_chi_square_of_100_000_draws():
     weights = np.exp([scores[i] for i in likeliest])
     before = np.cumsum(weights) - weights
     stay = (before < 0.97 * weights.sum()) & (weights >= 0.01 * weights[0])
-    expected = 100_000 * weights[stay] / weights[stay].sum()
+    expected = n * weights[stay] / weights[stay].sum()
     assert len(expected) == 12
 
-    drawn = [sample(logits, parameters, rng, previous) for _ in range(100_000)]
+    drawn = [sample(logits, parameters, rng, previous) for _ in range(n)]
     counts = np.bincount(drawn, minlength=40)[np.array(likeliest)[stay]]
-    assert counts.sum() == 100_000
+    assert counts.sum() == n
     # Upper 0.001 point for 11 degrees of freedom: NIST/SEMATECH e-Handbook, section 1.3.6.7.4.
     assert ((counts - expected) ** 2 / expected).sum() < 31.264
 

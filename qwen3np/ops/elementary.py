@@ -34,4 +34,4 @@ def total(x: Array) -> Array:
 
 def mean_square(x: Array) -> Array:
     """Return the mean of the squares over the last axis. (..., N) -> (..., 1)."""
-    return total(x * x) / x.shape[-1]
+    return np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]

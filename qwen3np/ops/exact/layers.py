@@ -14,8 +14,8 @@ from qwen3np.ops.exact.sums import product, sum_of_positive
 from qwen3np.ops.fast.threads import num_threads, share
 from qwen3np.qwen3 import Scope
 
-# Rows of x in one product, and elements of W: for few rows they are applied while they are in the cache.
-TILE_ROWS, BLOCK_ELEMENTS, FEW_ROWS, FEW_ELEMENTS = 512, 1 << 19, 16, 1 << 17
+# Rows of x and elements of W in one product. With smaller blocks the threads wait for each other between them.
+TILE_ROWS, BLOCK_ELEMENTS = 512, 1 << 20
 # Scores in one block: they stay in the cache.
 BLOCK_SCORES = 1 << 16
 
@@ -56,7 +56,7 @@ def _products(x: Array, ws: Sequence[Array], num: Numerics, more: bool = False) 
     ys = [np.empty((len(rows), len(w)), np.float32) for w in ws]
     tiles = [(a, rows[a : a + TILE_ROWS]) for a in range(0, len(rows), TILE_ROWS)]
     few = rows.astype(np.float64) if len(tiles) == 1 else None
-    step = max((FEW_ELEMENTS if len(rows) <= FEW_ROWS else BLOCK_ELEMENTS) // x.shape[-1], 1)
+    step = max(BLOCK_ELEMENTS // x.shape[-1], 1)
 
     def apply(part: tuple[int, int, tuple[int, Array]]) -> None:
         n, b, (a, tile) = part

@@ -47,7 +47,7 @@ def attend(
     group = q.shape[1] // keys[0].shape[0]
     for b, v in enumerate(values):
         mixed = edited[b, ..., : v.shape[1]] @ np.repeat(num.widen(v), group, axis=0)  # (H, S, Dh)
-        context[b] = num.round(np.swapaxes(mixed, 0, 1)).reshape(q.shape[2], -1)
+        context[b] = num.round(mixed.swapaxes(0, 1)).reshape(q.shape[2], -1)
     return context
 
 
@@ -92,7 +92,7 @@ def attend_one(
         part_steps = steps and (steps[0][heads, :, queries, seen], steps[1][heads, :, queries, seen])
         keys, values = k[heads, seen], v[heads, seen]
         mixed = _attend_block(q[heads, :, queries], keys, values, width, numerics, part_steps, window)
-        context[queries, heads] = np.transpose(mixed, (2, 0, 1, 3))
+        context[queries, heads] = mixed.transpose(2, 0, 1, 3)
 
     starts = reversed(range(0, new, step))  # the last queries see the most keys, so they start first
     parts = [(head, start) for start in starts for head in range(0, kv_heads, together)]
@@ -119,7 +119,7 @@ def _attend_block(
     largest = total_exp = mixed = np.empty(0)  # running values, of the blocks so far
     for a in range(0, total, width):
         keys, values = numerics.widen(k[:, a : a + width]), numerics.widen(v[:, a : a + width])
-        scores = r(_product(rows, np.swapaxes(keys, 1, 2)))  # (h, G * s, width)
+        scores = r(_product(rows, keys.swapaxes(1, 2)))  # (h, G * s, width)
         scores *= head_dim**-0.5
         scores = r(scores)
         in_groups = scores.reshape(*q.shape[:3], -1)
