@@ -21,6 +21,7 @@ from qwen3np.cli import main
 from qwen3np.files.gguf_writer import write_gguf
 from qwen3np.numerics import BFLOAT16
 from qwen3np.porting import Recording, compare, read_dump, record
+from qwen3np.porting.diagnose import diagnose
 from qwen3np.porting.fixture import CONFIGS, TEXT, write_fixture
 
 PORTING = Path(__file__).parents[1] / "qwen3np" / "porting"
@@ -195,7 +196,7 @@ def test_what_llama_eval_callback_prints(config, weights, golden, tmp_path):
     path.write_text(transcript(right.run(golden), config.num_hidden_layers))
     for some in (weights, None):
         found = compare(golden, read_dump(path)[0], weights=some)
-        assert found.verdict == "rounding", found.meaning
+        assert found.meaning.startswith("float32 rounding only, as far as what was printed shows; 14 of 82")
         assert not found.unknown
         assert {r.name for r in found.points} >= {"model.layers.0.self_attn.q_rope", "model.layers.1", "lm_head"}
     for bug, first in (
@@ -205,7 +206,13 @@ def test_what_llama_eval_callback_prints(config, weights, golden, tmp_path):
         ("mean of absolutes", "model.layers.0.input_layernorm"),
     ):
         path.write_text(transcript(Foreign(config, weights, **BUGS[bug][0]).run(golden), config.num_hidden_layers))
-        assert compare(golden, read_dump(path)[0], weights=weights).first_point == first
+        found = diagnose(golden, read_dump(path)[0], weights=weights)
+        assert found.first_point == first
+        assert not any(cause.sure for cause in found.causes)
+    wrong = Foreign(replace(config, rope_theta=1e4), weights).run(golden)
+    path.write_text(transcript(wrong, config.num_hidden_layers))
+    best = diagnose(golden, read_dump(path)[0], weights=weights).causes[0]
+    assert (best.name, best.sure) == ("rotary: rope_theta is 10,000", True)
 
 
 def test_sums_alone(config, weights, golden):

@@ -524,3 +524,34 @@ def test_eps_of_keras_hub(printed):
             "self_attn.q_norm",
             [],
         )
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_norm_hides_no_bug(config, short_weights, golden, with_weights):
+    """What is scaled is no misread point, though the norm after it is right: an embedding times the root of D."""
+    weights = short_weights if with_weights else None
+    dump = Foreign(config, short_weights, embed=lambda own, at, ids: own(ids) * np.float32(40**0.5)).run(golden)
+    assert compare(golden, dump, weights=weights).first_point == "model.embed_tokens"
+    replaced, first = BUGS["mean of absolutes"]
+    dump = Foreign(config, short_weights, **replaced).run(golden)
+    few = {name: x for name, x in dump.items() if not name.endswith(("_proj", "probs", "scores"))}
+    assert compare(golden, few, weights=weights).first_point == first
+
+
+def test_a_setting_hides_no_bug(config, short_weights, golden):
+    """A cache in float16 explains 93 % of the error of layer outputs; the rest is an eps of 1e-5 in q and k norms."""
+    replaced, _ = chosen("KV cache in float16", short_weights)
+
+    def norm(own, at, x):
+        return own(x, eps=1e-5) if at.kind in ("q_norm", "k_norm") else own(x)
+
+    dump = Foreign(config, short_weights, norm=norm, **replaced).run(golden)
+    layers = {name: x for name, x in dump.items() if name.endswith(("layers.0", "layers.1", "lm_head"))}
+    found = diagnose(golden, layers, weights=short_weights)
+    assert "Besides, KV cache in float16 explains 93 % of the error" in found.known[0]
+    assert (found.causes[0].name, found.causes[0].sure) == ("norm: rms_norm_eps is 1e-5", True)
+    found = diagnose(golden, dump, weights=short_weights)
+    assert [(c.name, c.sure) for c in found.causes if c.sure] == [
+        ("norm: rms_norm_eps is 1e-5", True),
+        ("KV cache in float16", True),
+    ]

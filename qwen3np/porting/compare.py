@@ -17,11 +17,12 @@ from qwen3np.porting.record import Recording
 from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.shapes import HEAD_ORDER
 
-EXPLAINED = 0.9  # the least share of the squared error that a setting explains
-# Or this, where the rest is no more than OWN times what rounding makes of the setting itself: digits that fall to the
-# other side scatter from step to step. Right settings explain 0.41 to 0.75 of logits after 4 layers, and leave at most
-# 1.2 times their scatter; the best of the wrong ones leaves 2.1 times its own.
-SCATTERED, OWN = 1 / 3, 2.0
+EXPLAINED = 0.9  # the least share of the squared error that names a setting; the rest may be a bug's
+WHOLE = 0.98  # the share from which on the rest is rounding
+# Less is whole, too, if what is left is no more than OWN times what rounding makes of the setting itself: digits that
+# fall to the other side scatter from step to step. Right settings explain 0.41 to 0.75 of logits after 4 layers, and
+# leave 2.1 times their scatter at most; wrong ones that explain more than SCATTERED are nearly the right one.
+SCATTERED, OWN = 1 / 3, 3.0
 ALIKE = 1e-6  # the share in which settings may differ that a point cannot tell apart
 MOST = 4  # settings of one port, or of those
 
@@ -86,7 +87,7 @@ def compared(
     result = Compared(aligned, found, POINTS, {r.name: r for r in found.points}, [])
     if weights is not None and found.verdict == "different":
         result = with_settings(golden, result, weights)
-    views = [here.view for here in aligned.found.values()]
+    views = [here.view is not None and not here.view.resolution for here in aligned.found.values()]
     if result.comparison.verdict == "different" and precision is None and all(views) and aligned.precision == "float32":
         result = _by_probabilities(golden, result, attempt)
     return result
@@ -119,17 +120,19 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
             break
         bench = Bench(golden, aligned, weights, reports, point, table)
         before = set(bench.adding)
-        best: tuple[int, Trial, Comparison] | None = None
+        best: tuple[bool, int, Trial, Comparison] | None = None
         for trial in _nearest(bench):
             _, after = judge(golden, aligned, weights, trial.bugs[0].planted(table))
             own = bench.scatter(trial)
             after = replace(after, points=[_settled(r, reports[r.name], own.get(r.name, 0.0)) for r in after.points])
             adding = {r.name for r in after.points if r.adds}
-            if point not in adding and not adding - before and (best is None or len(adding) < best[0]):
-                best = len(adding), trial, after
+            in_part = point in adding
+            named = not in_part or trial.left <= (1 - EXPLAINED) * bench.error(point)
+            if named and not adding - before and (best is None or (in_part, len(adding)) < best[:2]):
+                best = in_part, len(adding), trial, after
         if best is None:
             break
-        _, trial, now = best
+        _, _, trial, now = best
         table = trial.bugs[0].planted(table)
         found.append((point, trial.bugs[0], 1 - trial.left / max(bench.error(point), TINY)))
         reports = {r.name: r for r in now.points}
@@ -154,11 +157,11 @@ def _nearest(bench: Bench) -> list[Trial]:
 
 
 def _settled(now: PointReport, before: PointReport, own: float) -> PointReport:
-    """Take for rounding what a setting leaves, if it explains nearly all, or all but its own scatter."""
+    """Take for rounding what a setting leaves, if that is next to nothing, or no more than its own scatter."""
     if not now.adds or not before.adds or now.added is None or before.added is None:
         return now
     error = before.added**2
-    left = max((1 - EXPLAINED) * error, min(OWN * own, (1 - SCATTERED) * error))
+    left = max((1 - WHOLE) * error, min(OWN * own, (1 - SCATTERED) * error))
     return replace(now, adds=False) if now.added**2 <= left else now
 
 

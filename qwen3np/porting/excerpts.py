@@ -147,6 +147,7 @@ def _view(excerpt: Excerpt, places: Array, reference: Array, is_last: bool) -> V
     slack[..., -1] = (0.51e-6 + drift) / np.sqrt(count)
     near = mine - truth
     mine = truth + np.sign(near) * np.maximum(np.abs(near) - slack, 0)
-    usual = np.linalg.norm(size(reference))
+    # Rounded once in printing, and moved as far again towards the reference.
+    left = 2 * np.linalg.norm(slack) / max(np.linalg.norm(size(reference)), 1e-300)
     note = "a sum and a few numbers, as printed" if excerpt.numbers else "a sum"
-    return View(note, mine, seen, size, is_last, resolution=float(np.linalg.norm(slack) / max(usual, 1e-300)))
+    return View(note, mine, seen, size, is_last, resolution=float(left))

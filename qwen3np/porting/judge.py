@@ -234,7 +234,7 @@ def _report(
     rows = truth.size // max(truth.shape[axis], 1)
     if here.fault:
         verdict = "different"
-    elif rel == 0:
+    elif rel == 0 and (here.view is None or here.view.resolution == 0):
         verdict = "equal"
     else:
         within = rel <= limit(floor, truth.size) and by_token.max() <= limit(worst_floor, rows)
@@ -285,7 +285,8 @@ def _verdict(
             return "rounding", None, "; ".join(alike)
         if all(report.verdict == "equal" for report in reports):
             return "equal", None, "equal in every bit"
-        return "rounding", None, f"{port} rounding only"
+        printed = any(here.view is not None and here.view.resolution for here in found.values())
+        return "rounding", None, f"{port} rounding only" + (", as far as what was printed shows" if printed else "")
 
     first = different[0]
     (prefix, _), (layer, kind) = split_pass(first.name), split_layer(first.name)
