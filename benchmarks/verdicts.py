@@ -1,6 +1,6 @@
 """How often the verdicts of compare and diagnose are right, on ports by another implementation (tests/foreign.py).
 
-    PYTHONPATH=tests python benchmarks/verdicts.py right [--from 0 --to 2000] [--numerics float32]
+    PYTHONPATH=tests python benchmarks/verdicts.py right [--from 0 --to 2000] [--numerics float32] [--part diagnose]
     PYTHONPATH=tests python benchmarks/verdicts.py orders [--from 0 --to 300]
     PYTHONPATH=tests python benchmarks/verdicts.py bugs [--numerics float32] [--part all]
     PYTHONPATH=tests python benchmarks/verdicts.py settings [--layers 4] [--part all]
@@ -74,21 +74,21 @@ def short_weights(config, seed):
 
 def tell(found):
     """Return how far the first wrong point is, in floors."""
-    if found.first_point is None:
+    if found.first_point is None or not hasattr(found, "points"):
         return found.meaning
     r = next(r for r in found.points if r.name == found.first_point)
     added = "" if r.added is None else f", added {r.added / r.added_floor:.1f} floors"
     return f"{found.meaning} ({(r.rel_l2 or 0) / r.floor:.1f} floors{added})"
 
 
-def judged(seed, config, length, batch, steps, numerics, rng):
-    """Hold a drawn right port against a recording; return whether that alarms, and what was said."""
+def judged(seed, config, length, batch, steps, numerics, rng, by=compare):
+    """Hold a drawn right port against a recording; return the verdict, and what was compared."""
     weights = short_weights(config, seed)
     golden = record(weights, config, draw_ids(rng, config, batch, length), steps=steps)
     port, forms = draw_port(rng, config, weights, SHORT[numerics])
     dump = port.run(golden)
     # without the weights nothing can follow another choice of experts, and the verdict says so
-    alone = not config.num_experts and rng.random() < 0.3
+    alone = not config.num_experts and rng.random() < 0.3 and by is compare
     part = str(rng.choice(["all", "all", "no scores", "layers", "logits"]))
     if config.num_experts and numerics != "float32":
         part = "all"
@@ -104,6 +104,7 @@ def judged(seed, config, length, batch, steps, numerics, rng):
 
 def right(arguments):
     """Right ports on drawn models."""
+    by = diagnose if arguments.part == "diagnose" else compare
     alarms = total = 0
     for seed in range(arguments.first, arguments.last):
         rng = np.random.default_rng([18, seed])
@@ -112,9 +113,9 @@ def right(arguments):
             config = replace(config, hidden_size=8, intermediate_size=8, head_dim=4, vocab_size=16)
         length = 1 if rng.random() < 0.25 else int(rng.integers(2, 40))
         numerics = arguments.numerics or str(rng.choice(["float32", "float32", "float32", "bfloat16", "float16"]))
-        found, said = judged(seed, config, length, int(rng.integers(1, 3)), int(rng.integers(0, 3)), numerics, rng)
+        found, said = judged(seed, config, length, int(rng.integers(1, 3)), int(rng.integers(0, 3)), numerics, rng, by)
         total += 1
-        if found.verdict == "different" or found.settings:
+        if found.verdict == "different" or getattr(found, "settings", None):
             alarms += 1
             print(f"ALARM {said}: {tell(found)}", flush=True)
     print(f"right ports: {alarms} alarms of {total}")
