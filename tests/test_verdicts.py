@@ -193,6 +193,13 @@ def test_positions_and_heads_in_another_way(config, short_weights, golden):
     assert (found.verdict, found.first_point) == ("different", "model.layers.0.self_attn.q_proj")
 
 
+def test_two_names_of_one_point(golden):
+    """llama.cpp's `norm` stands beside `result_norm`, which is the final norm."""
+    own = {"norm": golden.points["model.layers.1"], "result_norm": golden.points["model.norm"]}
+    assert compare(golden, own).verdict == "equal"
+    assert compare(golden, {"norm": golden.points["model.norm"]}).verdict == "equal"
+
+
 def test_misread_points(golden, short_weights):
     """A point that is another tensor throughout, though what follows is right, is no bug."""
     dump = {name: x.copy() for name, x in golden.points.items()}

@@ -41,8 +41,8 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "mine",
         metavar="MINE",
-        help="a .safetensors, a .npz, a folder of .npy or of transformers' model_addition_debugger_context; a .txt that "
-        "llama-eval-callback printed; or a .json {point: SHA-256}, of a port that is exact itself",
+        help="a .safetensors, a .npz, a folder of .npy or of transformers' model_addition_debugger_context; a .txt "
+        "that llama-eval-callback printed; or a .json {point: SHA-256}, of a port that is exact itself",
     )
     parser.add_argument(
         "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'

@@ -85,7 +85,7 @@ def align(
     point_of = namer(golden.config, names)
     views = {name: point_of(name) for name in arrays}
     named: dict[str, Array] = {}
-    for name in sorted(arrays, key=lambda name: name != views[name]):  # a plain name goes before a translated one
+    for name in sorted(arrays, key=lambda name: _precedence(name, views[name])):
         named.setdefault(views[name], arrays[name])
     known = {*golden.points, *(split_pass(name)[0] + view for name in golden.points for view in VIEWS)}
     excerpts = {point_of(name): x for name, x in printed.items()}
@@ -223,6 +223,15 @@ def _in_order(found: dict[str, Found]) -> None:
                 for one in (name, weights):
                     x = np.take_along_axis(getattr(found[one], part), order, -1)
                     found[one] = replace(found[one], **{part: x})
+
+
+def _precedence(name: str, point: str) -> int:
+    """Return the order of names of one point: plain ones, translated ones, and those that only lack their "model.".
+
+    llama.cpp's graph has a `norm` beside `result_norm`, and that is the final norm before its weight.
+    """
+    own_pass, own = split_pass(name)
+    return 0 if name == point else 2 if point == f"{own_pass}model.{own}" else 1
 
 
 def _unmapped(names: Mapping[str, str] | None, dump: Mapping[str, Any]) -> list[str]:
