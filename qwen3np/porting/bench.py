@@ -13,7 +13,7 @@ from qwen3np.guard import position_axis
 from qwen3np.numerics import FLOAT32, FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, settle, tolerance
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.floors import Draws, limit, noisy, numerics_of
+from qwen3np.porting.floors import MARGIN, Draws, limit, noisy, numerics_of
 from qwen3np.porting.judge import PointReport
 from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
@@ -224,11 +224,14 @@ class Bench:
 
 
 def told_apart(one: Trial, other: Trial, bench: Bench) -> bool:
-    """Whether what the other leaves is more than what the one leaves, by more than noise can make."""
+    """Whether what the other leaves is more than what the one leaves, by more than noise can make.
+
+    Below half a floor it is how a right program rounds its tables that decides, and says nothing of either.
+    """
     for name in one.everywhere.keys() & other.everywhere.keys():
-        here, there = one.everywhere[name], other.everywhere[name]
+        here, there = max(one.everywhere[name], (0.5 / MARGIN) ** 2), other.everywhere[name]
         count = bench.aligned.found[name].part.size
-        if there > 1.3 * here and (there - here) / max(here, 1e-12) * count > 400:
+        if there > 1.3 * here and (there - here) / here * count > 400:
             return True
     return False
 
