@@ -182,10 +182,10 @@ def _settings() -> list[Bug]:
         """Return a setting of all matrices, of all but the embedding, and of those within the layers."""
         change = weighed(short, with_inputs)
         plain = weighed(short)
-        whole = dict.fromkeys((*inner, HEAD), change)
-        return [
-            Bug(name, c, look) for c in (whole | {"model.embed_tokens": plain}, whole, dict.fromkeys(inner, change))
-        ]
+        within: dict[str, Change] = dict.fromkeys(inner, change)
+        without: dict[str, Change] = within | {HEAD: change}
+        whole: dict[str, Change] = without | {"model.embed_tokens": plain}
+        return [Bug(name, changes, look) for changes in (whole, without, within)]
 
     for size in (32, 64, 0):
         name = f"in groups of {size}" if size else "with a scale for each row"
