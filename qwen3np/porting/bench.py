@@ -139,12 +139,23 @@ class Bench:
         return max(self.rounding(name), floor if np.isfinite(floor) else 0.0)
 
     def scatter(self, trial: Trial) -> dict[str, float]:
-        """Return the squared distance, at points that add an error, that float32 rounding makes of these changes."""
+        """Return the squared distance, at points that add an error, that float32 rounding makes of these changes.
+
+        A decode step has few numbers, in which perhaps no digit falls to the other side: the prefill's counts, too.
+        """
         if self.aligned.precision != FLOAT32.name:
             return {}
         one = self.wrong(trial.bugs)
         other = replace(one, table=noisy(Draws(0), one.table), numerics=FLOAT32, computed={})
-        return {name: distance(other.made(name), one.made(name), position_axis(name))[0] ** 2 for name in self.adding}
+
+        def away(name: str) -> float:
+            return distance(other.made(name), one.made(name), position_axis(name))[0] ** 2
+
+        found: dict[str, float] = {}
+        for name in self.adding:
+            plain = split_pass(name)[1]
+            found[name] = max(away(name), found.get(plain, 0.0) or (away(plain) if plain in self.seen else 0.0))
+        return found
 
     def attempt(self, candidates: Iterable[tuple[Bug, ...]]) -> Iterator[Trial]:
         """Try bugs; yield those that make a difference at the point."""
