@@ -3,7 +3,7 @@
     python benchmarks/compare.py --model FOLDER [--threads 2] [--quick]     # random weights if FOLDER does not exist
     python benchmarks/compare.py --model FOLDER --llama-bench PATH --gguf FILE ...
 
-Every engine has processes of its own (engine.py says what each measures); they take turns (A B C A B C ...), so that a
+Every engine runs in its own processes (engine.py says what each measures), interleaved (A B C A B C ...), so that a
 machine that slows down slows all of them. A figure is the median of its turns, a ratio the median of the ratios within
 a turn. llama.cpp fills its cache itself. A model of 15 million parameters generates with
 the fast and with the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
@@ -81,7 +81,7 @@ def first_token(engine: str, folder: Path, threads: int) -> float:
 
 
 def tables(turns: dict[str, list[Found]], pairs: Sequence[tuple[str, str]]) -> str:
-    """Return the table of medians, and that of ratios, in which more than 1 speaks for the first of a pair."""
+    """Return the table of medians, and that of ratios, in which a value above 1 favours the first of a pair."""
     found = list(dict.fromkeys(name for results in turns.values() for turn in results for name in turn))
     kinds = ("prefill", "decode", "15M", "load", "process", "peak")
     names = sorted(found, key=lambda name: next(i for i, kind in enumerate(kinds) if name.startswith(kind)))

@@ -1,4 +1,4 @@
-"""Measure one engine in this process, and print a JSON object: what compare.py starts again and again.
+"""Measure one engine in this process, and print a JSON object; compare.py starts this repeatedly.
 
     python benchmarks/engine.py "qwen3np bfloat16" --model FOLDER [--threads 2] [--quick]
 
@@ -26,7 +26,7 @@ from qwen3np.commands.bench import decode_seconds, memory, prefill_seconds, seco
 
 PREFILL, DECODE, MIDDLE, BATCH = (32, 512, 4096), (32, 512, 4096, 16384), 512, 8
 ENGINES = ("qwen3np float32", "qwen3np bfloat16", "transformers float32", "transformers bfloat16")
-SMALL = ("qwen3np 15M", "plain 15M")  # these make a model of their own, of the sizes of stories15M in llama2.c
+SMALL = ("qwen3np 15M", "plain 15M")  # these create their own model, with the sizes of stories15M in llama2.c
 SMALL_CONFIG = Config(
     vocab_size=32000,
     hidden_size=288,
@@ -140,7 +140,7 @@ def measure_small(engine: str, threads: int, steps: int = 256) -> Found:
                 np.matmul(w, w[0])
 
     with threadpool_limits(threads):
-        rate()  # for warmth
+        rate()  # warm-up
         found = {"15M parameters, decode (tokens/s)": median(rate() for _ in range(3))}
         if engine.startswith("plain"):
             found["15M parameters, its matrices alone (tokens/s)"] = 1 / median(seconds(matrices, most=100))

@@ -1,10 +1,10 @@
-"""What the exact engine costs next to the fast one, and what it gives for that.
+"""What the exact engine costs next to the fast one, and what it gains.
 
     PYTHONPATH=tests python benchmarks/exact.py [--layers 28] [--configs 25] [--repeat 5]
 
 Times of the built-in model and of random weights with the sizes of Qwen3-0.6B, the engines interleaved in a single run,
 each ratio the median of the ratios; the share of elements that each stage leaves open; the distance from float64 over
-configs drawn from the whole family; the peak of memory, each engine in a process of its own.
+configs drawn from the whole family; the peak of memory, each engine in a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode with a mixture of experts that is larger than the memory, from a disk, and print what it touches and reads.
+"""Decode with a mixture of experts larger than memory, from disk, and print what is touched and read.
 
     python benchmarks/experts.py --model FOLDER --like DIR [--layers 48] [--tokens 16]
 
@@ -28,10 +28,10 @@ from qwen3np.weights import weight_shapes
 
 
 class Drawn(Mapping[str, np.ndarray]):
-    """Random weights as after training, made when they are asked for: parts of one array, at random places."""
+    """Random trained-like weights, created on demand: parts of one array, at random places."""
 
     def __init__(self, config: Config) -> None:
-        """Draw what all weights are parts of."""
+        """Draw the array that all weights are parts of."""
         self.shapes = weight_shapes(config)
         self.numbers = np.random.default_rng(0).standard_normal(1 << 26, np.float32)
         self.scaled: dict[int, np.ndarray] = {}
@@ -65,7 +65,7 @@ def read_bytes() -> int:
 
 
 def main() -> None:
-    """Make the checkpoint if need be, decode, and print a line for each token."""
+    """Create the checkpoint if necessary, decode, and print a line for each token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--like", type=Path, required=True)

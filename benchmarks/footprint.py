@@ -1,4 +1,4 @@
-"""Print what loading a checkpoint as mapped bfloat16 costs, and the peak memory of one forward of 32 tokens.
+"""Print the cost of loading a checkpoint as mapped bfloat16, and the peak memory of a forward pass over 32 tokens.
 
     python benchmarks/footprint.py FOLDER
 

@@ -1,4 +1,4 @@
-"""Print the peak of memory while a long prompt goes through a model, next to the size of its file and its cache.
+"""Print the peak memory while a long prompt goes through a model, next to the sizes of its file and its cache.
 
     python benchmarks/long_prompt.py --model FOLDER [--length 32768]
 

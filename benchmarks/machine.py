@@ -23,7 +23,7 @@ def busy() -> float:
 
 @contextmanager
 def others(shares: list[float]) -> Generator[None]:
-    """Add to shares how many cores were busy, meanwhile, with neither this process nor the children it waited for."""
+    """Add to `shares` how many cores were busy with other processes in the meantime."""
 
     def own() -> float:
         usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -35,7 +35,7 @@ def others(shares: list[float]) -> Generator[None]:
 
 
 def heading(threads: int, packages: Sequence[str] = ("numpy",)) -> str:
-    """Return the lines that stand above a table of measurements."""
+    """Return the lines above a table of measurements."""
 
     def found(package: str) -> str:
         try:

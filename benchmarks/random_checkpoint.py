@@ -1,9 +1,9 @@
-"""Write a checkpoint with random, trained-like weights: a stand-in of the real size where the real one is not at hand.
+"""Write a checkpoint with random, trained-like weights: a stand-in of the real size if the real one is not available.
 
     python benchmarks/random_checkpoint.py FOLDER [--size 4B]
-    python benchmarks/random_checkpoint.py FOLDER --like DIR --tokenizer DIR    # other sizes, a tokenizer of its own
+    python benchmarks/random_checkpoint.py FOLDER --like DIR --tokenizer DIR    # other sizes, another tokenizer
 
-It has the tokenizer of the built-in checkpoint unless another is named: ids that are not in it are no text.
+It has the built-in checkpoint's tokenizer unless another is named; ids outside of it decode to nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_random_checkpoint(
 ) -> None:
     """Write a checkpoint of one of SIZES, or with the sizes of like/config.json.
 
-    The tokenizer's files come along, and its stop ids; from `like` those that are not next to the tokenizer.
+    The tokenizer's files and stop ids are included; those that it lacks come from `like`.
     """
     config = Config.from_file(like) if like else SIZES[size]
     save_checkpoint(folder, config, init_weights(config, seed, trained_like=True), dtype=ml_dtypes.bfloat16)
@@ -51,7 +51,7 @@ def write_random_checkpoint(
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what to make where there is nothing yet."""
+    """Add the flags for creating a checkpoint if there is none yet."""
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--size", choices=SIZES, default="0.6B", help="the sizes of a new checkpoint (0.6B)")
     sizes.add_argument("--like", type=Path, metavar="DIR", help="a folder with a config.json to take the sizes from")

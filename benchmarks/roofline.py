@@ -1,4 +1,4 @@
-"""Print what NumPy can do at best here with the matrices of a model, and what fraction of it the model reaches.
+"""Print the best NumPy can do here with the matrices of a model, and what fraction of it the model reaches.
 
     python benchmarks/roofline.py --model FOLDER [--threads 2]     # random weights if FOLDER does not exist
 
@@ -50,7 +50,7 @@ FLOAT32 = named("float32")
 
 
 def products(matrices: Sequence[np.ndarray], rows: int) -> Run:
-    """Return what multiplies rows by each matrix (sgemv for one, else sgemm), on BLAS's own threads."""
+    """Return a function that multiplies rows by each matrix (sgemv for one row, else sgemm), on BLAS's own threads."""
     shape = () if rows == 1 else (rows,)
     xs, ys = ({size: normal(*shape, size) for size in {w.shape[axis] for w in matrices}} for axis in (1, 0))
 
@@ -63,7 +63,7 @@ def products(matrices: Sequence[np.ndarray], rows: int) -> Run:
 
 
 def cache_products(cache: KVCache) -> Run:
-    """Return what multiplies all keys and all values of a cache once, layer by layer, on BLAS's own threads."""
+    """Return a function that multiplies all keys and values of a cache once, layer by layer, on BLAS's own threads."""
     head_dim = cache.k.shape[-1]
     keys, values = (x[:, 0].reshape(len(x), -1, head_dim) for x in (cache.k, cache.v))
     q, p = normal(head_dim), normal(keys.shape[1])
@@ -78,7 +78,7 @@ def cache_products(cache: KVCache) -> Run:
 
 
 def block_products(head_dim: int) -> Run:
-    """Return what makes the two products of BLOCKS blocks of attention, over the threads."""
+    """Return a function that computes the two products of BLOCKS blocks of attention on our threads."""
     q, k, v = normal(QUERIES, head_dim), normal(KEYS, head_dim), normal(KEYS, head_dim)
 
     def blocks(count: int) -> None:
@@ -96,7 +96,7 @@ def block_work(config: Config) -> int:
 
 
 def attention_work(config: Config, length: int) -> int:
-    """Return the multiply-adds of all layers' attention to a prompt: the scores that are seen, and their values."""
+    """Return the multiply-adds of attention in all layers for a prompt: visible scores, and their values."""
     return config.num_hidden_layers * config.num_attention_heads * length * (length + 1) * config.head_dim
 
 

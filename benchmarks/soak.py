@@ -1,10 +1,10 @@
-"""Run thousands of short generations with the built-in checkpoint, and print what memory the process keeps.
+"""Run thousands of short generations with the built-in checkpoint, and print how much memory the process keeps.
 
     python benchmarks/soak.py [--generations 10000]
 
 One half uses a float32 copy of the weights, the other the mapped file. One in four is a turn of a chat, one in four is
 refused or broken off, one in eight is a text that is scored. Status 1 if the process keeps more than 5 MB more
-at the end than after the first 100. Linux: memory is read from /proc, and only what is no page of a file counts.
+at the end than after the first 100. Linux: memory is read from /proc, and pages of files do not count.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def value(x: float) -> str:
-    """Return three digits, or all before the point."""
+    """Return three digits, or all digits before the point."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 

@@ -3,7 +3,7 @@
     python benchmarks/training.py [--threads 2] [--counted 1.0] [--engines numpy sdpa eager compiled]
 
 A step is forward, backward, clipping and AdamW in float32, on 16 rows of 256 tokens, with the sizes of the built-in
-checkpoint. Each engine has a process of its own; they take turns, so that a machine that slows down slows all of them.
+checkpoint. Each engine runs in its own process, interleaved, so that a machine that slows down slows all of them.
 torch runs transformers' Qwen3ForCausalLM: with its fused attention (sdpa), its plain one (eager), and, if asked for,
 with sdpa and torch.compile (compiled; it needs a C++ compiler). Needs the oracle extra. Linux: what else runs is read
 from /proc. Measure on a quiet machine: threads that wait for each other, as torch's do, lose most to what else runs.
@@ -72,7 +72,7 @@ def torch_step(rows: np.ndarray, masks: np.ndarray, engine: str, threads: int) -
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     model.train()
     parameters = list(model.parameters())
-    # decay and no decay apart, as here
+    # separate groups with and without decay, as here
     groups = [
         {"params": [p for p in parameters if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
@@ -102,7 +102,7 @@ def torch_step(rows: np.ndarray, masks: np.ndarray, engine: str, threads: int) -
 
 
 def measure(engine: str, threads: int, counted: float, steps: int) -> None:
-    """Make steps with one engine, the first two of them for warmth, and print the seconds of the others as JSON."""
+    """Make steps with one engine, the first two as warm-up, and print the seconds of the others as JSON."""
     rows, masks = batch(counted)
     step = numpy_step(rows, masks) if engine == "numpy" else torch_step(rows, masks, engine, threads)
     losses, seconds = [step(), step()], []
@@ -125,7 +125,7 @@ def measure(engine: str, threads: int, counted: float, steps: int) -> None:
 
 
 def main() -> None:
-    """Run the engines in turn, in processes of their own, and print a table."""
+    """Run the engines interleaved, each in its own process, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--counted", type=float, default=1.0, help="share of the positions that count in the loss")
@@ -138,7 +138,7 @@ def main() -> None:
         measure(a.measure, a.threads, a.counted, a.steps)
         return
 
-    # Large buffers are kept, where glibc would give them back after each use: else torch spends 6 % on page faults.
+    # Keep large buffers, which glibc would return after each use: torch would spend 6 % on page faults.
     tunables = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
     environment = os.environ | {"QWEN3NP_NUM_THREADS": str(a.threads), "GLIBC_TUNABLES": tunables}
     command = [sys.executable, __file__, f"--threads={a.threads}", f"--counted={a.counted}", f"--steps={a.steps}"]

@@ -1,9 +1,9 @@
 """Messages -> text: a checkpoint's own Jinja chat template, rendered as transformers renders it.
 
-A template is trusted no more than the checkpoint it came with. Those that Qwen published, and the one of checkpoints
-trained here, are known by their hash and rendered in this process (0.1 ms); any other in a process of its own with
-limits on time and memory (0.1 s): checks inside the interpreter are leaky, and none of them ends `10**(10**10)` or
-`'a' * 10**12`, a kill does.
+A template is trusted no more than the checkpoint it came with. Templates that Qwen published, and the one of
+checkpoints trained here, are recognised by hash and rendered in this process (0.1 ms). Any other runs in a separate
+process with limits on time and memory (0.1 s): checks inside the interpreter are leaky, and none of them stops
+`10**(10**10)` or `'a' * 10**12`; killing the process does.
 """
 
 # This file is also the program of that process: at import it needs the standard library alone.
@@ -34,12 +34,12 @@ _KNOWN = {  # sha256 of the template's text
     "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7",  # Thinking-2507
     "a75e50070fd015aa156b623c6bc721bf408efccd8e896534f336ee92f0d0d8e1",  # qwen3np.training's
 }
-_SECONDS = 5  # of the processor's time, where the system can limit it: a busy machine makes no difference
-_PATIENCE = 60 if find_spec("resource") else _SECONDS  # on the clock
+_SECONDS = 5  # of CPU time, if the system can limit it, so that a busy machine makes no difference
+_PATIENCE = 60 if find_spec("resource") else _SECONDS  # of wall-clock time
 _MEBIBYTES = 512
-_CHARACTERS = 2**24  # of rendered text: a few times what fills the longest context of the family
+_CHARACTERS = 2**24  # of rendered text: a few times the longest context of the family
 
-_MARK = "CONTINUE\ufdd1HERE "  # where the final message is to go on; what is no character is in no message
+_MARK = "CONTINUE\ufdd1HERE "  # where to continue the final message; messages cannot contain the noncharacter
 _PROBE = "A\ufdd1B"
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -58,21 +58,22 @@ def render_chat(
 ) -> str:
     """The text of a conversation: `template` rendered as transformers' `apply_chat_template` renders it.
 
-    messages: dicts with "role" (system, user, assistant or tool) and "content", a string or a list of text parts,
-    {"type": "text", "text": ...}; an assistant's may have "reasoning_content" and "tool_calls", and with these no
-    content. Templates that do not read lists get the parts as one text, a line each, as in vLLM and llama.cpp.
+    messages: dicts with "role" (system, user, assistant or tool; developer means system, unless the template knows it)
+    and "content", a string or a list of text parts, {"type": "text", "text": ...}; an assistant's may be None, and may
+    be missing next to its "reasoning_content" or "tool_calls". Templates that do not read lists get the parts as one
+    text, a line each, as in vLLM and llama.cpp.
     tools: their JSON schemas. enable_thinking: None leaves the choice to the template. continue_final_message: end
     inside the last message, without a generation prompt. kwargs: more variables for the template. All of it is data
     that JSON can hold.
 
-    ValueError, with the place, for messages unlike these and for what the template refuses or gets wrong; also for a
-    template that takes more than 5 s or 512 MiB (the latter only where the system can limit a process's memory).
+    Raises ValueError, naming the place, for other messages and for errors in the template; also for a template that
+    takes more than 5 s or 512 MiB (the latter only if the system can limit a process's memory).
     """
     if not messages:
         raise ValueError("the conversation is empty: a chat template needs at least one message")
     if not all(isinstance(tool, Mapping) for tool in tools or ()):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("tools must be a list of JSON schemas (dicts)")
-    checked = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = [_checked(message, f"messages[{i}]", template) for i, message in enumerate(messages)]
     variables = {
         "documents": None,
         **kwargs,
@@ -94,7 +95,7 @@ def render_chat(
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message; of a list of parts the last one."""
+    """The text of a message, or the last part of a list."""
     content = message.get("content", "")
     return content if isinstance(content, str) else content[-1]["text"]
 
@@ -110,29 +111,34 @@ def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cut(text: str, final: str) -> str:
-    """The rendered text up to the mark; a template that strips its space strips what stands before it, too."""
+    """The rendered text up to the mark. If the template strips the space after it, strip before it as well."""
     before, mark, after = text.rpartition(_MARK.strip())
     if not mark or final.strip() not in text.replace(mark, ""):
         raise ValueError("continue_final_message: the chat template does not repeat the last message's content")
     return before if after.startswith(" ") else before.rstrip()
 
 
-def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked(message: Mapping[str, Any], where: str, template: str) -> dict[str, Any]:
     """The message as transformers hands it to templates: without None, its reasoning under the standard name."""
     if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"{where} is not a dict with role and content")
-    message = {key: value for key, value in message.items() if value is not None}
+    given, message = message, {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
-    if role not in _ROLES:
+    if role == "developer" and role not in template:  # the newer name of OpenAI's API
+        role = message["role"] = "system"
+    if role not in (*_ROLES, "developer"):
         raise ValueError(f"{where} has the role {role!r}, which is none of {', '.join(_ROLES)}")
     optional = role == "assistant" and (message.get("tool_calls") or any(name in message for name in _REASONING))
+    if role == "assistant" and "content" in given and not optional:
+        message.setdefault("content", "")  # None, as clients of OpenAI's API have it
     content = message.get("content", "" if optional else None)
     if isinstance(content, (list, tuple)) and content:
         for n, part in enumerate(cast("list[Any]", content)):
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise ValueError(f'{where} ({role}): content[{n}] must be a text part, {{"type": "text", "text": ...}}')
     elif not isinstance(content, str):
-        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts")
+        way_out = "; json.dumps makes a string of an object" if isinstance(content, Mapping) else ""
+        raise ValueError(f"{where} ({role}) needs content, a string or a list of text parts{way_out}")
     for name in _REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
@@ -140,7 +146,7 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _render(template: str, variables: dict[str, Any]) -> str:
-    """The rendered text; ValueError with the template's line for whatever goes wrong."""
+    """The rendered text. Any error becomes a ValueError with the line of the template."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -162,9 +168,9 @@ def _render(template: str, variables: dict[str, Any]) -> str:
 
 
 def _as_read(template: Template, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as they are, if the template reads lists of text parts; else with these as one text, a line each."""
+    """The messages unchanged if the template reads lists of text parts, else with the parts joined by newlines."""
     question = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
-    with suppress(Exception):  # it is no reader then
+    with suppress(Exception):  # then it does not read lists
         text = template.render(messages=[question], tools=None, documents=None, add_generation_prompt=False)
         if _PROBE in text and "'type'" not in text and '"type"' not in text:
             return messages
@@ -243,7 +249,7 @@ def _environment() -> Environment:
 
 
 def _render_apart(job: str) -> str:
-    """`_render` in a process of its own, which ends at the limits."""
+    """`_render` in a separate process, with limits."""
     # It imports what this process would (the job has sys.path), but runs none of the user's start-up code.
     command = [sys.executable, "-I", "-S", __file__]
     try:
@@ -253,7 +259,7 @@ def _render_apart(job: str) -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(f"the chat template takes more than {_PATIENCE} s") from None
     except OSError as error:
-        raise ValueError(f"the chat template cannot be rendered, for its process does not start: {error}") from None
+        raise ValueError(f"the chat template cannot be rendered: its process does not start: {error}") from None
     if sys.platform != "win32" and done.returncode == -signal.SIGXCPU:
         raise ValueError(f"the chat template takes more than {_SECONDS} s")
     if done.returncode:

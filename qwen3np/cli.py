@@ -1,4 +1,4 @@
-"""The command line: text goes to stdout, all else to stderr; `error: ...` and status 2 when it cannot be done."""
+"""The command line: text goes to stdout, the rest to stderr; errors print `error: ...` and exit with status 2."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as every other error is said."""
+    """Reports bad arguments in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and end with status 2."""
+        """Print the line and exit with status 2."""
         self.exit(2, f"error: {one_line(message)}; {self.prog} --help explains\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Report unknown flags with the nearest known one, and with the help of the command they were given to."""
+        """Report unknown flags with the nearest known one, and point to the help of their command."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Completion(argparse.Action):
-    """Print the completion script of a shell. It is static, so that a Tab starts no Python: hence shtab."""
+    """Print a shell's completion script. It is static (made by shtab), so that pressing Tab does not start Python."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the locale
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what is not finite is an error of its own
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: we raise NonFiniteError ourselves
         with guarded():
             arguments = _parsed(sys.argv[1:] if argv is None else argv)
         with guarded() if getattr(arguments, "guarded", True) else nullcontext():
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 check_threads(arguments.threads, "--threads")
                 os.environ["QWEN3NP_NUM_THREADS"] = arguments.threads
             arguments.run(arguments)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe closed it
         sys.stderr.close()
         sys.exit(0)
     except (ValueError, TypeError, OSError, MemoryError) as error:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments, after importing the command that they name; all commands where they name none."""
+    """Parse the arguments, importing only the command that they name, or all commands if they name none."""
     parser = _Parser(prog="qwen3np", description="Qwen3 in NumPy.")
     parser.add_argument("--version", action="version", version=f"qwen3np {__version__}")
     shells, what = ("bash", "zsh", "tcsh"), "print the completion script of a shell"

@@ -1,4 +1,4 @@
-"""A conversation with a chat model that pays for each token once."""
+"""A conversation with a chat model that computes each token only once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CALL = re.compile(r"\n?<tool_call>\n?(.*?)\n?</tool_call>", re.DOTALL)
 
 
 def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return an answer without its tool calls, and these: {"type": "function", "function": {name, arguments}}.
+    """Split an answer into its text and its tool calls: {"type": "function", "function": {name, arguments}}.
 
     Qwen3 writes <tool_call> around {"name": ..., "arguments": {...}}. A broken or unfinished one stays in the text.
     """
-    after = text.rfind("</think>") + 1  # what is considered in the reasoning is not called
+    after = text.rfind("</think>") + 1  # calls within the reasoning are not made
     calls: list[dict[str, Any]] = []
 
     def take(found: re.Match[str]) -> str:
@@ -39,7 +39,7 @@ def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def escaped(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Return messages in which the text of all but the assistant is escaped for Tokenizer.encode_escaped."""
+    """Return the messages with all text escaped for Tokenizer.encode_escaped, except the assistant's."""
 
     def text(content: Any) -> Any:
         if isinstance(content, list):
@@ -51,13 +51,13 @@ def escaped(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list
 
 @dataclass
 class Conversation:
-    """Messages so far, and what the model has already computed of them.
+    """The messages so far, and the cache of what the model has computed for them.
 
-    The answers go back into the next prompt as the ids that the model chose, not as their text encoded anew (which
-    can give other ids), as long as the chat template repeats them unchanged: then nothing is computed twice. Where it
-    does not (Qwen3's hybrid models drop earlier reasoning), the cache serves up to the first difference.
+    As long as the chat template repeats answers unchanged, they enter the next prompt as the ids that the model chose:
+    encoding their text again can give other ids. Then nothing is computed twice. Where the template changes an answer
+    (Qwen3's hybrid models drop earlier reasoning), the cache is used up to the first difference.
 
-    A model that calls functions, gets their results and goes on:
+    A model that calls functions, receives their results and continues:
 
         tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
             "a": {"type": "number"}, "b": {"type": "number"}}}}}]
@@ -74,7 +74,7 @@ class Conversation:
     model: Model
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     cache: KVCache | None = None
-    escape: bool = True  # special tokens written in messages of users, systems and tools are text
+    escape: bool = True  # special tokens in the messages of users, system and tools are read as plain text
     _text: str = ""  # the last prompt with its answer, and the ids of both
     _ids: list[int] = field(default_factory=list[int])
 
@@ -93,7 +93,7 @@ class Conversation:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ValueError where it has none."""
+        """The model's tokenizer. Raises ValueError if it has none."""
         return self.model.text
 
     def reply(
@@ -106,12 +106,13 @@ class Conversation:
     ) -> Generator[int]:
         """Add a user's message and yield the ids of the answer as they come; both stay in the conversation.
 
-        text may also be a message, or several, of any role: a tool's result, for example. The calls of an answer are in
-        messages[-1]["tool_calls"] then. options are those of qwen3np.generate, over the checkpoint's own defaults; an
-        answer also ends where the chat template ends a turn. template_options: tools=..., enable_thinking=...
+        text may also be one or more messages of any role: the result of a tool, for example. If the answer calls tools,
+        the calls are in messages[-1]["tool_calls"]. options are arguments of qwen3np.generate, which override the
+        checkpoint's defaults; an answer also ends where the chat template ends a turn. template_options are variables
+        of the template: tools=..., enable_thinking=...
 
-        An answer that is cut off (the caller stops listening, or interrupts) stays as far as it came; without one the
-        messages are dropped again.
+        If the caller stops iterating, or is interrupted, the conversation keeps the answer so far. If there is none
+        yet, the new messages are removed again.
         """
         model, tokenizer, before = self.model, self.tokenizer, len(self.messages)
         settings: dict[str, Any] = {**model.generation_defaults(), **(options or {})}
@@ -130,11 +131,11 @@ class Conversation:
         finally:
             if answer:
                 self._remember(answer, settings["stop_ids"])
-            else:  # refused, or interrupted before the first token: as if it had not been asked
+            else:  # an error or an interrupt before the first token: the question is withdrawn
                 del self.messages[before:]
 
     def say(self, text: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
-        """Return the whole answer as a message: content, and tool_calls where it has any. Arguments as in reply."""
+        """Return the whole answer as a message: content, and tool_calls if there are any. Arguments as in reply."""
         for _ in self.reply(text, **options):
             pass
         return self.messages[-1]
@@ -153,33 +154,40 @@ class Conversation:
 
     @property
     def opens_thinking(self) -> bool:
-        """Whether the chat template opened the reasoning itself, so that the answer begins inside of it."""
+        """Whether the chat template opened the reasoning, so that the answer starts inside it."""
         return self._text.rstrip().endswith("<think>")
 
     def set_system(self, text: str | None) -> None:
-        """Set the system message, or take it away; the other messages stay."""
-        rest = self.messages[1:] if self.messages and self.messages[0]["role"] == "system" else self.messages
-        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        """Set the system message, or remove it; the other messages stay."""
+        self.messages = ([{"role": "system", "content": text}] if text else []) + self.messages[self._systems :]
 
     def reset(self) -> None:
-        """Forget all messages but the system message. What the cache holds of that stays useful."""
-        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        """Forget all messages except the system message, whose part of the cache remains usable."""
+        self.messages = self.messages[: self._systems]
 
     def drop(self, turns: int) -> int:
-        """Forget the oldest turns, each a user's message with what followed; return how many there were to forget."""
+        """Forget the oldest turns, each a user's message and what followed it; return how many were forgotten."""
         starts = self._turns()[: turns + 1]
-        system = len(self.messages[:1]) if self.messages and self.messages[0]["role"] == "system" else 0
         end = starts[turns] if len(starts) > turns else len(self.messages)
-        self.messages = self.messages[:system] + self.messages[end:]
+        self.messages = self.messages[: self._systems] + self.messages[end:]
         return min(turns, len(starts))
 
-    def undo(self) -> str | None:
-        """Take back the last turn; return its user's message, or None where there is none."""
+    def undo(self) -> dict[str, Any] | None:
+        """Take back the last turn; return its user's message, or None if there is none."""
         if not (starts := self._turns()):
             return None
         message = self.messages[starts[-1]]
         del self.messages[starts[-1] :]
-        return message["content"]
+        return message
+
+    @property
+    def system(self) -> str | None:
+        """The system message, or None."""
+        return self.messages[0]["content"] if self._systems else None
+
+    @property
+    def _systems(self) -> int:
+        return int(bool(self.messages) and self.messages[0]["role"] in ("system", "developer"))
 
     def _turns(self) -> list[int]:
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]

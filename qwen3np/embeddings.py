@@ -1,6 +1,6 @@
 """Texts as vectors, and documents ranked for a query (Zhang et al., 2025, https://arxiv.org/abs/2506.05176).
 
-The templates are those of the model cards of Qwen3-Embedding and Qwen3-Reranker.
+The templates come from the model cards of Qwen3-Embedding and Qwen3-Reranker.
 """
 
 from __future__ import annotations
@@ -43,30 +43,59 @@ def embed(
     engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
-    """Return a vector of length 1 for each text: (N, D) float32, or (N, dimensions); float64 for numerics "float64".
+    """Embed texts. The dot product of two vectors is the cosine similarity of their texts.
 
-    The dot product of two of them is their cosine similarity. Documents are embedded as they are. Queries need an
-    instruction, which says what is looked for; DEFAULT_INSTRUCTION is the one for web searches. dimensions keeps only
-    the first ones, normalised again, which Qwen3-Embedding was trained for. With an attention_mask, texts are padded
-    ids (N, S) instead, which end as the model wants it. progress is called with how many texts are done.
-    A sentence-transformers folder pools the hidden states, ends texts and puts its prompt in front as its files say.
+    A sentence-transformers folder determines how hidden states are pooled, how texts end, and which prompt precedes
+    them; other checkpoints are used like Qwen3-Embedding.
 
-    Raises ValueError for no texts, what is not a str, dimensions not in 1 to D, and a model without a tokenizer or with
-    one that lacks <|endoftext|>; ContextOverflowError for a text that is too long: none is cut short unasked;
-    CheckpointError and NonFiniteError as generate.
+    Parameters
+    ----------
+    model
+        A model that was trained for this, such as Qwen/Qwen3-Embedding-0.6B.
+    texts
+        The texts; with an attention_mask, padded ids (N, S) that already end the way the model expects.
+    instruction
+        For queries: what to look for (DEFAULT_INSTRUCTION: web searches). None: documents, embedded as they are.
+    dimensions
+        Keep only the first ones, normalised again, which Qwen3-Embedding was trained for.
+    attention_mask
+        (N, S): 1 for tokens, 0 for padding, on the left or on the right.
+    numerics, engine
+        As in forward.
+    progress
+        Called with the number of texts that were just embedded.
+
+    Returns
+    -------
+    (N, D) or (N, dimensions) float32, rows of length 1; float64 for numerics "float64".
+
+    Raises
+    ------
+    ValueError
+        For an empty list, texts that are not str, dimensions outside 1 to D, and a tokenizer that is missing or lacks
+        <|endoftext|>. ContextOverflowError for a text that is too long: texts are never silently truncated.
+        CheckpointError and NonFiniteError as in generate.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()  # shows the shapes; for useful vectors load a model that was trained for them
+    >>> qwen3np.embed(model, ["The sky is blue.", "Grass is green."]).shape
+    (2, 160)
     """
     size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
-        raise ValueError(f"dimensions must be a whole number from 1 to {size}, which the model has, got {dimensions!r}")
+        raise ValueError(
+            f"dimensions must be a whole number from 1 to {size}, the size of the model, got {dimensions!r}"
+        )
     skipped = 0
     if attention_mask is not None:
         if instruction is not None:
-            raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are taken as they are")
+            raise ValueError("instruction: belongs to texts; padded ids with an attention_mask are used as they are")
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
         _check_texts(texts, "texts")
         sequences, skipped = _with_prompt(model, texts, instruction)
-    if pooling.mode == "cls":  # no token before it, so its state depends on no other
+    if pooling.mode == "cls":  # the first token sees only itself
         sequences = [sequence[:1] for sequence in sequences]
     if pooling.mode == "mean":
         x = _mean_hidden_states(model, sequences, skipped, numerics, engine, progress)[:, :dimensions]
@@ -85,14 +114,36 @@ def rerank(
     engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
-    """Return how well each document meets the query, from 0 to 1: (N,) float64, in the order of the documents.
+    """Rate how well each document answers a query: the probability of "yes" where the model can say only "yes" or "no".
 
-    It is the probability of "yes", where the model can only say "yes" or "no". instruction says what is looked for
-    (None: DEFAULT_INSTRUCTION). progress is told how many documents are done.
+    Parameters
+    ----------
+    model
+        A model that was trained for this, such as Qwen/Qwen3-Reranker-0.6B.
+    query, documents
+        Texts.
+    instruction
+        What to look for; None: DEFAULT_INSTRUCTION, for web searches.
+    numerics, engine
+        As in forward.
+    progress
+        Called with the number of documents that were just rated.
 
-    Raises ValueError for no documents, what is not a str, and a model without a tokenizer or with one that lacks the
-    tokens of the template; ContextOverflowError for a document that is too long: none is cut short unasked;
-    CheckpointError and NonFiniteError as generate.
+    Returns
+    -------
+    (N,) float64 from 0 to 1, in the order of the documents.
+
+    Raises
+    ------
+    ValueError
+        For an empty list, texts that are not str, and a tokenizer that is missing or lacks the tokens of the template.
+        ContextOverflowError for a document that is too long: documents are never silently truncated. CheckpointError
+        and NonFiniteError as in generate.
+
+    Examples
+    --------
+    >>> model = qwen3np.load("Qwen/Qwen3-Reranker-0.6B")  # doctest: +SKIP
+    >>> qwen3np.rerank(model, "capital of China", ["Beijing is the capital.", "Gravity attracts."])  # doctest: +SKIP
     """
     score = model.weights.get("score.weight")
     answers = ("no", "yes") if score is None else ()
@@ -115,15 +166,15 @@ def rerank(
     logits = num.ops.head(x, score, num)
     for row, sequence in zip(logits, sequences, strict=True):
         require_finite(row, model.weights, model.config, sequence, numerics)
-    if logits.shape[1] == 1:  # yes - no, as a Qwen3ForSequenceClassification gives it
+    if logits.shape[1] == 1:  # yes - no, as Qwen3ForSequenceClassification returns it
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     return np.exp(log_probabilities(logits)[:, 1])
 
 
 def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) -> tuple[list[list[int]], int]:
-    """Return the ids of texts after their prompt, and how many of its tokens do not count for a mean.
+    """Return the ids of texts with their prompt, and how many tokens of the prompt a mean leaves out.
 
-    A sentence-transformers folder ends texts as its own tokenizer.json does, other checkpoints as Qwen3-Embedding.
+    Texts end as the tokenizer.json of a sentence-transformers folder says; for other checkpoints as in Qwen3-Embedding.
     """
     pooling = model.pooling
     tokenizer, end = _tokenizer(model, "embed", *([] if pooling else ["<|endoftext|>"]))
@@ -136,27 +187,27 @@ def _with_prompt(model: Model, texts: Sequence[str], instruction: str | None) ->
     sequences = [tokenizer.encode_whole(prompt + text) for text in texts]
     skipped = 0 if pooling.with_prompt else len(tokenizer.encode(prompt))
     if empty := [n for n, sequence in enumerate(sequences) if len(sequence) <= skipped]:
-        raise ValueError(f"texts[{empty[0]}]: this model's tokenizer makes no token of it")
+        raise ValueError(f"texts[{empty[0]}]: this model's tokenizer produces no token for it")
     return sequences, skipped
 
 
 def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[int]]:
-    """Return the model's tokenizer and the ids of these tokens. Raises ValueError for what is missing."""
+    """Return the model's tokenizer and the ids of these tokens. Raises ValueError where one is missing."""
     if model.tokenizer is None:
         raise ValueError(f"{what}: the model has no tokenizer; load it from a folder with tokenizer.json")
     ids = {token: model.tokenizer.token_to_id(token) for token in tokens}
     if missing := [token for token, i in ids.items() if i is None]:
         raise ValueError(
-            f"{what}: the tokenizer has no token {', '.join(missing)}; load a model that is made for it, such as "
+            f"{what}: the tokenizer has no token {', '.join(missing)}; load a model that was trained for this, such as "
             f"Qwen/Qwen3-{'Embedding' if what == 'embed' else 'Reranker'}-0.6B"
         )
     return model.tokenizer, [i for i in ids.values() if i is not None]
 
 
 def _check_texts(texts: Sequence[str], name: str) -> None:
-    """Raise ValueError unless texts is a list (or the like) of one str or more."""
+    """Raise ValueError unless texts is a sequence of one or more str."""
     if isinstance(texts, str):
-        raise ValueError(f"{name}: a list of str is needed, not a single one")
+        raise ValueError(f"{name}: must be a list of str, not a single str")
     if len(texts) == 0:
         raise ValueError(f"{name}: empty; at least one text is needed")
     for n, text in enumerate(texts):
@@ -164,9 +215,9 @@ def _check_texts(texts: Sequence[str], name: str) -> None:
 
 
 def _check_text(text: object, name: str) -> None:
-    """Raise ValueError for what is no str."""
+    """Raise ValueError unless text is a str."""
     if not isinstance(text, str):
-        raise ValueError(f"{name}: a str is needed, not {type(text).__name__}")
+        raise ValueError(f"{name}: must be a str, not {type(text).__name__}")
 
 
 def _mean_hidden_states(
@@ -199,8 +250,8 @@ def _require_context(sequences: Sequence[list[int]], name: str, context: int) ->
     lengths = [len(sequence) for sequence in sequences]
     if max(lengths) > context:
         raise ContextOverflowError(
-            f"{name}[{lengths.index(max(lengths))}]: {max(lengths)} tokens with what the template adds; the context of "
-            f"this model is {context}: cut it into parts"
+            f"{name}[{lengths.index(max(lengths))}]: {max(lengths)} tokens including the template; the context of "
+            f"this model is {context}: split the text"
         )
 
 
@@ -214,8 +265,8 @@ def _last_hidden_states(
 ) -> Array:
     """Return the hidden states (N, D) of the last token of each of N sequences, after the final norm.
 
-    What all of them begin with is computed once. Sequences of about the same length go through the model together,
-    padded on the right, where no token sees it; long ones alone, in pieces.
+    Their longest common prefix is computed once. Sequences of similar length go through the model together, padded on
+    the right, where no token sees the padding; long ones go alone, in pieces.
     """
     config, n = model.config, named(numerics, engine)
     lengths = np.array([len(sequence) for sequence in sequences])
@@ -231,7 +282,7 @@ def _last_hidden_states(
 
     shared = 0
     if len(sequences) > 1:
-        # each has a token of its own
+        # at least one token of each sequence is not shared
         beginnings = np.array([sequence[: lengths.min() - 1] for sequence in sequences], np.int64)
         same = (beginnings == beginnings[0]).all(axis=0)
         shared = int(same.argmin()) if not same.all() else len(same)
@@ -243,7 +294,7 @@ def _last_hidden_states(
     while len(order):
         longest = int(lengths[order[0]])
         group, order = np.split(order, [max(PREFILL_CHUNK // longest, 1)])
-        ids = np.full((len(group), longest), sequences[0][-1])  # which all of them end with
+        ids = np.full((len(group), longest), sequences[0][-1])  # padding: the token that all of them end with
         for row, sequence in zip(ids, group, strict=True):
             row[: lengths[sequence]] = sequences[sequence]
         cache = KVCache.allocate(config, len(group), longest, n.storage)

@@ -1,4 +1,4 @@
-"""The errors that have names; those about files strangers wrote are kept to one line."""
+"""The named errors. Messages about untrusted files are kept to one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _JOINERS = "\u200c\u200d"  # within Persian and Indic words, and emoji
 
 
 def visible(text: str, keep: str = "\n") -> str:
-    """Return text as it may reach a terminal: control characters, escapes and bidirectional marks as their codes."""
+    """Make text safe for a terminal: control characters, escapes and bidirectional marks appear as their codes."""
     if text.isprintable():
         return text
     return "".join(
@@ -20,7 +20,7 @@ def visible(text: str, keep: str = "\n") -> str:
 
 
 def one_line(text: object) -> str:
-    """Return what may hold a stranger's words as an error shows it: one line, no terminal codes, cut in the middle."""
+    """Make untrusted text safe for an error message: one line, no terminal codes, long text cut in the middle."""
     shown = str(text)
     if len(shown) > 4000:
         shown = f"{shown[:2000]} ... {shown[-2000:]}"
@@ -33,11 +33,11 @@ class _OneLine(ValueError):
 
 
 class ConfigError(_OneLine):
-    """A config.json that cannot be read, or that asks for something this package does not do."""
+    """A config.json that cannot be read, or that asks for something this package does not support."""
 
 
 class CheckpointError(_OneLine):
-    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+    """An unusable checkpoint; the message lists everything that is wrong with it."""
 
 
 class ContextOverflowError(ValueError):
@@ -45,4 +45,4 @@ class ContextOverflowError(ValueError):
 
 
 class NonFiniteError(ValueError):
-    """NaN or infinity where there must be numbers; the message names the first recorded point and token."""
+    """NaN or infinity in a result; the message names the first affected point and token."""

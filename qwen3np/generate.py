@@ -17,12 +17,13 @@ from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
 from qwen3np.sampling import generators, sample
 from qwen3np.settings import Batch, GenerationSettings, Ids, checked, lists_settings, require_ids
+from qwen3np.terminal import counted
 from qwen3np.weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PREFILL_CHUNK = 512  # positions of a long prompt that go through the model together: enough to be bound by arithmetic
+PREFILL_CHUNK = 512  # positions of a long prompt computed at once: enough to be bound by arithmetic, not by memory
 
 
 class Step(NamedTuple):
@@ -56,10 +57,10 @@ def generate(
         The whole sequence so far, or a list of sequences: a ragged batch, in which each ends separately and then costs
         nothing.
     **settings
-        See settings.GenerationSettings: max_new_tokens is needed, temperature 0 is greedy. Each row draws from its own
-        stream of the seed, whatever else is in the batch: row 0 as alone with that seed, row r as alone with
+        See settings.GenerationSettings: max_new_tokens is required, temperature 0 is greedy. Each row draws from its
+        own random stream, whatever else is in the batch: row 0 as if alone with this seed, row r as if alone with
         seed=(seed, r). With num_return_sequences the answers to the first prompt come first. With the cache of an
-        earlier call, only what follows the longest common prefix is computed; it grows when it must.
+        earlier call, only what follows the longest common prefix is computed; it grows as needed.
 
     Returns
     -------
@@ -97,10 +98,10 @@ def generate(
 
 @lists_settings
 def stream(weights: Weights, config: Config, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
-    """Yield the new ids of one sequence as they come; arguments and errors as in generate.
+    """Yield the new ids of one sequence as they are generated; arguments and errors as in generate.
 
-    A cache given here is filled on the way, and can be continued wherever the caller stops listening. Once another call
-    has used it, this one can only end with a ValueError.
+    A cache given here is filled along the way, and can be continued from wherever the caller stops. Once another call
+    has used it, this one raises ValueError.
     """
     batch, single = _as_batch(input_ids)
     if not single:
@@ -112,16 +113,16 @@ def stream(weights: Weights, config: Config, input_ids: Ids, **settings: Unpack[
 def steps(
     weights: Weights, config: Config, batch: Batch, held: KVCache | None = None, **settings: Unpack[GenerationSettings]
 ) -> Iterator[Step]:
-    """Yield each new token of each sequence with the logits it was chosen from: the loop behind generate and stream.
+    """Yield each new token of each sequence with its logits: the loop behind generate and stream.
 
-    Arguments and errors as in generate; errors come before the first step. `held` is the cache, in a place of its own.
-    After every step it holds each sequence without its newest token.
+    Arguments and errors as in generate; errors come before the first step. `held` is another name of `cache`. After
+    every step it holds each sequence without its newest token.
     """
     chosen = checked(settings)
     if len(batch) == 0:
         raise ValueError("input_ids: an empty batch; at least one prompt is needed")
     if chosen["attention_mask"] is not None or chosen["num_return_sequences"] != 1:
-        raise ValueError("attention_mask and num_return_sequences are settings of generate alone")
+        raise ValueError("attention_mask and num_return_sequences are settings of generate only")
     require_ids(chosen, config)
     num, context = named(chosen["numerics"], chosen["engine"]), config.max_position_embeddings
     cache: KVCache = held or chosen["cache"] or new_cache(config, batch, chosen["max_new_tokens"], num.name)
@@ -135,14 +136,22 @@ def steps(
     longest = min(context + 1, chosen["max_length"] or context + 1)
     most = [min(chosen["max_new_tokens"], longest - len(prompt)) for prompt in prompts]
     if min(most) < 1:
-        raise ValueError(f"max_length={longest}: prompt {most.index(min(most))} is that long, or longer, already")
+        raise ValueError(f"max_length={longest}: prompt {most.index(min(most))} is already that long")
     room = max(len(prompt) + n - 1 for prompt, n in zip(prompts, most, strict=True))
     guard.check_cache(cache, weights, config, num, len(batch), 0)
     guard.require_unchanged(weights)
     guard.require_room_in_cache(cache, room)
     if room > cache.max_length:
         cache.reserve(max(room, min(2 * cache.max_length, context)))  # doubled, so that copies do not add up
-    return _run(weights, config, prompts, cache, most, chosen)
+
+    def reported() -> Iterator[Step]:
+        with counted(chosen["progress"], sum(map(len, prompts)) + sum(most), "generated") as count:
+            for step in _run(weights, config, prompts, cache, most, {**chosen, "progress": count}):
+                yield step
+                if count is not None:
+                    count(1)
+
+    return reported()
 
 
 def _run(

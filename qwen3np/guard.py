@@ -23,8 +23,8 @@ from qwen3np.numerics import Array, Edit, Numerics, Trace, named
 from qwen3np.padding import on_the_right, padded, unpadded
 from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
-LARGE = 1 << 28  # bytes of logits from which on the system is asked whether there is memory for them
-CHUNK = 16  # positions that are searched together for numbers that are not finite: their scores are in memory at once
+LARGE = 1 << 28  # bytes: for larger logits we first check that there is enough free memory
+CHUNK = 16  # positions searched together for non-finite numbers, which takes memory for all of their scores
 
 
 def forward(
@@ -53,7 +53,7 @@ def forward(
         (B, S) token ids, or (S,) read as B = 1.
     cache
         Keys and values of earlier positions. Sequence b continues at position cache.lengths[b]; its keys and values are
-        added, and the lengths advance when all is done.
+        appended, and the lengths advance at the end.
     numerics
         "float32", "float64", "bfloat16" (rounds where transformers' eager bfloat16 does) or "bfloat16-grouped" (the
         same, except for the sum over experts).
@@ -69,7 +69,7 @@ def forward(
         A callable (name, array) -> array or None; an array takes the place of that point.
     attention_mask
         For padded ids (B, S): 1 for tokens, 0 for padding, on the left or on the right. Logits at padding are 0. Points
-        are those of the rows moved to the left.
+        are recorded with all rows moved to the left.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def forward(
     ValueError
         For ids that are empty, out of range or not integers; a cache that does not match (ContextOverflowError when it
         is full); unknown numerics or engine; logits larger than the free memory. CheckpointError for a mapped file that
-        changed after it was loaded. Nothing is changed then.
+        changed after it was loaded. After an error nothing has been changed.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def forward(
     """
     if attention_mask is not None:
         if cache is not None:
-            raise ValueError("attention_mask: not with a cache, which knows where each of its sequences ends")
+            raise ValueError("attention_mask: cannot be combined with a cache, which knows where its sequences end")
         rows = unpadded(input_ids, attention_mask)
         options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
         return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)
@@ -127,10 +127,10 @@ def forward(
 
 
 def require_tensors(weights: Mapping[str, Array], config: Config) -> None:
-    """Raise ValueError, with both shapes, for the first tensor of the model that is missing or of another shape."""
+    """Raise ValueError, with both shapes, for the first tensor that is missing or has another shape."""
     for name, shape in weight_shapes(config).items():
         if name not in weights:
-            if name == "lm_head.weight":  # a model without a head still gives hidden states
+            if name == "lm_head.weight":  # a model without a head still computes hidden states
                 continue
             raise ValueError(f"weights: there is no {name}, which must be {shape}")
         if np.shape(weights[name]) != shape:
@@ -161,7 +161,7 @@ def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:
 
 
 def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -> Array:
-    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong in `name`, and where."""
+    """Return ids as an integer array (B, S). Raises ValueError, which says what is wrong with `name` and where."""
     try:
         ids: np.ndarray[Any, Any] = np.asarray(input_ids)
     except ValueError:
@@ -185,9 +185,9 @@ def checked_ids(input_ids: ArrayLike, config: Config, name: str = "input_ids") -
 
 
 def require_unchanged(weights: Mapping[str, Array]) -> None:
-    """Raise CheckpointError if a mapped file was written to or cut since: its weights are not those that were checked.
+    """Raise CheckpointError if a mapped file was modified or truncated after loading: its weights are unchecked.
 
-    A file that was put in the place of it, or deleted, does no harm: the old one stays mapped.
+    Replacing or deleting the file is harmless: the old one stays mapped.
     """
     if isinstance(weights, LoadedWeights):
         for path, (number, *before) in weights.files.items():
@@ -200,10 +200,10 @@ def require_unchanged(weights: Mapping[str, Array]) -> None:
 
 
 def _require_room(positions: int, config: Config, num: Numerics) -> None:
-    """Raise ValueError where the logits of this many positions are larger than the free memory."""
+    """Raise ValueError if the logits of this many positions would exceed the free memory."""
     size = positions * config.vocab_size * num.dtype.itemsize
     if size > LARGE:
-        way_out = "ask for those of the last position (last_only=True), or go on with a cache, a piece at a time"
+        way_out = "ask only for the last position (last_only=True), or proceed in pieces with a cache"
         require_memory(size, f"logits: {positions:,} positions in {num.dtype}", way_out)
 
 
@@ -236,24 +236,24 @@ def check_cache(
 
 
 def require_room_in_cache(cache: KVCache, length: int) -> None:
-    """Raise ValueError unless there is memory for `length` positions of each sequence, less what it has already."""
+    """Raise ValueError unless there is memory for `length` positions per sequence, not counting what is in use."""
     layers, _, heads, _, head_dim = cache.k.shape
     taken = int(np.minimum(cache.notes.get("filled", cache.lengths)[cache.rows], length).sum())
     require_cache((layers, len(cache.rows), heads, length, head_dim), cache.k.dtype, taken=taken)
 
 
 def cache_holds(cache: KVCache, b: int, ids: Array) -> bool:
-    """Whether sequence b of the cache holds these ids (N,), and no more."""
+    """Whether sequence b of the cache holds exactly these ids (N,)."""
     row = cache.rows[b]
     return bool(cache.lengths[row] == len(ids) and np.array_equal(cache.ids[row, : len(ids)], ids))
 
 
 def _note(cache: KVCache, weights: Mapping[str, Array], config: Config, num: Numerics, new: int) -> None:
-    """Note with what an empty cache is filled, and how far memory is taken."""
+    """Note what an empty cache is filled with, and how much memory is in use."""
     if not cache.lengths.any():
         cache.notes["origin"] = _Origin(weights, config, num)
     if "filled" not in cache.notes:
-        cache.notes["filled"] = np.zeros_like(cache.lengths)  # the largest that each length has been
+        cache.notes["filled"] = np.zeros_like(cache.lengths)  # the maximum of each length so far
     np.maximum(cache.notes["filled"], cache.lengths + new, out=cache.notes["filled"])  # at most `new` too many
 
 
@@ -283,12 +283,12 @@ class _Origin:
         return None
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out which arrays they were: in another process they are others."""
+        """Leave out the arrays, which do not exist in another process."""
         return {**self.__dict__, "arrays": {}}
 
     @staticmethod
     def _names(weights: Mapping[str, Array]) -> list[str]:
-        # experts are left out: of a mapped file only those that are chosen are read
+        # without experts: of a mapped file, only chosen experts are read
         return [name for name in weights if name.startswith("model.") and ".experts." not in name]
 
     @classmethod
@@ -305,7 +305,7 @@ class _Origin:
 def require_finite(
     logits: Array, weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Array, numerics: str
 ) -> None:
-    """Raise NonFiniteError where logits hold NaN or infinity; it names the first such point, and its token of ids."""
+    """Raise NonFiniteError if logits hold NaN or infinity; it names the first such point and its token in ids."""
     if not np.isfinite(logits).all():
         raise NonFiniteError(_where(weights, config, ids, numerics))
 
@@ -313,7 +313,7 @@ def require_finite(
 def require_finite_point(
     name: str, x: Array, weights: Mapping[str, Array], config: Config, ids: Array, numerics: str
 ) -> None:
-    """Raise NonFiniteError where a recorded point of ids (B, S) holds NaN or infinity."""
+    """Raise NonFiniteError if a recorded point of ids (B, S) holds NaN or infinity."""
     if (bad := _not_finite(name, x)).any():
         raise NonFiniteError(_where(weights, config, ids[np.argwhere(bad)[0, 0]].tolist(), numerics))
 
@@ -323,12 +323,12 @@ class _Found(Exception):
 
 
 def position_axis(name: str) -> int:
-    """Return which axis of a recorded point runs over the new positions."""
+    """Return the axis of a recorded point that runs over the new positions."""
     return 2 if name.endswith(("_rope", ".scores", ".probs")) else 1
 
 
 def _not_finite(name: str, x: Array) -> Array:
-    """Return where a recorded point is NaN or infinite. Scores are -inf where they are hidden."""
+    """Return where a recorded point is NaN or infinite. Masked scores are -inf, which is fine."""
     return np.isnan(x) | np.isposinf(x) if name.endswith(".scores") else ~np.isfinite(x)
 
 
@@ -356,7 +356,7 @@ def _where(weights: Mapping[str, Array], config: Config, ids: Sequence[int] | Ar
 
 
 def _cause(weights: Mapping[str, Array], config: Config, point: str, numerics: str) -> str:
-    """Return whether the weights of a point are to blame, as the end of a sentence."""
+    """Say whether the weights of a point are to blame, as the end of a sentence."""
     module = "model.embed_tokens" if point == "lm_head" and config.tie_word_embeddings else point
     for name, tensor in weights.items():
         own = name.removeprefix(f"{module}.")

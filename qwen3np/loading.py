@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.errors import CheckpointError, ConfigError
+from qwen3np.errors import CheckpointError, ConfigError, one_line
 from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.files.folders import gguf_of
@@ -34,7 +34,7 @@ from qwen3np.rules import rules
 from qwen3np.scoring import score
 from qwen3np.settings import Batch, GenerationSettings, Ids, Progress, from_file, lists_settings
 from qwen3np.stored import kind, put
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, counted, shows_bars
 from qwen3np.tokenizer import FromGGUF, Tokenizer, said_in
 from qwen3np.weights import LoadedWeights, Weights, count_parameters
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # what the generation_config.json of the Base checkpoints says
-SMALL = 10**9  # bytes of a float32 copy that goes without saying
-PIECE = 1 << 22  # elements that a thread copies at a time: often enough for a bar, too seldom to cost anything
+SMALL = 10**9  # bytes: smaller float32 copies are made without a message
+PIECE = 1 << 22  # elements copied at a time: few enough for a smooth bar, too many for its updates to cost anything
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -65,21 +65,21 @@ class ScoreOptions(TypedDict, total=False):
     stride: int | None
     numerics: str
     engine: str
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A checkpoint in memory: config, weights, tokenizer and generation defaults. It holds no state beyond these.
 
-    The methods call the functions of the same name; `complete`, `score`, `embed`, `rerank` and `trace` take text.
+    Each method calls the function of the same name; `complete`, `score`, `embed`, `rerank` and `trace` take text.
     """
 
     config: Config
     weights: Weights
     tokenizer: Tokenizer | None  # None where the folder has none; everything on ids still works
     generation_config: Mapping[str, Any]
-    pooling: Pooling | None = None  # of a sentence-transformers folder: how it makes vectors
+    pooling: Pooling | None = None  # how a sentence-transformers folder makes vectors
 
     def __repr__(self) -> str:
         """Show sizes, not arrays."""
@@ -101,11 +101,18 @@ class Model:
         return self.tokenizer
 
     def __call__(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Unpack[ForwardOptions]) -> Array:
-        """Return logits; see qwen3np.forward."""
+        """Return logits, like qwen3np.forward, which describes arguments and errors.
+
+        Examples
+        --------
+        >>> model = qwen3np.load()
+        >>> model([281, 297, 272, 1132, 259]).shape
+        (1, 5, 2048)
+        """
         return forward(self.weights, self.config, input_ids, cache, **options)
 
     def forward(self, input_ids: ArrayLike, cache: KVCache | None = None, **options: Unpack[ForwardOptions]) -> Array:
-        """Return logits; see qwen3np.forward."""
+        """Return logits; the same as calling the model."""
         return forward(self.weights, self.config, input_ids, cache, **options)
 
     @overload
@@ -114,19 +121,63 @@ class Model:
     def generate(self, input_ids: Batch, **settings: Unpack[GenerationSettings]) -> tuple[list[list[int]], KVCache]: ...
     @lists_settings
     def generate(self, input_ids: Any, **settings: Unpack[GenerationSettings]) -> tuple[Any, KVCache]:
-        """Return new ids and the cache; see qwen3np.generate. Settings left out come from generation_config.json."""
-        chosen = self.generation_settings(settings)
+        """Return new ids and the cache, like qwen3np.generate, which describes arguments and errors.
+
+        Settings left out come from the checkpoint's generation_config.json. What takes longer than two seconds shows a
+        bar, in a notebook or on stderr if that is a terminal, unless progress is False; so do `complete`, `score`,
+        `embed` and `rerank`.
+
+        Examples
+        --------
+        >>> model = qwen3np.load()
+        >>> new, cache = model.generate(model.text.encode("The capital of France is"))
+        >>> model.text.decode(new)
+        ' Paris.<|endoftext|>'
+        """
+        chosen = self.generation_settings({"progress": True, **settings})
         return generate(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
     def stream(self, input_ids: Ids, **settings: Unpack[GenerationSettings]) -> Iterator[int]:
-        """Yield new ids; see qwen3np.stream. Settings left out come from generation_config.json."""
+        """Yield new ids, like qwen3np.stream, which describes arguments and errors.
+
+        Settings left out come from the checkpoint's generation_config.json.
+
+        Examples
+        --------
+        >>> model = qwen3np.load()
+        >>> "".join(model.text.stream(model.stream(model.text.encode("Seven plus five is"), max_new_tokens=2)))
+        ' twelve.'
+        """
         chosen = self.generation_settings(settings)
         return stream(self.weights, self.config, input_ids, **chosen)
 
     @lists_settings
     def complete(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str:
-        """Return the text that follows the prompt, without special tokens. Settings as in generate."""
+        """Return the text that follows a prompt.
+
+        Parameters
+        ----------
+        prompt
+            A text to continue.
+        **settings
+            As in generate; those left out come from the checkpoint's generation_config.json.
+
+        Returns
+        -------
+        str
+            The new text, without special tokens.
+
+        Raises
+        ------
+        ValueError
+            As generate, and where the checkpoint has no tokenizer.
+
+        Examples
+        --------
+        >>> qwen3np.load().complete("The opposite of hot is")
+        ' cold.'
+        """
         new, _ = self.generate(self.text.encode(prompt), **settings)
         return self.text.decode(new, skip_special_tokens=True)
 
@@ -137,13 +188,23 @@ class Model:
     @overload
     def score(self, texts: Sequence[str], **options: Unpack[ScoreOptions]) -> list[Array]: ...
     def score(self, texts: Any, **options: Unpack[ScoreOptions]) -> Array | list[Array]:
-        """Return the log-probability of each token after the first, of a text or its ids; a list of them for texts.
+        """Return the log-probability of each token of a text after the first, like qwen3np.score.
 
-        See qwen3np.score.
+        `texts` is a text or its ids, or a list of texts, for which a list of arrays is returned. qwen3np.score
+        describes the other arguments and the errors.
+
+        Examples
+        --------
+        >>> logprobs = qwen3np.load().score("The capital of France is Paris.")
+        >>> logprobs.shape, f"{logprobs.sum():.3f}"
+        ((7,), '-8.539')
         """
-        if not isinstance(texts, str) and len(texts) and isinstance(texts[0], str):
-            return [score(self.weights, self.config, self.text.encode(text), **options) for text in texts]
-        return score(self.weights, self.config, self._ids(texts), **options)
+        several = not isinstance(texts, str) and len(texts) and isinstance(texts[0], str)
+        sequences = [self._ids(text) for text in (texts if several else [texts])]
+        with counted(options.get("progress", True), sum(map(len, sequences)), "scored") as count:
+            rest: dict[str, Any] = {**options, "progress": count}
+            found = [score(self.weights, self.config, ids, **rest) for ids in sequences]
+        return found if several else found[0]
 
     def embed(
         self,
@@ -154,14 +215,18 @@ class Model:
         attention_mask: ArrayLike | None = None,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
-        """Return a vector of length 1 for each text (N, D), or for a single one (D,); see qwen3np.embed."""
+        """Return a vector of length 1 for each text, (N, D), or for a single one, (D,).
+
+        Arguments and errors are those of qwen3np.embed.
+        """
         from qwen3np.embeddings import embed
 
         many = [texts] if isinstance(texts, str) else texts
-        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "progress": progress}
-        vectors = embed(self, many, instruction, dimensions, attention_mask=attention_mask, **options)
+        options: dict[str, Any] = {"numerics": numerics, "engine": engine, "attention_mask": attention_mask}
+        with counted(progress, len(many), "embedded", "text") as count:
+            vectors = embed(self, many, instruction, dimensions, progress=count, **options)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(
@@ -172,19 +237,46 @@ class Model:
         *,
         numerics: str = "float32",
         engine: str = "fast",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = True,
     ) -> Array:
-        """Return how well each document meets the query, from 0 to 1 (N,); see qwen3np.rerank."""
+        """Return how well each document answers the query, from 0 to 1: (N,), in the order of the documents.
+
+        Arguments and errors are those of qwen3np.rerank.
+        """
         from qwen3np.embeddings import rerank
 
-        return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=progress)
+        with counted(progress, len(documents), "ranked", "document") as count:
+            return rerank(self, query, documents, instruction, numerics=numerics, engine=engine, progress=count)
 
     def trace(
         self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast", points: str = "*"
     ) -> dict[str, Array]:
-        """Return every recorded point of a text, or of ids, whose name matches one of `points`, under its name.
+        """Return the recorded points of one forward pass.
 
-        Patterns are those of the shell, separated by commas: "*.probs", "model.layers.0.*,lm_head".
+        Parameters
+        ----------
+        text
+            A text, or its ids.
+        numerics, engine
+            As in forward.
+        points
+            Which points: shell patterns, separated by commas, such as "*.probs" or "model.layers.0.*,lm_head".
+
+        Returns
+        -------
+        dict[str, numpy.ndarray]
+            Each point under its name, in the order of the forward pass.
+
+        Raises
+        ------
+        ValueError
+            As forward, and for text where the checkpoint has no tokenizer.
+
+        Examples
+        --------
+        >>> points = qwen3np.load().trace("The capital of France is", points="*.0.self_attn.probs")
+        >>> {name: x.shape for name, x in points.items()}
+        {'model.layers.0.self_attn.probs': (1, 4, 5, 5)}
         """
         seen: dict[str, Array] = {}
         patterns = points.split(",")
@@ -199,19 +291,36 @@ class Model:
     def hidden_states(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
         """Return the state of each token of a text, or of ids, after the embedding and after each layer: (L + 1, S, D).
 
-        As the hidden states of transformers, but that these have the final norm on the last.
+        Equal to transformers' hidden states, except that transformers applies the final norm to the last one.
         """
         points = self.trace(text, numerics=numerics, engine=engine, points="model.embed_tokens,model.layers.*")
         names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(self.config.num_hidden_layers))]
         return np.stack([points[name][0] for name in names])
 
     def attention_maps(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:
-        """Return how much each token of a text, or of ids, looks at each one, by layer and head: (L, H, S, S)."""
+        """Return how much each token of a text, or of ids, attends to each token, by layer and head: (L, H, S, S)."""
         points = self.trace(text, numerics=numerics, engine=engine, points="*.self_attn.probs")
         return np.stack([points[f"model.layers.{n}.self_attn.probs"][0] for n in range(self.config.num_hidden_layers)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights, config, tokenizer and generation_config.json to a new folder, which loads as this model."""
+        """Write weights, config, tokenizer and generation_config.json to a new folder.
+
+        Parameters
+        ----------
+        folder
+            Where to write; it is created if necessary. load(folder) then returns this model again.
+
+        Raises
+        ------
+        CheckpointError, ValueError
+            As qwen3np.save_checkpoint.
+
+        Examples
+        --------
+        >>> qwen3np.load().save("copy")
+        >>> qwen3np.load("copy").complete("The opposite of hot is")
+        ' cold.'
+        """
         save_checkpoint(
             Path(folder),
             self.config,
@@ -224,9 +333,9 @@ class Model:
         return self.text.encode(text) if isinstance(text, str) else text
 
     def generation_settings(self, settings: Mapping[str, Any]) -> GenerationSettings:
-        """Return these settings over generation_defaults, and stop_strings, which need the tokenizer, as `stop`."""
+        """Return these settings over generation_defaults; stop_strings, which need the tokenizer, become `stop`."""
         defaults = self.generation_defaults()
-        if "max_new_tokens" in settings:  # wins over the file's max_length, as in transformers
+        if "max_new_tokens" in settings:  # overrides the file's max_length, as in transformers
             defaults.pop("max_length", None)
         chosen = cast("dict[str, Any]", {**defaults, **settings})
         strings, stop = chosen.pop("stop_strings", None), chosen.get("stop")
@@ -236,11 +345,11 @@ class Model:
         return cast("GenerationSettings", chosen)
 
     def generation_defaults(self) -> GenerationSettings:
-        """Return the keyword arguments of generate that the checkpoint's generation_config.json stands for.
+        """Return the checkpoint's generation_config.json as keyword arguments of generate.
 
-        Everything that is a logits processor or a stopping rule counts, as in transformers: see settings.from_file. The
-        stop ids come from config.json where generation_config.json has none. What asks for another algorithm, such as
-        num_beams, is passed on too, and refused when something is generated unless an argument overrides it.
+        All logits processors and stopping rules count, as in transformers: see settings.from_file. The stop ids come
+        from config.json where generation_config.json has none. Settings that ask for another algorithm, such as
+        num_beams, are passed on as well; generate raises an error for them unless an argument overrides them.
         """
         given = self.generation_config
         eos: Any = given.get("eos_token_id")
@@ -263,18 +372,42 @@ def load(
     weights_dtype: str = "auto",
     progress: bool = True,
 ) -> Model:
-    """Load a checkpoint from a folder, from the Hugging Face Hub by its name ("Qwen/Qwen3-0.6B"), or the built-in one.
+    """Load a checkpoint: the built-in one, a folder, a .gguf file, or a model on the Hugging Face Hub.
 
-    A .gguf file is loaded by its path, or by gguf_file, its name in a folder or on the Hub. adapter is the folder of a
-    LoRA adapter (or its name on the Hub) that is applied to the checkpoint.
+    Parameters
+    ----------
+    name_or_path
+        A folder, a .gguf file, or a name on the Hub such as "Qwen/Qwen3-0.6B"; None is the built-in checkpoint.
+    revision
+        A branch, tag or commit on the Hub.
+    gguf_file
+        The name of the GGUF file to load, in the folder or on the Hub.
+    adapter
+        A LoRA adapter to apply: its folder, or its name on the Hub.
+    weights_dtype
+        "mapped" uses the file as it is: ready at once, in the memory of the file ("bfloat16" is its old name).
+        "float32" makes a float32 copy, which is faster and takes twice the memory. "auto" makes the copy if it takes no
+        more than half of the free memory. Results are bit-for-bit identical either way.
+    progress
+        Report on stderr what "auto" chose (unless it copied a small checkpoint), and on a terminal show progress bars.
 
-    weights_dtype "mapped" uses the file as it is: ready at once, in the file's own memory ("bfloat16": its old name).
-    "float32" makes one float32 copy: twice the memory, and faster. "auto" makes the copy where it takes no more than
-    half of the free memory. The result of a forward does not depend on it. progress shows on stderr what "auto" chose,
-    unless it is the copy of a small checkpoint, and, where that is a terminal, bars for anything longer than a second.
+    Returns
+    -------
+    Model
+        Config, weights, tokenizer and generation defaults.
 
-    Raises CheckpointError or ConfigError, which list what is wrong with the checkpoint, and ValueError for a float32
-    copy that is larger than the memory that is free.
+    Raises
+    ------
+    CheckpointError, ConfigError
+        The message lists everything that is wrong with the checkpoint.
+    ValueError
+        For a float32 copy that would exceed the free memory.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> model.complete("The capital of France is")
+    ' Paris.'
     """
     if weights_dtype not in ("auto", "mapped", "bfloat16", "float32"):
         raise ValueError(f"weights_dtype={weights_dtype!r} is unknown; known: auto, mapped, float32")
@@ -284,8 +417,6 @@ def load(
         config, weights, metadata = read_gguf(file)
         tokenizer = FromGGUF(file, config.vocab_size, metadata) if "tokenizer.ggml.tokens" in metadata else None
         generation_config = _checked_of(file, generation_of(metadata))
-    elif (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: a training that has not ended; its command with --resume goes on with it")
     else:
         config, weights = read_checkpoint(folder)
         path = folder / "generation_config.json"
@@ -297,7 +428,7 @@ def load(
     if adapter is not None:
         config, weights = adapted(config, weights, resolve(adapter, adapter=True, progress=progress))
     if progress and weights.remarks:
-        print(*(f"[{remark}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
+        print(*(f"[{one_line(remark)}]" for remark in weights.remarks), sep="\n", file=sys.stderr)
 
     size = sum(4 * tensor.size for tensor in weights.values())
     if weights_dtype == "float32":
@@ -305,13 +436,13 @@ def load(
         require_memory(size, f"{folder}: a float32 copy of the weights", way_out)
     if weights_dtype == "float32" or (weights_dtype == "auto" and _copy_fits(size, progress)):
         copies = _copied(weights, progress)
-        require_unchanged(weights)  # else some may be of the file as it was, others as it is
+        require_unchanged(weights)  # else some copies could be of the old file, others of the new
         weights = LoadedWeights(copies)
     return Model(config, weights, tokenizer, generation_config, pooling)
 
 
 def _checked_of(path: Path, settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Return these generation settings, or those that the file holds, checked. Raises CheckpointError."""
+    """Check these generation settings, or the file's, and return them. Raises CheckpointError."""
     try:
         return _checked(read_json(path) if settings is None else settings)
     except ConfigError as error:
@@ -319,7 +450,7 @@ def _checked_of(path: Path, settings: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """Return generation_config if what is read of it is of the right type. Raises ConfigError, which names the key."""
+    """Return generation_config if its values have the right types. Raises ConfigError, which names the key."""
     known = rules(GenerationSettings)
     for key, value in generation_config.items():
         if value is None:
@@ -337,18 +468,18 @@ def _checked(generation_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy_fits(size: int, progress: bool) -> bool:
-    """Whether a float32 copy takes no more than half of the free memory; with progress, what follows is said."""
+    """Whether a float32 copy takes no more than half of the free memory; progress reports the choice on stderr."""
     free = available_memory()
     fits = size <= free / 2
     if progress and not (fits and size < SMALL):
         choice = "a float32 copy of the weights:" if fits else "weights mapped as they are: a float32 copy would take"
-        room = f"of the {free / 1e9:.1f} GB of memory that are free" if free else "and the free memory is not known"
+        room = f"of {free / 1e9:.1f} GB of free memory" if free else "and how much memory is free is unknown"
         print(f"[{choice} {size / 1e9:.1f} GB {room}]", file=sys.stderr)
     return fits
 
 
 def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
-    """Return float32 copies of mapped weights, which all threads make."""
+    """Return float32 copies of mapped weights, made by all threads."""
     tqdm = bars()
 
     copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
@@ -357,14 +488,13 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
         step = max(PIECE * len(tensor) // tensor.size, 1)  # rows
         pieces += [(copies[name][n : n + step], tensor[n : n + step]) for n in range(0, len(tensor), step)]
     total, lock = sum(copy.size for copy in copies.values()), threading.Lock()
-    with tqdm(
-        total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=None if progress else True
-    ) as bar:
+    off = not (progress and shows_bars())
+    with tqdm(total=4 * total, desc="float32 copy", unit="B", unit_scale=True, delay=1, disable=off) as bar:
 
         def make(piece: tuple[Array, Array]) -> None:
             copy, tensor = piece
             put(tensor, copy)
-            release(tensor)  # else the file and its copy would be in memory side by side
+            release(tensor)  # else the file and its copy would both stay in memory
             with lock:
                 bar.update(copy.nbytes)
 

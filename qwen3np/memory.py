@@ -15,9 +15,10 @@ Array: TypeAlias = NDArray[Any]
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that can be used without swapping, as the system estimates it; 0 if it cannot say.
+    """Return how many bytes of memory can be used without swapping, as the system estimates it; 0 if unknown.
 
-    Linux: of the whole machine, or of the control groups of this process (containers are some) if that is less.
+    On Linux, the smaller of the machine's free memory and what the control groups of this process (a container, for
+    example) allow.
     """
     meminfo, groups = Path("/proc/meminfo"), Path("/proc/self/cgroup")
     if meminfo.exists():
@@ -27,17 +28,17 @@ def available_memory() -> int:
         for line in meminfo.read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return max(min([int(line.split()[1]) * 1024, *left_in_groups(own)]), 1)
-    try:  # macOS and other Unix systems: no estimate of what is free, so a part of what there is
+    try:  # macOS and other Unix systems have no estimate of free memory: half of all memory counts as free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, ValueError, OSError):
         return 0
 
 
 def left_in_groups(own: str, root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield what each memory limit over a process leaves. `own` is its /proc/PID/cgroup; either version is read.
+    """Yield how much each memory limit of a process leaves free. `own` is its /proc/PID/cgroup, of either version.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html. Pages of files do not count: the
-    system takes them back when it needs them.
+    system reclaims them when it needs memory.
     """
     for line in own.splitlines():
         _, controllers, group = line.split(":", 2)
@@ -49,20 +50,18 @@ def left_in_groups(own: str, root: Path = Path("/sys/fs/cgroup")) -> Iterator[in
             continue
         folder = top / group.lstrip("/")
         for above in (folder, *folder.parents[: len(folder.parts) - len(top.parts)]):
-            with suppress(
-                OSError, ValueError, KeyError
-            ):  # not there, as seen from inside of a container; "max", no limit
+            with suppress(OSError, ValueError, KeyError):  # not visible from inside a container; "max" means no limit
                 left = int((above / limit).read_text("ascii")) - int((above / usage).read_text("ascii"))
                 counts = dict(line.split() for line in (above / "memory.stat").read_text("ascii").splitlines())
                 yield left + int(counts[f"{total}inactive_file"]) + int(counts[f"{total}active_file"])
 
 
 def require_memory(size: int, what: str, way_out: str) -> None:
-    """Raise ValueError if `what` takes more bytes than are free, where the system says how many are."""
+    """Raise ValueError if `what` takes more bytes than are free, provided that the system reports free memory."""
     free = available_memory()
     if 0 < free < size:
         raise ValueError(
-            f"{what} would take {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; {way_out}"
+            f"{what} would take {size / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB of memory is free; {way_out}"
         )
 
 
@@ -73,9 +72,9 @@ _FEWER = (
 
 
 def require_cache(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bool = True, taken: int = 0) -> None:
-    """Raise ValueError for keys and values (L, B, K, T, Dh) of no size or another dtype.
+    """Raise ValueError for keys and values (L, B, K, T, Dh) with a size of 0 or an unsupported dtype.
 
-    With in_memory also where they, less `taken` positions that have memory already, need more than is free.
+    With in_memory, also if they need more memory than is free, not counting `taken` positions that already have it.
     """
     layers, batch_size, heads, length, head_dim = shape
     if dtype.name not in ("float32", "bfloat16", "float64"):
@@ -89,17 +88,17 @@ def require_cache(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bo
 
 
 def allocated(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Return zeros. Raises ValueError where the system refuses them (Windows, and under a limit on address space)."""
+    """Return zeros. Raises ValueError if the system refuses the memory (Windows, or a limit on address space)."""
     try:
         return np.zeros(shape, dtype)
-    except (MemoryError, ValueError) as error:  # ValueError: more than there are addresses
+    except (MemoryError, ValueError) as error:  # ValueError: larger than the address space
         raise ValueError(f"cache: {error}; {_FEWER}") from None
 
 
 def grown(olds: tuple[Array, Array, Array], axes: tuple[int, int, int], used: int, length: int) -> list[Array]:
-    """Return a cache's keys, values and ids with this length along their axes, the first `used` positions copied.
+    """Return a cache's keys, values and ids, enlarged to `length` along their axes, with the first `used` positions.
 
-    Raises ValueError where a second copy of these needs more memory than is free.
+    Raises ValueError if copying these positions needs more memory than is free.
     """
     require_cache((*olds[0].shape[:3], max(used, 1), olds[0].shape[4]), olds[0].dtype)
     news: list[Array] = []

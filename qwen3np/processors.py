@@ -1,8 +1,8 @@
-"""What changes logits before sampling, in the order of transformers' generate: penalties, bans, forced ids; filters.
+"""Logits processors and filters, in the order of transformers' generate: penalties, bans, forced ids; filters.
 
 A processor takes (scores, value of its setting, all settings, ids so far, how many of them are new) and changes the
-scores (V,) in place. A filter takes (scores (N,), value) and returns the indices that stay. All of it is float32, as
-in transformers, whose rounding decides ties.
+scores (V,) in place. A filter takes (scores (N,), value) and returns the indices to keep. All of it is float32, as in
+transformers, because rounding decides ties.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _frequency(scores: Scores, penalty: float, settings: Mapping[str, Any], ids:
 def _bias(
     scores: Scores, biases: Mapping[Any, float] | Sequence[Any], settings: Mapping[str, Any], ids: Places, new: int
 ) -> None:
-    """Add each bias to the last id of its sequence, where the ids so far end with what comes before that id."""
+    """Add each bias to the last id of its sequence, where the ids so far end with the rest of the sequence."""
     added = np.zeros_like(scores)
     for sequence, bias in biases.items() if isinstance(biases, Mapping) else biases:
         *before, last = sequence
@@ -101,7 +101,7 @@ def _finite(scores: Scores, on: bool, settings: Mapping[str, Any], ids: Places, 
 
 
 def _decay(scores: Scores, rule: tuple[int, float], settings: Mapping[str, Any], ids: Places, new: int) -> None:
-    """Raise the scores of the stop ids exponentially, from so many new ids on."""
+    """Raise the scores of the stop ids exponentially after the given number of new ids."""
     start, factor = rule
     if new > start:
         ends = _ends(settings)
@@ -148,7 +148,7 @@ PROCESSORS: Mapping[str, Processor] = {
 
 
 def _top_h(scores: Scores, h: float) -> Places:
-    """Keep the likeliest ids whose parts of the entropy sum to at most h of it (of the 100 likeliest)."""
+    """Keep the likeliest ids, of the top 100, whose contributions to the entropy sum to at most h of it."""
     order = np.argsort(-scores, kind="stable")[:100]
     logp = _log_softmax(scores[order])
     with np.errstate(invalid="ignore"):
@@ -192,7 +192,7 @@ def _min_p(scores: Scores, p: float) -> Places:
 
 
 def _typical(scores: Scores, mass: float) -> Places:
-    """Keep the ids whose information is nearest to the entropy, until their mass reaches this."""
+    """Keep the ids whose information is nearest to the entropy, until their probabilities sum to `mass`."""
     logp = _log_softmax(scores)
     distance = np.abs(-logp - _entropy(logp))
     order = np.argsort(distance, kind="stable")
@@ -207,7 +207,7 @@ def _epsilon(scores: Scores, epsilon: float) -> Places:
 
 
 def _eta(scores: Scores, epsilon: float) -> Places:
-    """Keep as _epsilon does, with a threshold that falls as the entropy rises."""
+    """Like _epsilon, with a threshold that falls as the entropy rises."""
     spread = np.sqrt(np.float32(epsilon)) * np.exp(-_entropy(_log_softmax(scores)))
     return _epsilon(scores, min(np.float32(epsilon), spread))
 

@@ -1,9 +1,9 @@
-"""Rules for settings: the annotation of each says which values it takes, and how an error puts that into words.
+"""Rules for settings: each annotation says which values are valid, and how an error describes them.
 
     class Sampling(TypedDict, total=False):
         top_p: Annotated[float, finite(lambda x: 0 < x <= 1, "above 0, at most 1")]
 
-`rules` collects them from a dataclass or a TypedDict, and `broken` holds values against them.
+`rules` collects them from a dataclass or a TypedDict, and `broken` checks values against them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Annotated, Any, TypeAlias, cast, get_args, get_origin, get_ty
 import numpy as np
 
 REQUIRED: Any = object()  # the default of a setting that must be given
-_LARGEST = 2**63 - 1  # of the integers that NumPy counts with
+_LARGEST = 2**63 - 1  # NumPy's largest index
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a setting takes: those for which `holds` is true and which `supported`, for errors, describes.
+    """The valid values of a setting: those for which `holds` is true; `supported` describes them in errors.
 
-    `default` is for the settings of a TypedDict; a dataclass states its own.
+    `default` is for the settings of a TypedDict; a dataclass has its own defaults.
     """
 
     holds: Callable[[Any], bool]
@@ -40,7 +40,7 @@ def whole(least: int, most: int = _LARGEST) -> Rule:
 
 
 def finite(holds: Callable[[float], bool], words: str) -> Rule:
-    """Return the rule for finite numbers for which `holds` is true, which `words` describes. No bool is a number."""
+    """Return the rule for finite numbers that satisfy `holds`, described by `words`. A bool is not a number here."""
     most = sys.float_info.max  # an int may be larger
     return Rule(lambda x: type(x) in (int, float) and abs(x) <= most and holds(x), f"finite numbers {words}")
 
@@ -51,7 +51,7 @@ def one_of(*values: object) -> Rule:
 
 
 def many(rule: Rule) -> Rule:
-    """Return the rule for tuples of values that `rule` allows; `plain` makes lists into tuples."""
+    """Return the rule for tuples of values that `rule` allows; `plain` turns lists into tuples."""
 
     def holds(x: Any) -> bool:
         return isinstance(x, tuple) and all(map(rule.holds, cast("tuple[Any, ...]", x)))
@@ -69,7 +69,7 @@ Switch: TypeAlias = Annotated[bool, Rule(lambda x: type(x) is bool, "true and fa
 
 @cache
 def rules(kind: type) -> Mapping[str, Rule]:
-    """Return the rule of each field of a dataclass or TypedDict; each is annotated with one, and perhaps with None."""
+    """Return the rule of each field of a dataclass or TypedDict. Each annotation holds one, optionally with None."""
     return {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
@@ -81,14 +81,14 @@ def _rule(hint: Any) -> Rule:
 
 
 def broken(kind: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield each value that its rule in `kind` does not allow: its name, the value, and what is supported."""
+    """Yield each value that breaks its rule in `kind`: its name, the value, and what is supported."""
     for name, rule in rules(kind).items():
         if name in values and not rule.holds(values[name]):
             yield name, values[name], rule.supported
 
 
 def plain(value: Any) -> Any:
-    """Return lists as tuples, and NumPy's scalars as Python's, which leave the dtype of arrays alone in arithmetic."""
+    """Turn lists into tuples, and NumPy scalars into Python's, which do not change an array's dtype in arithmetic."""
     if isinstance(value, (list, tuple)):
         return tuple(plain(part) for part in cast("list[Any]", value))
     return cast("Any", value).item() if isinstance(value, np.generic) else value

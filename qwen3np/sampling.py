@@ -17,9 +17,14 @@ def processed_logits(
 ) -> NDArray[np.float32]:
     """Return the (V,) float32 logits that are sampled from, given the model's logits (V,); dropped ids are -inf.
 
-    settings are generation settings (settings.GenerationSettings); previous_ids are the ids so far, the last `new` of
-    them generated. At temperature 0 one id is left. Raises ValueError for settings out of range, where the logits have
-    no finite maximum (NaN, +inf, all -inf), and for an id that is not in [0, V).
+    settings are generation settings (settings.GenerationSettings); previous_ids are the ids so far, of which the last
+    `new` were generated. At temperature 0 one id is left. Raises ValueError for settings out of range, logits without a
+    finite maximum (NaN, +inf, all -inf), and ids outside [0, V).
+
+    Examples
+    --------
+    >>> qwen3np.processed_logits([1.0, 3.0, 2.0], {"temperature": 0.5, "top_k": 2}).tolist()
+    [-inf, 6.0, 4.0]
     """
     ids, scores = _candidates(logits, checked(settings, needed=False), previous_ids, new)
     processed = np.full(np.shape(logits), -np.inf, np.float32)
@@ -34,9 +39,9 @@ def sample(
     previous_ids: ArrayLike = (),
     new: int = 0,
 ) -> int:
-    """Return one id, drawn by inverse CDF. settings are settings.checked; see processed_logits for the rest.
+    """Return one id, drawn by inverse CDF. settings come from settings.checked; the rest is as in processed_logits.
 
-    Every call takes exactly one number from rng, a greedy one too: the stream does not depend on the settings.
+    Every call takes exactly one number from rng, even a greedy one, so the stream does not depend on the settings.
     """
     ids, scores = _candidates(logits, settings, previous_ids, new)
     cdf = np.cumsum(np.exp(scores - scores.max()), dtype=np.float64)
@@ -98,7 +103,7 @@ def _candidates(
 
 
 def generators(seed: int | Sequence[int] | None, rows: int) -> list[np.random.Generator]:
-    """Return a generator for each row: of (seed, row), for row 0 of seed itself."""
+    """Return a generator for each row, seeded with (seed, row); row 0 gets seed itself."""
     if seed is None:
         return [np.random.default_rng() for _ in range(rows)]
     parts = [*seed] if isinstance(seed, Sequence) else [seed]

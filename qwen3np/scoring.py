@@ -1,4 +1,4 @@
-"""How likely a text is: the log-probability of each of its tokens, in windows where it is longer than the context."""
+"""How likely a text is: the log-probability of each token, in sliding windows if the text exceeds the context."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def score(
     window
         How many tokens are seen at once; None: the model's context.
     stride
-        How many tokens later each further window starts; None: half a window. It scores only what no window has scored
-        yet, so a token sees at least window - stride tokens. A text that fits into one window gets exactly the
-        log-probabilities of one forward.
+        How many tokens apart windows start; None: half a window. Each window scores only the tokens that no earlier
+        one has scored, so a token sees at least window - stride tokens. A text that fits into one window gets exactly
+        the log-probabilities of one forward pass.
     numerics, engine
         As in forward.
     progress
@@ -69,11 +69,11 @@ def score(
     stride = max(window // 2, 1) if stride is None else stride
     if len(ids) < 2:
         raise ValueError(
-            f"score: the text has {len(ids)} tokens; at least two are needed, since the first is only context"
+            f"score: the text has {len(ids)} tokens; at least two are needed, because the first is only context"
         )
     if not 0 < stride < window <= context:
         raise ValueError(
-            f"score: stride {stride} and window {window} must be 0 < stride < window <= {context}, the context"
+            f"score: stride {stride} and window {window} must satisfy 0 < stride < window <= {context}, the context"
         )
 
     cache = KVCache.allocate(config, 1, min(window, len(ids)), named(numerics).storage)

@@ -1,6 +1,6 @@
-"""The generation settings: one list of their names, types, ranges, defaults and meanings.
+"""The generation settings: one list of names, types, ranges, defaults and meanings.
 
-generate, stream, steps and the methods of Model all take these; their signatures show them.
+generate, stream, steps and the methods of Model all take these settings; their signatures list them.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ def _is_decay(x: Any) -> bool:
 
 
 _FINITE = _number(lambda x: -inf < x < inf, "a finite number")
-_COUNT = _number(lambda n: n >= 0, "a whole number from 0", kind=Integral)
+_COUNT = _number(lambda n: n >= 0, "a whole number >= 0", kind=Integral)
 _POSITIVE = _number(lambda r: 0 < r < inf, "a finite number > 0")
 _FRACTION = _number(lambda p: 0 < p <= 1, "a number in (0, 1]")
 _IDS = Rule(_is_ids, "a collection of ids", None)
 
 
 class GenerationSettings(TypedDict, total=False):
-    """The settings in the order in which they act; None is off.
+    """The settings, in the order in which they are applied; None turns one off.
 
-    The names and the meanings are those of transformers' generation_config.json, the two penalties' of the OpenAI API.
+    Names and meanings follow transformers' generation_config.json, and the OpenAI API for the last two penalties.
     """
 
-    max_new_tokens: Annotated[int, _number(lambda n: n >= 1, "a whole number, at least 1", REQUIRED, Integral)]
-    max_length: Annotated[int | None, _number(lambda n: n >= 1, "a whole number, at least 1", kind=Integral)]
+    max_new_tokens: Annotated[int, _number(lambda n: n >= 1, "a whole number >= 1", REQUIRED, Integral)]
+    max_length: Annotated[int | None, _number(lambda n: n >= 1, "a whole number >= 1", kind=Integral)]
     # processors, see processors.py: "length" and "repetition" count the prompt, "new" and the two penalties do not
     sequence_bias: Annotated[
         Mapping[tuple[int, ...], float] | Sequence[Any] | None,
@@ -93,7 +93,7 @@ class GenerationSettings(TypedDict, total=False):
     bad_words_ids: Annotated[Sequence[Sequence[int]] | None, Rule(_is_words, "a list of lists of ids", None)]
     min_length: Annotated[int | None, _COUNT]
     min_new_tokens: Annotated[int | None, _COUNT]
-    forced_bos_token_id: Annotated[int | None, _COUNT]  # where the prompt is a single id
+    forced_bos_token_id: Annotated[int | None, _COUNT]  # only after a prompt of a single id
     forced_eos_token_id: Annotated[
         int | Sequence[int] | None, Rule(lambda x: _is_ids(x if isinstance(x, Collection) else [x]), "ids", None)
     ]
@@ -117,8 +117,8 @@ class GenerationSettings(TypedDict, total=False):
     epsilon_cutoff: Annotated[float | None, _number(lambda p: 0 <= p < 1, "a number in [0, 1)")]
     eta_cutoff: Annotated[float | None, _number(lambda p: 0 <= p < 1, "a number in [0, 1)")]
     # several numbers are one seed: row r of a batch draws from (seed, r), and row 0 from seed itself
-    seed: Annotated[int | Sequence[int] | None, Rule(_is_seed, "a whole number from 0, or several", None)]
-    # ends: ids that end an answer (None: the config's eos_token_id), and rules on the new ids, their text, the time
+    seed: Annotated[int | Sequence[int] | None, Rule(_is_seed, "a whole number >= 0, or several", None)]
+    # what ends an answer: ids (None: the config's eos_token_id), and rules on the new ids, the text, the time
     stop_ids: Annotated[Collection[int] | None, _IDS]
     stop: Annotated[Callable[[list[int]], bool] | None, Rule(callable, "a callable (new ids) -> bool", None)]
     stop_strings: Annotated[
@@ -135,13 +135,18 @@ class GenerationSettings(TypedDict, total=False):
     numerics: Annotated[str, Rule(lambda x: x in NUMERICS, f"one of {', '.join(NUMERICS)}", "float32")]
     engine: Annotated[str, Rule(lambda x: x in ENGINES, f"one of {', '.join(ENGINES)}", "fast")]
     edit: Annotated[Edit | None, Rule(callable, "a callable (name, array) -> array or None", None)]
-    progress: Annotated[Progress | None, Rule(callable, "a callable (prompt positions computed)", None)]
-    # of generate alone: for ids (B, S) padded on the left or the right, 1 for tokens; the number of answers to a prompt
+    progress: Annotated[  # True: a bar after two seconds, in a notebook or a terminal
+        Progress | bool | None,
+        Rule(
+            lambda x: callable(x) or isinstance(x, bool), "a callable (tokens of prompts and answers), or a bool", None
+        ),
+    ]
+    # generate only: 1 for tokens and 0 for padding in ids (B, S), padded left or right; the answers to each prompt
     attention_mask: Annotated[ArrayLike | None, Rule(lambda x: True, "an array (B, S)", None)]
-    num_return_sequences: Annotated[int, _number(lambda n: n >= 1, "a whole number from 1", 1, Integral)]
+    num_return_sequences: Annotated[int, _number(lambda n: n >= 1, "a whole number >= 1", 1, Integral)]
 
 
-# Settings of transformers that ask for another algorithm: the values that do not, and what the others are.
+# transformers' settings that select another algorithm: the values that leave it off, and its name.
 _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "beam search"),
     "num_beam_groups": ((1,), "group beam search"),
@@ -157,9 +162,9 @@ _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "watermarking_config": ((), "watermarking"),
     "token_healing": ((False,), "token healing"),
 }
-# Settings that no file can give.
-_PROGRAM = (
-    *("stop", "stop_ids", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
+# Settings that a file cannot hold.
+PROGRAM = (
+    *("stop", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
     *("attention_mask", "num_return_sequences"),
 )
 # What other libraries call them.
@@ -216,7 +221,7 @@ def checked(settings: Mapping[str, Any], needed: bool = True) -> dict[str, Any]:
 
 
 def require_ids(chosen: dict[str, Any], config: Config) -> None:
-    """Make the stop ids a set. Raises ValueError for ids of settings that the vocabulary does not have."""
+    """Make the stop ids a set. Raises ValueError for ids in the settings that are outside the vocabulary."""
     if chosen["stop_strings"]:
         raise ValueError("stop_strings need a tokenizer: Model.generate has one; here stop= takes a callable")
     end, biases = chosen["forced_eos_token_id"], chosen["sequence_bias"] or ()
@@ -233,13 +238,13 @@ def require_ids(chosen: dict[str, Any], config: Config) -> None:
 
 
 def from_file(given: Mapping[str, Any]) -> GenerationSettings:
-    """Return the settings of a generation_config.json, without its eos_token_id, and what asks for other algorithms.
+    """Return the settings in a generation_config.json, except eos_token_id, with those that select other algorithms.
 
-    Filters count only with do_sample, as in transformers; without it decoding is greedy. max_new_tokens wins over
+    Filters count only with do_sample, as in transformers; without it decoding is greedy. max_new_tokens overrides
     max_length.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    ours = [name for name in GenerationSettings.__annotations__ if name not in _PROGRAM]
+    ours = [name for name in GenerationSettings.__annotations__ if name not in (*PROGRAM, "stop_ids")]
     if given.get("do_sample"):
         given = {"temperature": 1.0, **given, "penalty_alpha": None}
     else:
@@ -269,7 +274,7 @@ def lists_settings(function: F) -> F:
 
 
 def sampling_parameters(**settings: Any) -> dict[str, Any]:
-    """Return these settings, checked: what qwen3np.SamplingParameters stands for, for one more version."""
+    """Check these settings and return them: the deprecated qwen3np.SamplingParameters."""
     warnings.warn("SamplingParameters: give the settings as arguments, or as a dict", DeprecationWarning, stacklevel=2)
     checked(settings, needed=False)
     return settings

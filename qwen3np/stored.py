@@ -1,4 +1,4 @@
-"""Weights that are stored in fewer bits: an array-like that stands for exact float32 numbers."""
+"""Weights stored in fewer bits: an array-like object that represents exact float32 numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import DTypeLike
 from qwen3np.numerics import Array
 
 FLOAT: np.dtype[Any] = np.dtype(np.float32)
-IN_CACHE = 1 << 18  # numbers that are made at a time
+IN_CACHE = 1 << 18  # numbers that are decoded at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
 class Stored(ABC):
-    """A matrix (out, in) of float32 numbers in a stored format, of which rows are made when they are asked for.
+    """A matrix (out, in) of float32 numbers in a stored format, whose rows are decoded on demand.
 
-    A slice of it is another such matrix. Everything else that an index asks for comes as an ndarray of float32.
+    Slicing rows returns another such matrix; any other index returns a float32 ndarray.
     """
 
     shape: tuple[int, int]
@@ -31,14 +31,14 @@ class Stored(ABC):
 
     @abstractmethod
     def _rows(self, which: slice | Array) -> Stored:
-        """Return the matrix of these rows, a slice of step 1 or an array of row numbers from 0; no number is made."""
+        """Return the matrix of these rows, a slice with step 1 or an array of row numbers, without decoding it."""
 
     @abstractmethod
     def _fill(self, out: Array) -> None:
-        """Put all numbers into out, a contiguous float32 array of the same shape."""
+        """Decode all numbers into out, a contiguous float32 array of the same shape."""
 
     def read(self, out: Array) -> None:
-        """Put all numbers into out, a contiguous array of floats and of the same shape."""
+        """Decode all numbers into out, a contiguous array of floats of the same shape."""
         step = max(IN_CACHE // max(self.shape[1], 1), 1)
         for start in range(0, len(self), step):
             here, some = out[start : start + step], self._rows(slice(start, start + step))
@@ -49,7 +49,7 @@ class Stored(ABC):
 
     @property
     def parts(self) -> tuple[Array, ...]:
-        """The matrices in the file that it is made of."""
+        """The arrays in the file that the matrix consists of."""
         found: list[Array] = []
         for value in vars(self).values():
             if isinstance(value, Stored) or (isinstance(value, np.ndarray) and value.ndim == 2):
@@ -81,7 +81,7 @@ class Stored(ABC):
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a lazy matrix for a slice of rows, float32 numbers for everything else."""
+        """Return a lazy matrix for a slice of rows, a float32 array for any other index."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
@@ -90,7 +90,7 @@ class Stored(ABC):
             ids = np.asarray(index)
             if ids.dtype.kind in "iu":
                 if ids.size and not -len(self) <= int(ids.min()) <= int(ids.max()) < len(self):
-                    raise IndexError(f"a row is outside of the {len(self)} that there are")
+                    raise IndexError(f"a row is out of range: the matrix has {len(self)} rows")
                 return np.asarray(self._rows(ids.reshape(-1) % len(self))).reshape(*ids.shape, self.shape[1])
         return np.asarray(self)[index]
 
@@ -116,7 +116,7 @@ def kind(tensor: Array | Stored) -> str:
 
 
 def put(tensor: Array | Stored, out: Array) -> None:
-    """Put the numbers of a weight into a contiguous array of floats and of the same shape."""
+    """Copy or decode a weight into a contiguous array of floats of the same shape."""
     if isinstance(tensor, Stored):
         tensor.read(out)
     else:
@@ -124,5 +124,5 @@ def put(tensor: Array | Stored, out: Array) -> None:
 
 
 def parts(tensor: Array | Stored) -> tuple[Array, ...]:
-    """Return the arrays that a weight is made of: itself, or those of a stored format."""
+    """Return the arrays that a weight consists of: itself, or the parts of a stored format."""
     return tensor.parts if isinstance(tensor, Stored) else (tensor,)

@@ -1,33 +1,36 @@
-"""What reaches a terminal: text of models and files without its control characters, words wrapped at the edge."""
+"""Output to a terminal: text from models and files without control characters, words wrapped at the edge."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 import unicodedata
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 from qwen3np.errors import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
 
 class Style(str):
-    """An escape sequence of our own, such as "dim": the only ones that pass."""
+    """One of our own escape sequences, such as "dim": only these reach the terminal."""
 
 
 class Terminal:
-    """A stdout that shows control characters instead of obeying them, whoever prints."""
+    """A stdout that shows control characters instead of passing them on, no matter which code prints."""
 
     def __init__(self, stream: IO[str]) -> None:
-        """Stand in front of this stream."""
+        """Wrap this stream."""
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text as `visible` shows it; a Style as it is."""
+        """Write text with its control characters made visible; a Style passes unchanged."""
         self._stream.write(text if isinstance(text, Style) else visible(text))
         return len(text)
 
@@ -37,13 +40,13 @@ class Terminal:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        """Be the stream in all else."""
+        """Delegate everything else to the stream."""
         return getattr(self._stream, name)
 
 
 @contextmanager
 def guarded() -> Generator[None]:
-    """Put a Terminal in the place of stdout, if that is a terminal: pipes and files get every byte as it is."""
+    """Replace stdout with a Terminal if it is one; pipes and files get every byte unchanged."""
     if not sys.stdout.isatty():
         yield
         return
@@ -52,12 +55,16 @@ def guarded() -> Generator[None]:
 
 
 def style(code: str) -> Style:
-    """Return the escape sequence of a text style; nothing where stdout is no terminal."""
-    return Style(f"\x1b[{code}m" if sys.stdout.isatty() else "")
+    """Return the escape sequence of a text style; empty if stdout is not a terminal."""
+    return Style(f"\x1b[{code}m" if sys.stdout.isatty() and _has_styles() else "")
+
+
+def _has_styles() -> bool:
+    return os.environ.get("TERM") != "dumb"
 
 
 def thinking_styled(pieces: Iterable[str], inside: bool, hide: bool) -> Iterator[str]:
-    """Yield what is to be printed of an answer: the reasoning dimmed, or left out. inside: the prompt opened it."""
+    """Yield an answer for printing, with its reasoning dimmed or left out. inside: the prompt opened the reasoning."""
     thinking, blank = inside, False
     if thinking and not hide:
         yield style("2")
@@ -72,73 +79,160 @@ def thinking_styled(pieces: Iterable[str], inside: bool, hide: bool) -> Iterator
                     yield shown
             if marker:
                 thinking = not thinking
-                blank = hide  # the empty lines after it go with it
+                blank = hide  # drop the empty lines after it as well
                 if not hide:
                     yield from (style("2"), marker) if thinking else (marker, style("0"))
 
 
 def reasoning_apart(text: str, inside: bool) -> tuple[str | None, str]:
-    """Return the reasoning of an answer (None: it has none), and the rest. inside: the prompt opened it."""
+    """Split an answer into its reasoning, or None, and the rest. inside: the prompt opened the reasoning."""
     if not inside and not text.lstrip().startswith("<think>"):
         return None, text
     reasoning, _, answer = text.lstrip().removeprefix("<think>").partition("</think>")
     return reasoning.strip(), answer.lstrip("\n")
 
 
-def wrapped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield text as it comes, with words that would cross the right edge on a new line; its width is asked each time.
+class Page:
+    """A conversation on a terminal: words wrapped at the right edge, all of it drawn again at another width.
 
-    A word waits for its end, since only then is it known whether it fits. Where stdout is no terminal nothing changes.
+    A word waits for its end, since only then is it known whether it fits. Without a terminal nothing changes.
     """
-    if not sys.stdout.isatty():
-        yield from pieces
-        return
-    column, word = 0, ""
 
-    def placed(word: str) -> str:
-        nonlocal column
-        width = sum(map(_width, word))
-        edge = shutil.get_terminal_size().columns
-        before = "\n" if column and column + width > edge else ""
-        column = (0 if before else column) + width
-        if column > edge:  # longer than a line: the terminal cuts it
-            column %= edge
-        return before + word
+    def __init__(self) -> None:
+        """Start with nothing shown."""
+        self._shown: list[str] = []
+        self._column, self._word = 0, ""
+        self._asks = self._resized = False
 
-    for piece in pieces:
+    def write(self, piece: str, stream: IO[str] | None = None) -> None:
+        """Show a piece of text on stdout, or on stderr, which is the same page where both are terminals."""
+        out = stream or sys.stdout
+        if not (sys.stdout.isatty() and out.isatty()):
+            out.write(visible(piece) if out.isatty() else piece)
+        else:
+            self._shown.append(piece)
+            if self._resized:
+                self._draw()
+            else:
+                for part in self._wrapped(piece):
+                    out.write(part)
+        out.flush()
+
+    def ask(self, prompt: str) -> str:
+        """Return a line that is typed."""
+        self._asks = True
+        try:
+            line = input(prompt)
+        finally:
+            self._asks, self._column = False, 0
+        self._shown.append(f"{prompt}{line}\n")
+        return line
+
+    @contextmanager
+    def redrawn(self) -> Generator[None]:
+        """Draw the page again when the window has another size, where the system and the terminal can."""
+        if not (hasattr(signal, "SIGWINCH") and sys.stdout.isatty() and _has_styles()):
+            yield
+            return
+
+        def resized(number: int, frame: object) -> None:
+            self._resized = True
+            if self._asks:  # else within a write, perhaps: the next one draws
+                self._draw()
+
+        before = signal.signal(signal.SIGWINCH, resized)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGWINCH, before)
+
+    def _draw(self) -> None:
+        """Clear the screen and show the newest lines that fit, less one for what is typed."""
+        self._resized, self._column, self._word = False, 0, ""
+        lines: list[list[str]] = [[]]
+        for part in chain.from_iterable(map(self._wrapped, self._shown)):
+            if isinstance(part, Style):
+                lines[-1].append(part)
+            else:
+                first, *rest = part.split("\n")
+                lines[-1].append(first)
+                lines += [[line] for line in rest]
+        top = max(len(lines) - shutil.get_terminal_size().lines + 1, 0)
+        styles = [part for line in lines[:top] for part in line if isinstance(part, Style)]
+        for part in (Style("\x1b[H\x1b[2J"), *styles[-1:], *lines[top]):
+            sys.stdout.write(part)
+        for line in lines[top + 1 :]:
+            for part in ("\n", *line):
+                sys.stdout.write(part)
+        sys.stdout.flush()
+
+    def _wrapped(self, piece: str) -> Iterator[str]:
+        """Yield what of the text is ready, with its lines broken."""
         if isinstance(piece, Style):
-            if word:
-                yield placed(word)
-                word = ""
+            yield self._placed()
             yield piece
-            continue
+            return
         out = ""
         for character in visible(piece):
             if character == "\n":
-                out, word, column = out + placed(word) + "\n", "", 0
+                out += self._placed() + "\n"
+                self._column = 0
             elif character == " " or _width(character) == 2:  # Chinese and Japanese break anywhere
-                out, word = out + placed(word), ""
-                space = placed(character)
-                out += "\n" if space == "\n " else space
-                column = 0 if space == "\n " else column
+                out += self._placed()
+                self._word = character
+                space = self._placed()
+                if space == "\n ":
+                    space, self._column = "\n", 0
+                out += space
             else:
-                word += character
-        if out:
-            yield out
-    if word:
-        yield placed(word)
+                self._word += character
+        yield out
+
+    def _placed(self) -> str:
+        """Return the word that waited, on a new line where it would cross the edge."""
+        word, self._word = self._word, ""
+        width, edge = sum(map(_width, word)), shutil.get_terminal_size().columns
+        before = "\n" if self._column and self._column + width > edge else ""
+        self._column = (0 if before else self._column) + width
+        if self._column > edge:  # longer than a line: the terminal cuts it
+            self._column %= edge
+        return before + word
 
 
 def _width(character: str) -> int:
-    """The columns of a character."""
+    """Return how many columns a character takes."""
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+@contextmanager
+def counted(
+    progress: Callable[[int], object] | bool | None, total: int, what: str, unit: str = "tok"
+) -> Generator[Callable[[int], object] | None]:
+    """Yield what is to be called with each number that is done: progress itself or, for True, a bar.
+
+    The bar appears after two seconds, in a notebook or on stderr if that is a terminal, and goes when all is done.
+    """
+    if progress is True and shows_bars():
+        with bars()(total=total, desc=what, unit=unit, delay=2, leave=False) as bar:
+            yield bar.update
+    else:
+        yield None if isinstance(progress, bool) else progress
+
+
+def shows_bars() -> bool:
+    """Whether a bar would be seen: in a notebook, whose streams are no terminals, or on stderr if that is one."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
 def bars() -> Any:
-    """Return tqdm's bars for where this runs: widgets in a notebook that has ipywidgets, else text."""
-    if "ipykernel" not in sys.modules:  # tqdm.auto would load asyncio, which takes as long as the built-in model
+    """Return tqdm: widgets in a notebook that has ipywidgets, text elsewhere."""
+    if not _in_notebook():  # tqdm.auto would load asyncio, which takes as long as the built-in model
         from tqdm import tqdm
     else:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Whether this machine computes the bits that others do: the exact logits of a fixed prompt, and their hash."""
+"""Whether this machine computes the same bits as others: the exact logits of a fixed prompt, and their hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen3np.numerics import Array
 BUILTIN = Path(__file__).parent / "published" / "builtin.json"
 ROWS = Path(__file__).parent / "published" / "Qwen3-0.6B-Base.json"
 COUNT = 32  # ids in the prompt: enough to reach every layer's weights, and every kind of operation
-# Float32 over 28 layers on two machines: logits of size 20 differ by some 2e-4, norms by less than 1e-5 of theirs.
+# Float32 over 28 layers on two machines: logits around 20 differ by about 2e-4, norms by a factor below 1e-5.
 LOGITS, NORMS = 1e-3, 1e-4
 
 
@@ -39,17 +39,17 @@ def exact_hash(model: Model, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found on this machine."""
+    """The result on this machine."""
 
     sha256: str  # of the exact logits
-    published: str | None  # what it should be, where that is known
+    published: str | None  # the expected hash, if it is known
     fast_distance: float  # of the fast engine's logits from the exact ones: relative L2
     fast_equal: float  # the fraction of them with the same bits
     rows: RowsReport | None = None  # of a model with published rows
 
     @property
     def passed(self) -> bool:
-        """Whether all that could be compared agrees."""
+        """Whether everything that could be compared agrees."""
         return self.published in (None, self.sha256) and (self.rows is None or self.rows.passed)
 
 
@@ -64,7 +64,7 @@ class RowsReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the rows are equal to what float32 on two machines leaves open."""
+        """Whether the rows are equal to within float32 rounding on two machines."""
         return (
             self.same_greedy == self.positions
             and self.largest_logit_difference <= LOGITS
@@ -73,10 +73,34 @@ class RowsReport:
 
 
 def verify(model: Model, published: str | None = None, rows: dict[str, Any] | None = None) -> Verification:
-    """Compute the exact logits of the fixed prompt, and compare them with what is published.
+    """Compute the exact logits of a fixed prompt, and compare them with published values.
 
-    published is the expected SHA-256, or None where it is not known; rows are the contents of ROWS for the model they
-    were computed with. Raises NonFiniteError where the logits hold NaN or infinity, and what forward raises.
+    Parameters
+    ----------
+    model
+        The model.
+    published
+        The expected SHA-256 of the logits; None if it is not known.
+    rows
+        The contents of ROWS, for the model they were computed with.
+
+    Returns
+    -------
+    Verification
+        The hash, and what was compared.
+
+    Raises
+    ------
+    NonFiniteError
+        Where the logits hold NaN or infinity.
+    ValueError
+        As forward.
+
+    Examples
+    --------
+    >>> from qwen3np.verify import published_hash, verify
+    >>> verify(qwen3np.load(), published_hash()).passed
+    True
     """
     ids = hashed_ids(model)
     exact, fast = model(ids, engine="exact"), model(ids)
@@ -114,7 +138,7 @@ def published_hash() -> str:
 
 
 def published_rows(name: str | None) -> dict[str, Any] | None:
-    """Return the published rows of the model of this name or folder, if there are some."""
+    """Return the published rows of the model with this name or folder, if any."""
     if name is not None and ROWS.stem in Path(name).parts:
         return json.loads(ROWS.read_text(encoding="utf-8"))
     return None

@@ -21,8 +21,8 @@ _SHOWN = 10  # lines for tensors in a repr
 class LoadedWeights(dict[str, Array]):
     """The weights of a checkpoint by name, with a repr that fits a notebook cell.
 
-    `files` holds the identity of each file that the weights are views of, as it was when they were mapped; it is empty
-    for copies. guard.py asks whether these files have changed since, which it does not for a plain dict.
+    `files` holds the identity of each mapped file when it was loaded; it is empty for copies. guard.py checks whether
+    these files have changed since, which it cannot do for a plain dict.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class LoadedWeights(dict[str, Array]):
         files: Mapping[Path, tuple[int, int, int]] | None = None,
         remarks: Sequence[str] = (),
     ) -> None:
-        """Take the weights over; `files` maps each file to its `identity`, `remarks` is what was odd about them."""
+        """Wrap the weights; `files` maps each file to its `identity`, `remarks` describe anything unusual in them."""
         super().__init__(weights)
         self.files, self.remarks = dict(files or {}), tuple(remarks)
 
@@ -51,7 +51,7 @@ class LoadedWeights(dict[str, Array]):
 
 
 def identity(path: Path) -> tuple[int, int, int]:
-    """Return what shows whether a file is still the same and unchanged: its number, size and time of change."""
+    """Return what identifies a file and its version: inode, size and modification time."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -97,14 +97,14 @@ def count_parameters(config: Config) -> dict[str, int]:
     Returns
     -------
     dict[str, int]
-        "total" counts a head that is tied to the embedding as a matrix of its own. "unique" counts what is stored.
+        "total" counts a head that is tied to the embedding as a separate matrix. "unique" counts what is stored.
         "non_embedding" leaves out the embedding and the head. "active" is what one token uses: "unique" without the
         experts that it is not routed to.
 
     Examples
     --------
-    >>> count_parameters(Config.from_file("Qwen3-0.6B"))
-    {'total': 751632384, 'unique': 596049920, 'non_embedding': 440467456, 'active': 596049920}
+    >>> qwen3np.count_parameters(qwen3np.load().config)
+    {'total': 2070432, 'unique': 1742752, 'non_embedding': 1415072, 'active': 1742752}
     """
     embedding = config.vocab_size * config.hidden_size
     unique = sum(math.prod(shape) for shape in weight_shapes(config).values())
@@ -125,9 +125,9 @@ def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> di
     seed
         The same seed gives the same weights.
     trained_like
-        False: as a training run starts, with norm weights of 1 and biases of 0. True: more like the weights after
-        training. Matrices are scaled by their number of inputs, norm weights and biases are drawn. With norm weights of
-        1 a norm commutes with the rotation, which hides many of the bugs a port can have.
+        False: as at the start of a training run, with norm weights of 1 and biases of 0. True: more like trained
+        weights, with matrices scaled by their number of inputs, and random norm weights and biases. With norm weights
+        of 1 a norm commutes with the rotation, which hides many of the bugs a port can have.
 
     Returns
     -------
@@ -137,11 +137,11 @@ def init_weights(config: Config, seed: int, *, trained_like: bool = False) -> di
     Raises
     ------
     ValueError
-        Where the weights would take more memory than is free.
+        If the weights would exceed the free memory.
 
     Examples
     --------
-    >>> weights = init_weights(config, seed=0)
+    >>> weights = qwen3np.init_weights(qwen3np.load().config, seed=0)
     >>> weights["model.norm.weight"].dtype
     dtype('float32')
     """

@@ -1,10 +1,14 @@
-"""Fixtures that several test files share, and how hypothesis draws."""
+"""Fixtures that several test files share, and hypothesis profiles."""
 
 from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core: more threads would only wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("QWEN3NP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

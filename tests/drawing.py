@@ -1,4 +1,4 @@
-"""What tests draw from: small configs over every switch of the mathematics, weights as after training, ids."""
+"""Random test inputs: small configs over every switch of the mathematics, trained-like weights, ids."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from qwen3np.ops.fast.products import products
 from qwen3np.weights import init_weights
 
 SEEDS = st.integers(0, 2**32 - 1)
+SMALL = Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=1e6,
+)
+SMALL_IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def draw_config(rng: np.random.Generator) -> Config:

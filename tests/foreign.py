@@ -1,4 +1,4 @@
-"""Qwen3 by somebody else: every operation by another formula than the package's, and each can be replaced.
+"""An independent Qwen3: every operation uses another formula than the package's, and can be replaced.
 
 It computes in float32 and float64, and keeps numbers with the digits of `short`, a dtype.
 `Foreign(config, weights, norm=...)` replaces an operation by a function (own, at, *inputs), where own is the right

@@ -1,6 +1,6 @@
-"""Bugs that no catalogue has, for `foreign.Foreign`: name -> (operations replaced, the first wrong point).
+"""Bugs that are in no catalogue, for `foreign.Foreign`: name -> (operations replaced, the first wrong point).
 
-A point is that of layer 0 in the prompt, unless it says more. Written without a look at how the package tries bugs.
+Points are in layer 0 of the prompt unless stated otherwise. Written without a look at how the package tries bugs.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def with_sink(own, at, s):
 
 
 def stale(kind, by):
-    """A cache that gives the keys or values of decode steps from one place beside."""
+    """A cache that returns the keys or values of decode steps from a neighbouring place."""
 
     def change(own, at, which, old, new):
         return own(which, old, np.roll(old[:, :, -1:], 0, 2) if which == kind and old is not None and by else new)
@@ -121,7 +121,7 @@ def stale(kind, by):
 
 
 def truncated(kind):
-    """A cache that forgets the first position once it goes on."""
+    """A cache that forgets the first position in decode steps."""
 
     def change(own, at, which, old, new):
         if old is not None and which == kind:

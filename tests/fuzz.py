@@ -1,4 +1,4 @@
-"""Changes the files of a checkpoint at random, loads and runs what comes out, and reports what is not refused well.
+"""Corrupts files of a checkpoint at random, loads and runs the result, and reports errors that are not handled well.
 
     python tests/fuzz.py --cases 100000 --seed 0    # in processes of 500 cases
     python tests/fuzz.py --atheris                      # guided by coverage, until it is stopped; needs atheris
@@ -81,7 +81,7 @@ Files = Mapping[str, bytes]
 def originals() -> list[dict[str, bytes]]:
     """Return the files of small checkpoints; between them they have all that the package reads.
 
-    The first has shards with an index, a tokenizer and a template; the second experts and a head of its own in one
+    The first has shards with an index, a tokenizer and a template; the second experts and a separate head in one
     file, YaRN, a window, biases, the older form of a tokenizer, and its template among the settings, which ask for
     sampling. Then quantised matrices, GGUF files and a LoRA adapter.
     """
@@ -300,7 +300,7 @@ def run(files: Files, folder: Path) -> str:
     except (NonFiniteError, ContextOverflowError, CheckpointError) as error:
         outcome = type(error).__name__
     except ValueError as error:  # of values in generation_config.json, which are named in the message
-        known = "outside the vocabulary", "must be", "leave the range", "of memory are free", "makes embeddings"
+        known = "outside the vocabulary", "must be", "leave the range", "of memory is free", "makes embeddings"
         if not any(words in str(error) for words in known):
             raise
         _one_line(error)

@@ -1,4 +1,4 @@
-"""Kills saves, downloads and trainings at random moments, does each again, and compares with one that was not killed.
+"""Kills saves, downloads and trainings at random moments, repeats each, and compares with an undisturbed run.
 
     python tests/kills.py --kills 60 --seed 0
 
@@ -83,7 +83,7 @@ def left(kind: str, folder: Path) -> dict[str, bytes]:
 
 
 def kills(count: int, seed: int, report: Callable[[str, float, str], object]) -> None:
-    """Kill so many works, of each kind in turn, and report of each its kind, when it was killed and what came out."""
+    """Kill this many jobs, of each kind in rotation, and report each one's kind, time of death and result."""
     draw = random.Random(seed)
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as name:
         place = Path(name)

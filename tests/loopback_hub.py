@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on 127.0.0.1: what huggingface_hub asks for when it downloads a model.
+"""A small Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub requests to download a model.
 
 The routes, headers and error codes are those of https://huggingface.co/docs/hub/api; files are served directly,
 without the redirect to a content network and without Xet.

@@ -1,4 +1,4 @@
-"""Small bugs planted in the package, one at a time, to see that the fast tests catch each: python tests/mutants.py.
+"""Plants small bugs in the package, one at a time, to check that the fast tests catch each: python tests/mutants.py.
 
 A bug is a text of a file, which occurs there exactly once, and what takes its place. It is planted in a copy of the
 project. The tests of its group run first; if they pass, so does every test of the default run that does not look at the

@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from qwen3np import Config
 
 transformers.logging.disable_progress_bar()
-transformers.logging.set_verbosity_error()  # it warns of every drawn YaRN factor that is no ratio of two contexts
+transformers.logging.set_verbosity_error()  # it warns about every YaRN factor that is not a ratio of two contexts
 torch.set_num_threads(1)  # models this small only lose time to more
 Points = dict[str, np.ndarray]
 Model = Qwen3ForCausalLM | Qwen3MoeForCausalLM

@@ -9,7 +9,7 @@ def recorded(oracle, model, ids, steps):
     """Return transformers' points, by the names of a recording."""
     passes = []
     oracle.prefill_and_decode(model, ids, steps, passes)
-    own = (".keys", ".values", ".product")  # what the oracle records besides
+    own = (".keys", ".values", ".product")  # what the oracle records in addition
     prefixes = ["", *(f"decode.{i}." for i in range(steps))]
     return {
         p + k: x for p, points in zip(prefixes, passes, strict=True) for k, x in points.items() if not k.endswith(own)
@@ -446,7 +446,7 @@ def first_kv_head(oracle, model, monkeypatch):
 
 
 def small_dropped(oracle, model, monkeypatch):
-    """Probabilities below 0.05 are taken for 0."""
+    """Probabilities below 0.05 are treated as 0."""
     modeling = oracle.modeling_qwen3
     original = modeling.eager_attention_forward
 

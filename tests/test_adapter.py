@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from drawing import SMALL, SMALL_IDS
 
-from qwen3np import CheckpointError, Config, forward, init_weights, load, save_checkpoint
+from qwen3np import CheckpointError, forward, init_weights, load, save_checkpoint
 from qwen3np.stored import Stored
 
-CONFIG = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e6,
-    tie_word_embeddings=True,
-)
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+CONFIG, IDS = replace(SMALL, tie_word_embeddings=True), SMALL_IDS
 NAMES = {"self_attn.q_proj": (64, 32), "self_attn.v_proj": (32, 32), "mlp.down_proj": (32, 48)}
 
 
@@ -102,7 +93,7 @@ def test_embedding_and_head_adapted_or_replaced(base, tmp_path):
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported; supported: LORA"),
         ({"use_dora": True}, r"use_dora is not supported: merge the adapter with PEFT"),
         ({"lora_alpha": "8"}, "must hold finite numbers"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "may take for ever"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "may take forever"),
     ],
 )
 def test_other_adapters_are_refused(base, tmp_path, settings, message):
@@ -116,8 +107,8 @@ def test_an_adapter_of_another_model_or_half_of_one(base, tmp_path):
     for n, (more, message) in enumerate(
         [
             ({f"{place}A.weight": np.zeros((4, 63), np.float32), f"{place}B.weight": np.zeros((32, 4), np.float32)},
-             r"made for \(32, 63\), but the base model has \(32, 64\): give its own base"),
-            ({f"{place}A.weight": np.zeros((4, 64), np.float32)}, "only lora_A of a pair"),
+             r"made for \(32, 63\), but the base model has \(32, 64\); give the model it was trained on"),
+            ({f"{place}A.weight": np.zeros((4, 64), np.float32)}, "an incomplete pair: only lora_A"),
             ({f"{place}A.weight": np.zeros((4, 64), np.float32), f"{place}B.weight": np.zeros((32, 5), np.float32)},
              "not of one rank"),
             ({f"{place.replace('1', '7')}A.weight": np.zeros((4, 64), np.float32),
@@ -129,7 +120,7 @@ def test_an_adapter_of_another_model_or_half_of_one(base, tmp_path):
             load(base[0], adapter=tmp_path / str(n), progress=False)
     with pytest.raises(CheckpointError, match=r"a LoRA adapter of Qwen/Qwen3-0\.6B, not a model: load"):
         load(tmp_path / "0", progress=False)
-    with pytest.raises(CheckpointError, match="no adapter"):
+    with pytest.raises(CheckpointError, match="not an adapter"):
         load(base[0], adapter=base[0], progress=False)
 
 

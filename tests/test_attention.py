@@ -1,4 +1,4 @@
-"""attend, the attention of one sequence: what softmax(q kᵀ) v must satisfy, and a loop over single queries."""
+"""attend, the attention of one sequence: properties of softmax(q kᵀ) v, and a loop over single queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same model on both sides, and a cache that is full."""
+"""The benchmarks measure what they claim: the same model on both sides, and a full cache."""
 
 from __future__ import annotations
 

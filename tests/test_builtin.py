@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package: that it is a real Qwen3, what it knows, and how it is reached."""
+"""The built-in checkpoint: that it is a real Qwen3, what it knows, and how to load it."""
 
 from __future__ import annotations
 

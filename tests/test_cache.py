@@ -1,4 +1,4 @@
-"""KVCache: whatever way a text is cut and batched, the logits are those of the whole text at once, alone, uncached."""
+"""KVCache: however a text is split and batched, the logits equal those of the whole text, alone and uncached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages -> text, against the published renders and transformers; and templates that mean harm."""
+"""Messages -> text, against published renderings and transformers; and malicious templates."""
 
 import copy
 import json
@@ -87,6 +87,7 @@ def test_what_templates_find(template, text):
     ("message", "rendered"),
     [
         ({"content": None, "tool_calls": [{"name": "f"}]}, {"tool_calls": [{"name": "f"}]}),
+        ({"content": None, "refusal": None}, {"content": ""}),  # of a client of OpenAI's API
         ({"reasoning": "r"}, {"thinking": "r", "reasoning": "r", "reasoning_content": "r"}),
         (
             {"reasoning": "r", "thinking": "t", "content": ""},
@@ -107,6 +108,12 @@ def test_what_assistants_say(message, rendered):
     assert messages == kept
 
 
+def test_the_role_developer_is_system_unless_the_template_knows_it():
+    messages = [{"role": "developer", "content": "Be brief."}, *USER]
+    assert render_chat("{{ messages[0].role }}", messages) == "system"
+    assert render_chat("{# developer #}{{ messages[0].role }}", messages) == "developer"
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -116,6 +123,7 @@ def test_what_assistants_say(message, rendered):
         ([*USER, {"role": "wizard", "content": "hi"}], "'wizard', which is none of system, user, assistant, tool"),
         ([{"role": "user"}], r"messages\[0\] \(user\) needs content"),
         ([{"role": "tool", "content": None}], r"\(tool\) needs content"),
+        ([{"role": "tool", "content": {"degrees": 21}}], r"\(tool\) needs content, .*; json.dumps makes a string"),
         ([{"role": "assistant"}], r"\(assistant\) needs content"),
         ([{"role": "system", "content": 3}], "needs content, a string"),
         ([{"role": "user", "content": []}], "needs content, a string or a list of text parts"),

@@ -1,4 +1,4 @@
-"""What `qwen3np chat` shows and does, with answers that are scripted: the built-in checkpoint does not reason."""
+"""What `qwen3np chat` shows and does, with scripted answers, because the built-in checkpoint does not reason."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_full_context_says_what_can_be_done(builtin, capsys):
     made.take("Go on") if "context is full" not in (err := capsys.readouterr().err) else None
     err += capsys.readouterr().err
     assert "cut, since the context is full: /drop N forgets the N oldest turns, /reset all, --rope-scaling" in err
-    with pytest.raises(ValueError, match=r"the context of this model is 256; /drop N forgets"):
+    with pytest.raises(ValueError, match=r"the context of this model is 256: /drop N forgets"):
         made.take("7" * context)
 
 
@@ -179,7 +179,7 @@ def test_the_line_of_costs(chat, capsys):
 @pytest.mark.parametrize("content", ['{"messages": ""}', '{"messages": {}}', "[" * 200_000, "{}", '{"messages": [1]}'])
 def test_what_is_no_saved_conversation(chat, tmp_path, content):
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match=r"bad.json: (not JSON|needs a list of messages)"):
+    with pytest.raises(ValueError, match=r"bad.json: (not JSON|must hold a list of messages)"):
         chat().take(f"/load {tmp_path}/bad.json")
 
 

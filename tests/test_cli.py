@@ -24,7 +24,7 @@ from qwen3np.files.hub import BUILTIN
 from qwen3np.ops.fast.threads import num_threads
 
 PROMPT = "The capital of France is"
-NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ends by itself
+NOISE = ("--temperature", "5", "--seed", "5")  # such an answer hardly ever ends on its own
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def new_ids(model, text, count, stops=("<|im_end|>", "<|endoftext|>"), **samplin
 
 
 def process(*arguments, **options):
-    # the C locale, and without the UTF-8 mode that Python would turn on by itself
+    # the C locale, and without the UTF-8 mode that Python would turn on
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    # and whoever opens a text without saying its encoding is told
+    # and opening a text without an encoding warns
     environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning"}
     return subprocess.run(
         [sys.executable, "-m", "qwen3np", *arguments], capture_output=True, env=environment, check=False, **options
@@ -133,7 +133,7 @@ def test_generate_stops_before_a_stop_string(run, endless):
     arguments = ("generate", *endless, "--max-new-tokens", "60", prompt)
     text = run(*arguments)
     assert text.startswith("The capital of France is Paris.")
-    assert "<|im_end|>" not in text  # which comes next, but is no text
+    assert "<|im_end|>" not in text  # which comes next, but is not text
     assert "answer 60 tokens" in run.stderr
     assert "cut at --max-new-tokens" in run.stderr
     assert run(*arguments, "--stop", stop) == "The capital of Fra\n"
@@ -186,7 +186,7 @@ def test_info_of_every_official_config(run, data):
         assert f"{4 * cache:,} bytes per 4,096 positions in float32" in out
         mapped, copied = (2 * unique + 4 * cache) / 1e9, 4 * (unique + cache) / 1e9
         assert f"{mapped:,.1f} GB with the file mapped and this cache, {copied:,.1f} with a float32 copy" in out
-        assert re.search(r"this machine +(does not fit|fits) of the [\d.]+ GB that are free", out)
+        assert re.search(r"this machine +(does not fit|fits) into [\d.]+ GB of free memory", out)
         assert ("128 of size" in out) == ("num_experts" in config)
 
 
@@ -194,11 +194,11 @@ def test_info_says_what_fits(run, model, monkeypatch):
     unique, cache = sum(tensor.size for tensor in model.weights.values()), 4 * 2 * 4 * 2 * 64 * 1000
     mapped, copied = sum(file.stat().st_size for file in BUILTIN.glob("*.safetensors")) + cache, 4 * unique + cache
     for free, said in (
-        (copied, "fits of the 0.0 GB that are free, mapped or copied\n"),
-        (copied - 1, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped, "fits of the 0.0 GB that are free, mapped\n"),
-        (mapped - 1, "does not fit of the 0.0 GB that are free: weights are read from the disk again and again\n"),
-        (0, "its free memory is not known\n"),
+        (copied, "fits into 0.0 GB of free memory, mapped or copied\n"),
+        (copied - 1, "fits into 0.0 GB of free memory, mapped\n"),
+        (mapped, "fits into 0.0 GB of free memory, mapped\n"),
+        (mapped - 1, "does not fit into 0.0 GB of free memory: weights would be read from disk repeatedly\n"),
+        (0, "free memory is unknown\n"),
     ):
         monkeypatch.setattr("qwen3np.commands.info.available_memory", lambda free=free: free)
         assert run("info").endswith(f"this machine     {said}")
@@ -214,8 +214,8 @@ def test_rope_scaling(run, model, endless):
     assert "factor 4 over 256 positions" in out
     for wrong, message in (
         ("linear:2", "type 'linear' is not supported; supported: yarn:FACTOR"),
-        ("yarn", "no factor; an example: yarn:4"),
-        ("yarn:x", "'x' is no number"),
+        ("yarn", "no factor; example: yarn:4"),
+        ("yarn:x", "'x' is not a number"),
         ("yarn:0.5", "rope_scaling.factor = 0.5 is not supported; supported: finite numbers from 1"),
         ("yarn:nan", "rope_scaling.factor = NaN"),
     ):
@@ -264,27 +264,27 @@ def test_errors_of_threads(run, command, count, monkeypatch):
     [
         (("generate", "--top-p", "1.5", "x"), "top_p must be a number in (0, 1], got 1.5"),
         (("generate", "--temperature", "-1", "x"), "temperature must be a finite number >= 0 (0 is greedy), got -1.0"),
-        (("generate", "--file", "nowhere", "x"), "a prompt and --file are given; one of them is enough"),
+        (("generate", "--file", "nowhere", "x"), "both a prompt and --file are given; use one of them"),
         (("generate", "--file", "nowhere"), "No such file or directory"),
-        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools belong to --chat"),
+        (("generate", "--think", "on", "x"), "--system, --think, --hide-thinking and --tools need --chat"),
         (("generate", ""), "input_ids: empty; a prompt needs at least one token"),
         (("generate", "--stop", "", "x"), "stop strings must not be empty"),
-        (("generate", "--seed", "-1", "x"), "seed must be a whole number from 0, or several, got -1"),
-        (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and belongs to --json"),
+        (("generate", "--seed", "-1", "x"), "seed must be a whole number >= 0, or several, got -1"),
+        (("generate", "--top-logprobs", "2", "x"), "--top-logprobs 2 must be 0 or more, and needs --json"),
         (("generate", "--top-logprobs", "-1", "--json", "x"), "--top-logprobs -1 must be 0 or more"),
         (("generate", "7" * 300), "prompt 0 has 300 tokens; the context of this model is 256"),
         (("score", "nowhere"), "No such file or directory"),
         (("embed", "--file", "nowhere"), "No such file or directory"),
-        (("embed", "--file", "nowhere", "x"), "a text and --file are given; one of them is enough"),
-        (("embed", "--dimensions", "0", "x"), "--dimensions 0 must be a whole number from 1"),
+        (("embed", "--file", "nowhere", "x"), "both a text and --file are given; use one of them"),
+        (("embed", "--dimensions", "0", "x"), "--dimensions 0 must be at least 1"),
         (("embed", "--out", "x.csv", "x"), "--out x.csv: the name must end with one of .npy, .npz, .jsonl"),
         (("embed", "--out", "no/x.npy", "x"), f"--out {Path('no/x.npy')}: no such folder: no"),
         (
             ("embed", "x", "7" * 300),
-            "texts[1]: 301 tokens with what the template adds; the context of this model is 256",
+            "texts[1]: 301 tokens including the template; the context of this model is 256",
         ),
         (("trace", "x", "-o", "no\x1b[2J/x.safetensors"), r"there is no folder no\x1b[2J"),
-        (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that is made for it"),
+        (("rerank", "q", "x"), "rerank: the tokenizer has no token no, yes; load a model that was trained for this"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):
@@ -394,7 +394,7 @@ def test_chat_from_a_pipe(folder, tmp_path):
     assert b"\x1b" not in done.stdout
     saved.write_text("{}")
     done = process("chat", "--lines", "--model", str(folder), input=f"/load {saved}\n".encode())
-    assert b"needs a list of messages" in done.stderr
+    assert b"must hold a list of messages" in done.stderr
     # without --lines all of it is one message, whatever it begins with
     done = process("chat", "--model", str(folder), "--max-new-tokens", "5", input=b"/reset\nis what?\n")
     assert (done.returncode, done.stderr.count(b"context")) == (0, 1)
@@ -472,7 +472,8 @@ def test_settings_by_name(run, model):
             "unknown flag: --temprature; did you mean --temperature?; qwen3np generate",
         ),
         (("score", "x", "y"), "unknown argument: y; qwen3np score --help"),
-        (("info", "-m", "Qwen3-0.6B"), "there is no such folder; on the Hub it is Qwen/Qwen3-0.6B"),
+        (("info", "-m", "Qwen3-0.6B"), "there is no folder Qwen3-0.6B; did you mean Qwen/Qwen3-0.6B, on the Hub?"),
+        (("info", "-m", "qwen3-0.6b-base"), "did you mean Qwen/Qwen3-0.6B-Base, on the Hub?"),
         (("generate", "--seed", "-1", "-m", "no/where", "x"), "seed must be a whole number"),  # before it is loaded
         (("embed", "--file", "no where", "-m", "x"), "no where: No such file or directory"),
     ],
@@ -567,7 +568,7 @@ def test_rope_scaling_of_recordings(run, tmp_path):
     assert "equal in every bit" in run("compare", golden, golden, "--model", model, *flags)
     run("compare", golden, golden, "--model", model)
     assert run.status == 2
-    assert "its config is not that of" in run.stderr
+    assert "its config differs from" in run.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -1,4 +1,4 @@
-"""Dumps held against recordings: files, names, layouts, and the verdict on ports with and without a bug."""
+"""Dumps compared with recordings: files, names, layouts, and the verdict on ports with and without a bug."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_nan_and_infinity(weights, golden, dump):
 
 @pytest.mark.parametrize("mask", [-1e9, np.finfo(np.float32).min, -1e4])
 def test_masks(weights, golden, dump, mask):
-    """Any large negative number hides; a mask off by one is no mask of ours; none at all is a dump before the mask."""
+    """Any large negative number masks; a mask off by one is wrong; no mask at all is a dump taken before masking."""
     name = "model.layers.1.self_attn.scores"
     hidden = np.isneginf(dump[name])
     dump[name][hidden] = mask
@@ -262,7 +262,7 @@ def test_a_choice_between_equals_is_rounding(sparse):
 
 
 def test_a_choice_between_others_is_not(sparse):
-    """A logit that is 1e-3 too large is no rounding, in float32."""
+    """A logit that is 1e-3 too large is not rounding in float32."""
     weights, golden, dump = other_choice(sparse, 1e-3)
     found = compare(golden, dump, weights=weights)
     assert (found.verdict, found.first_point) == ("different", f"{MLP}gate")
@@ -434,8 +434,8 @@ def test_map(golden, dump, tmp_path):
     assert len(found.missing) == len(dump) - 1
     for text, message in (
         ("[]", "JSON object"),
-        ('{"q": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
-        ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "stands once in both"),
+        ('{"q": "model.layers.{N}.self_attn.q_proj"}', "must be in both names once"),
+        ('{"{N}.{N}": "model.layers.{N}.self_attn.q_proj"}', "must be in both names once"),
         ('{"q{N}": "model.layers.{N}.qproj"}', "no such point"),
         ("{", "not a map of names"),
         ("[" * 100_000, "not a map of names"),
@@ -506,7 +506,7 @@ def test_odd_safetensors(tmp_path, dtype, metadata, message):
 def test_odd_numpy_files(golden, dump, tmp_path):
     np.savez(tmp_path / "mine.npz", **{"a\nb": dump["lm_head"]})
     with zipfile.ZipFile(tmp_path / "mine.npz", "a") as file:
-        file.writestr("notes.txt", "what is no array is passed over")
+        file.writestr("notes.txt", "files other than arrays are ignored")
     arrays, _ = read_dump(tmp_path / "mine.npz")
     assert list(arrays) == ["a\nb"]
     assert namer(golden.config)("a\nb") == "a\nb"

@@ -1,4 +1,4 @@
-"""Config, held against the official config.json files and what each key is documented to mean."""
+"""Config, against the official config.json files and the documented meaning of each key."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_whatever_the_values_are_it_is_a_config_or_a_config_error(changes):
 
 @pytest.mark.parametrize("value", [[], "{}", 3, None])
 def test_what_is_no_object_is_no_config(value):
-    with pytest.raises(ConfigError, match=rf"^config: a {type(value).__name__} where an object"):
+    with pytest.raises(ConfigError, match=rf"^config: must be an object .*, not a {type(value).__name__}"):
         Config.from_dict(value)
 
 

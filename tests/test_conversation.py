@@ -1,4 +1,4 @@
-"""Conversations on the built-in checkpoint; what they should be is put together by hand, id by id."""
+"""Conversations with the built-in checkpoint; the expected ids are assembled by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from qwen3np import Conversation, generate
 from qwen3np.conversation import tool_calls
 
-# An answer that does not end by itself, and that its own text, encoded anew, does not give back.
+# An answer that does not end on its own, and whose text, encoded again, gives other ids.
 NOISE = {"max_new_tokens": 30, "temperature": 5.0, "seed": 4}
 
 
@@ -156,7 +156,7 @@ def test_the_calculator(model, monkeypatch, capsys, file, tmp_path):
     model = replace(model, tokenizer=replace(model.tokenizer, folder=tmp_path))
     thought = "Add.\n</think>\n\n" if "thinking" in file.stem else ""  # this template opens the reasoning
     prompts = scripted(monkeypatch, model, thought + CALL, f"{thought}It is 42.")
-    example = Conversation.__doc__.partition("goes on:\n\n")[2]
+    example = Conversation.__doc__.partition("and continues:\n\n")[2]
     exec(textwrap.dedent(example), {"model": model, "json": json, "Conversation": Conversation})
     assert capsys.readouterr().out == f"{thought}It is 42.\n"
     assert '"name": "add"' in prompts[0]
@@ -185,7 +185,7 @@ def test_drop_and_undo(model, monkeypatch):
     conversation.set_system("S")
     for text in "abcd":
         conversation.say(text)
-    assert conversation.undo() == "d"
+    assert conversation.undo()["content"] == "d"
     assert conversation.drop(2) == 2
     assert [message["content"] for message in conversation.messages] == ["S", "c", "3"]
     assert conversation.drop(5) == 1

@@ -1,4 +1,4 @@
-"""The corpus of the built-in checkpoint: what is held out is nowhere in training, and what it says is true."""
+"""The corpus of the built-in checkpoint: held-out material is not in the training set, and all statements are true."""
 
 import calendar
 import json

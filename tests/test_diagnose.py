@@ -1,4 +1,4 @@
-"""Causes: named for ports with a known bug, from all points and from logits alone; none named for other bugs."""
+"""Causes: named for ports with a known bug, from all points and from logits alone; none for other bugs."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_theta(config, numerics, batch):
         found = diagnose(golden, dump, weights=weights, precision=numerics)
         assert found.first_point == step
         best = found.causes[0]
-        assert (best.name, best.step, best.sure) == (THETA, "self_attn.q_rope", True), found
+        assert (best.name, best.point, best.sure) == (THETA, "self_attn.q_rope", True), found
         assert found.meaning.startswith(f"{THETA} explains ")
         assert found.unexplained == []
 
 
 def test_two_bugs_apart(config, weights, golden):
-    """The first wrong point has its own cause; what other points add is told."""
+    """The first wrong point has its own cause; errors that other points introduce are reported."""
     mine = points(weights, replace(config, rope_theta=1e4, tie_word_embeddings=True), golden)
     found = diagnose(golden, mine, weights=weights)
     assert found.causes[0].name == THETA
@@ -190,12 +190,12 @@ def test_command(config, weights, golden, tmp_path, capsys):
     status, printed = run(mine, "--json")
     found = json.loads(printed.out)
     assert (status, found["verdict"], found["first_point"]) == (1, "different", Q_ROPE)
-    assert found["causes"][0].items() >= {"name": THETA, "step": "self_attn.q_rope", "sure": True}.items()
+    assert found["causes"][0].items() >= {"name": THETA, "point": "self_attn.q_rope", "sure": True}.items()
     assert found["causes"][0]["explained"] == pytest.approx(1)
     save_checkpoint(tmp_path / "other", other := replace(config, rms_norm_eps=1e-5), trained_like(other, 0))
     status, printed = run(mine, model="other")
     assert (status, printed.out) == (2, "")
-    assert "its config is not that of" in printed.err
+    assert "its config differs from" in printed.err
     status, printed = run({"x": np.zeros(1)}, "--json")
     found = json.loads(printed.out)
     assert (status, found["verdict"], found["causes"]) == (2, "unusable", [])

@@ -1,4 +1,4 @@
-"""A corpus on disk, documents as ids with a mask, and rows packed full of them."""
+"""A corpus on disk, documents as ids with a mask, and documents packed into rows."""
 
 import json
 import shutil

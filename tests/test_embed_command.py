@@ -1,4 +1,4 @@
-"""`qwen3np embed` and `qwen3np rerank`, on drawn weights: what they print and write is what the functions return."""
+"""`qwen3np embed` and `qwen3np rerank`, on random weights: they print and write what the functions return."""
 
 from __future__ import annotations
 
@@ -125,4 +125,4 @@ def test_a_warning_for_chat_models(run, folder, tmp_path, capsys, config, yes_no
     save_checkpoint(tmp_path / "padded", config, trained_like(config, 1))
     shutil.copy(yes_no / "tokenizer.json", tmp_path / "padded")
     main(["embed", "x", "--model", str(tmp_path / "padded")])
-    assert "looks like a model for text" in capsys.readouterr().err
+    assert "looks like a model for generating text" in capsys.readouterr().err

@@ -132,9 +132,9 @@ def test_bad_dimensions(model, dimensions):
     ("texts", "message"),
     [
         ([], "empty; at least one text is needed"),
-        ("one", "a list of str is needed, not a single one"),
-        (["x", b"y"], r"\[1\]: a str is needed, not bytes"),
-        ([None], r"\[0\]: a str is needed, not NoneType"),
+        ("one", "must be a list of str, not a single str"),
+        (["x", b"y"], r"\[1\]: must be a str, not bytes"),
+        ([None], r"\[0\]: must be a str, not NoneType"),
         (["x", "\ud800"], "lone surrogates"),
     ],
 )
@@ -151,14 +151,14 @@ def test_bad_instructions_and_queries(model):
         "instruction ": lambda: rerank(model, "q", ["x"], 3),
         "query": lambda: rerank(model, 3, ["x"]),
     }.items():
-        with pytest.raises(ValueError, match=f"^{name.strip()}: a str is needed, not int"):
+        with pytest.raises(ValueError, match=f"^{name.strip()}: must be a str, not int"):
             run()
 
 
 def test_a_text_longer_than_the_context_is_not_cut_short(model):
     text = "7" * 1599  # a token each; one more is added
     assert embed(model, ["x", text]).shape == (2, 40)
-    with pytest.raises(ContextOverflowError, match=r"texts\[1\]: 1601 tokens .* is 1600: cut it into parts"):
+    with pytest.raises(ContextOverflowError, match=r"texts\[1\]: 1601 tokens .* is 1600: split the text"):
         embed(model, ["x", text + "7", "y"])
     with pytest.raises(ContextOverflowError, match=r"documents\[0\]: 1\d+ tokens"):
         rerank(model, "q", [text])

@@ -1,4 +1,4 @@
-"""The page and the engines below it: they agree, they can be watched and edited, and imports run one way."""
+"""The page and the engines below it: they agree, can be watched and edited, and imports run one way."""
 
 from __future__ import annotations
 

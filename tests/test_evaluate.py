@@ -1,4 +1,4 @@
-"""How answers are counted, and how two checkpoints are told apart: on answers and weights made by hand."""
+"""How answers are counted, and how two checkpoints are compared, on hand-made answers and weights."""
 
 from __future__ import annotations
 

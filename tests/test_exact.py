@@ -1,4 +1,4 @@
-"""The exact engine's operations, held against fractions and decimal: each result is the nearest float32."""
+"""The exact engine's operations, against fractions and decimal: each result is the nearest float32."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nearest(value: Fraction) -> np.float32:
 
 
 def nearest_decimal(value: Decimal) -> np.float32:
-    """Return the nearest float32 of a number that is no tie."""
+    """Return the nearest float32 of a number that is not a tie."""
     return nearest(Fraction(value))
 
 

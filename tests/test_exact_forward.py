@@ -1,4 +1,4 @@
-"""The exact engine's forward: the same bits however a prompt is cut, batched, stored, watched or shared by threads."""
+"""The exact engine's forward: the same bits however a prompt is split, batched, stored, watched or threaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, files that change under a model, caches of other weights: named, not used."""
+"""Non-finite numbers, files that change under a model, caches of other weights: reported, never used."""
 
 import os
 import re

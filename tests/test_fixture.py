@@ -1,4 +1,4 @@
-"""The kit for the test suites of ports: what is in it, and that a right port passes with its tolerances."""
+"""The kit for the test suites of ports: its contents, and that a correct port passes with its tolerances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people's folders look like: other names, buffers, heads, shards; and the line that says what a folder is."""
+"""Real-world folders: other names, buffers, heads, shards; and the error that says what a folder is."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from drawing import SMALL, SMALL_IDS
 
-from qwen3np import CheckpointError, Config, ConfigError, forward, init_weights, load, read_checkpoint, save_checkpoint
+from qwen3np import CheckpointError, ConfigError, forward, init_weights, load, read_checkpoint, save_checkpoint
 
-DENSE = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e6,
-)
+DENSE, IDS = SMALL, SMALL_IDS
 SPARSE = replace(DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
 WEIGHTS = {config: init_weights(config, 0, trained_like=True) for config in (DENSE, SPARSE)}
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def write(folder, tensors, config=DENSE, **changes):
@@ -58,7 +49,7 @@ PREFIXES = {
 @pytest.mark.parametrize("change", PREFIXES)
 def test_prefixes_of_tools_are_taken_off_and_said(tmp_path, change):
     [remark] = assert_same(write(tmp_path / "x", {PREFIXES[change](name): w for name, w in WEIGHTS[DENSE].items()}))[:1]
-    assert "is taken off the names" in remark
+    assert "is removed from the names" in remark
 
 
 def test_tensors_that_change_nothing(tmp_path):
@@ -98,7 +89,7 @@ def test_fused_experts_are_split(tmp_path):
         fused |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
     assert_same(write(tmp_path / "x", fused, SPARSE), SPARSE)
     fused["model.layers.0.mlp.experts.down_proj"] = fused["model.layers.0.mlp.experts.down_proj"][:, :, 1:]
-    with pytest.raises(CheckpointError, match=r"experts\.down_proj: shape \(4, 32, 23\), but the config asks for"):
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj: shape \(4, 32, 23\), but the config requires"):
         read_checkpoint(write(tmp_path / "x", fused, SPARSE))
 
 
@@ -163,8 +154,8 @@ KINDS = {
     ".bin": (folder_of({"config.json": CONFIG, "pytorch_model.bin": b""}), r"pytorch_model\.bin.*save_pretrained"),
     ".pth": (folder_of({"config.json": CONFIG, "consolidated.00.pth": b""}), r"00\.pth.*save_pretrained"),
     "cache": (folder_of({"models--Qwen--Qwen3-0.6B/refs/main": b""}), "root of a Hub cache: give the name"),
-    "other name": (folder_of({"config.json": CONFIG, "weights.safetensors": b""}), r"but weights\.safetensors: give"),
-    "inner folder": (folder_of({"a/config.json": CONFIG}), "no checkpoint; one of its folders is"),
+    "other name": (folder_of({"config.json": CONFIG, "weights.safetensors": b""}), r"but weights\.safetensors: rename"),
+    "inner folder": (folder_of({"a/config.json": CONFIG}), "not a checkpoint, but"),
     "another model": (
         folder_of({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}),
         'model_type = "llama"|truncated',
@@ -187,7 +178,7 @@ def test_each_kind_of_folder_gets_a_line_with_cause_and_remedy(tmp_path, kind):
 def test_the_root_of_a_cached_model(tmp_path):
     root = tmp_path / "models--Qwen--Qwen3-0.6B"
     (root / "snapshots" / "abc").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"own folder of Qwen/Qwen3-0\.6B: give that name"):
+    with pytest.raises(CheckpointError, match=r"folder for Qwen/Qwen3-0\.6B: give that name"):
         load(root, progress=False)
 
 
@@ -200,7 +191,7 @@ def test_a_file_given_as_the_model(tmp_path):
 def test_what_is_odd_is_said_once_on_stderr(tmp_path, capsys):
     folder = write(tmp_path / "x", WEIGHTS[DENSE], tie_word_embeddings=True)
     load(folder)
-    assert "[config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().err
+    assert "[config.json ties the head to the embedding, but the file has a different head" in capsys.readouterr().err
     load(folder, progress=False)
     assert not capsys.readouterr().err
 

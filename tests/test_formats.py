@@ -207,5 +207,5 @@ def test_bitsandbytes_is_named_with_what_to_use_instead(tmp_path):
 
     rng = np.random.default_rng(0)
     save(tmp_path / "x", draw(rng, False), *FORMATS["fp8"], rng, nf4)
-    with pytest.raises(CheckpointError, match="bitsandbytes nf4, which is not read: use"):
+    with pytest.raises(CheckpointError, match="bitsandbytes nf4, which is not supported: use"):
         read_checkpoint(tmp_path / "x")

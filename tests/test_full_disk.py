@@ -1,4 +1,4 @@
-"""A disk that is full half way: one error that says so, and everything as it was before."""
+"""A disk that fills up halfway: one clear error, and everything as it was before."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Limited:
 
 
 class Mounted(Limited):
-    """A folder on a disk of its own, on which only ROOM is left."""
+    """A folder on a separate disk with only ROOM bytes left."""
 
     @contextmanager
     def full(self):
@@ -93,7 +93,7 @@ def told(lines, file):
     (line,) = lines
     assert line.startswith(f"error: {file}: cannot be written (")
     assert any(reason in line for reason in ("No space left on device", "File too large", "requested and"))
-    assert line.endswith("make room there, or name another place")
+    assert line.endswith("free some space there, or choose another place")
 
 
 LONG = "One two three four five six seven eight nine ten. " * 8
@@ -137,7 +137,7 @@ def test_a_disk_that_takes_no_change(tmp_path):
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounts a disk, which only root may on Linux")
     try:
-        message = r"x: cannot be written \(Read-only file system\); make room there, or"
+        message = r"x: cannot be written \(Read-only file system\); free some space there, or"
         with pytest.raises(ValueError, match=message), written_aside(folder / "x") as part:
             part.touch()
     finally:

@@ -1,4 +1,4 @@
-"""The promises that must also hold at the real size: a random checkpoint of Qwen3-0.6B, 1.2 GB of bfloat16."""
+"""The promises that must hold at the real size, too: a random checkpoint of Qwen3-0.6B, 1.2 GB of bfloat16."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_file_of_any_size_takes_no_memory(originals, folder, name):
         used(folder)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "additional_chat_templates/x.jinja"])
 def test_a_pipe_is_not_waited_for(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Two small checkpoints at every recorded point, held against what transformers made of them; see golden/make.py."""
+"""Two small checkpoints at every recorded point, against values from transformers; see golden/make.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backward pass held against finite differences in float64, properties of its steps, and torch's autograd."""
+"""The backward pass, against finite differences in float64, properties of its parts, and torch's autograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwen3np.weights import weight_shapes
 
 FLOAT64 = named("float64")
 STEP = 1e-3
-LIMIT = 5e-9  # of the relative error of a gradient beside finite differences: measured at most 3.1e-9, median 7e-11
+LIMIT = 5e-9  # relative error of a gradient against finite differences: measured at most 3.1e-9, median 7e-11
 
 
 def draw(seed, *, rows=3, length=7, layers=2):

@@ -1,4 +1,4 @@
-"""Hashes of points: the same from every way to compute them exactly, and compared by the command."""
+"""Hashes of points: the same for every way to compute them exactly, and compared by the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hub.py, through the real huggingface_hub in a process of its own, against a hub on 127.0.0.1."""
+"""hub.py, through the real huggingface_hub in a separate process, against a hub on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def client(hub, home, stderr=None, **environment):
             return Path(text) if kind == "folder" else text
 
         yield fetch
-    assert "%|" not in log.read_text()  # no bars where stderr is no terminal
+    assert "%|" not in log.read_text()  # no bars if stderr is not a terminal
 
 
 def contents(folder):
@@ -187,7 +187,7 @@ def test_a_gguf_file_an_adapter_and_pooling_are_fetched_alone(hub, tmp_path):
         assert contents(fetch("Qwen/GGUF", gguf_file="Q8/x-00001-of-00002.gguf")).keys() >= parts.keys()
         assert contents(fetch("me/lora", adapter=True)) == lora
         assert contents(fetch("me/st")) == CHECKPOINT | {"1_Pooling/config.json": b"{}"}
-        assert "choose one of its GGUF files by gguf_file (--gguf-file): " in fetch("Qwen/GGUF")
+        assert "choose one of its GGUF files with gguf_file (--gguf-file): " in fetch("Qwen/GGUF")
         assert "has no y.gguf: choose one" in fetch("Qwen/GGUF", gguf_file="y.gguf")
         assert "has no adapter_config.json" in fetch("me/st", adapter=True)
 
@@ -246,6 +246,10 @@ def test_what_is_not_there(hub, tmp_path):
             assert f"neither a folder {name} nor a model {name} on {hub.url}" in text
             assert "check the spelling" in text
             assert "hf auth login" in text
+        assert "did you mean Qwen/Qwen3-0.6B?" in fetch("Qwen/Qwen-3-0.6b")
+        assert fetch("qwen3-0.6b-base") == (
+            "there is no folder qwen3-0.6b-base; did you mean Qwen/Qwen3-0.6B-Base, on the Hub?"
+        )
         assert f"Qwen/Bin on {hub.url} has no model.safetensors" in fetch("Qwen/Bin")
         assert f"Qwen/GGUF on {hub.url} has no config.json" in fetch("Qwen/GGUF")
         for name in ("Qwen/Qwen3 0.6B", ""):
@@ -260,7 +264,7 @@ def test_a_gated_repository(hub, tmp_path):
     with client(hub, tmp_path) as fetch:
         for status, token in ((401, {}), (403, {"HF_TOKEN": "hf_wrong"})):
             text = fetch(name, **token)
-            assert f"refuses access to {name} ({status}): accept its licence on {hub.url}/{name}" in text
+            assert f"denies access to {name} ({status}): accept its licence on {hub.url}/{name}" in text
             assert "set HF_TOKEN or run `hf auth login`" in text
         assert not hub.sent
         assert contents(fetch(name, HF_TOKEN="hf_right")) == CHECKPOINT
@@ -289,7 +293,7 @@ def test_a_server_that_always_dies_half_way(hub, tmp_path):
         text = fetch(name)
     broken = "peer closed connection|Connection broken"  # by the client's version
     assert re.search(rf"downloading it from {hub.url} failed \(.*({broken})", text)
-    assert "run it again (files that arrived whole are kept), or give a folder" in text
+    assert "run it again (completed files are kept), or give a folder" in text
     assert hub.sent | {"model.safetensors": 0} == small
 
     # The half is never mistaken for the whole, not even in a cache without the list of what belongs to it.

@@ -1,4 +1,4 @@
-"""linear held against exactly rounded sums; and its bits, which storage and threads must not move."""
+"""linear, against exactly rounded sums; storage and threads must not change its bits."""
 
 from __future__ import annotations
 

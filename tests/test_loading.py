@@ -1,4 +1,4 @@
-"""load: what comes from generation_config.json, which copy is made, and what is refused."""
+"""load: settings from generation_config.json, when a copy is made, and which arguments raise errors."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_lengths_of_the_file(folder):
     assert len(model.generate([1, 2, 3])[0]) == 4
     assert len(model.generate([1, 2, 3], max_new_tokens=9)[0]) == 9  # wins, as in transformers
     assert len(configure(folder, max_length=7, max_new_tokens=2, eos_token_id=[]).generate([1, 2, 3])[0]) == 2
-    with pytest.raises(ValueError, match="max_length=7: prompt 1 is that long"):
+    with pytest.raises(ValueError, match="max_length=7: prompt 1 is already that long"):
         model.generate([[1], list(range(7))])
 
 
@@ -140,11 +140,11 @@ def test_auto_says_what_it_chose_where_it_matters(folder, monkeypatch, capsys):
 
     mapped = "[weights mapped as they are: a float32 copy would take 0.0 GB"
     assert said(2 * size) == ""  # a small copy goes without saying
-    assert said(2 * size - 1) == f"{mapped} of the 0.0 GB of memory that are free]\n"
-    assert said(0) == f"{mapped} and the free memory is not known]\n"
+    assert said(2 * size - 1) == f"{mapped} of 0.0 GB of free memory]\n"
+    assert said(0) == f"{mapped} and how much memory is free is unknown]\n"
     assert said(0, progress=False) == said(0, weights_dtype="bfloat16") == said(0, weights_dtype="float32") == ""
     monkeypatch.setattr(module, "SMALL", size)
-    copy = "[a float32 copy of the weights: 0.0 GB of the 20.1 GB of memory that are free]\n"
+    copy = "[a float32 copy of the weights: 0.0 GB of 20.1 GB of free memory]\n"
     assert said(20_100_000_000) == copy
 
 

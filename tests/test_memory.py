@@ -1,4 +1,4 @@
-"""What would not fit into memory is refused with the numbers before it is allocated, and what fits is not."""
+"""Allocations that exceed the free memory raise an error stating both sizes first; others do not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def free(monkeypatch):
 
 
 def refusal(size, free):
-    return f"would take {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; ask for fewer positions"
+    return f"would take {size / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB of memory is free; ask for fewer positions"
 
 
 def test_a_cache_that_fits_is_made_and_one_that_does_not_is_refused(config, free):
@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_are_not_made(config, free, tmp_path):
 
 
 def test_the_longest_context_is_no_request(weights, config, free):
-    # memory comes with the positions that are used: nobody asked for all of them
+    # memory is taken as positions are used; nothing asks for all of them
     config = replace(config, max_position_embeddings=262_144)
     free(11 * POSITION)
     cache = KVCache.allocate(config)
@@ -228,7 +228,7 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code, group], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but 0\.[01] GB of memory are free; ", done.stdout)
+    assert re.match(r"cache: .* in float32 would take 0\.2 GB, but only 0\.[01] GB of memory is free; ", done.stdout)
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="Linux, with its tool for namespaces")

@@ -1,4 +1,4 @@
-"""forward, held against a second forward that shares no code with it and is written for nothing but to be right."""
+"""forward, against a second forward that shares no code with it and is written only to be right."""
 
 from __future__ import annotations
 

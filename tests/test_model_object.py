@@ -1,4 +1,4 @@
-"""Model: what a user guesses it does, held against the functions it stands for."""
+"""Model: its methods do what a user expects, and what the functions of the same names do."""
 
 from __future__ import annotations
 

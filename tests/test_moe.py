@@ -1,4 +1,4 @@
-"""The router and the experts: what their sum must satisfy, and that no other expert's weights are needed."""
+"""The router and the experts: properties of their sum, and that only chosen experts' weights are needed."""
 
 from __future__ import annotations
 

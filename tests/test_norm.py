@@ -1,4 +1,4 @@
-"""RMSNorm: the properties it is defined by, and its formula in exactly rounded sums."""
+"""RMSNorm: its defining properties, and its formula in exactly rounded sums."""
 
 from __future__ import annotations
 

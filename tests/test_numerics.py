@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 held against integer arithmetic on the bits; softmax and SiLU against sums in exact order."""
+"""Rounding to bfloat16, against integer arithmetic on the bits; softmax and SiLU, against exact sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW beside torch's and beside its formula; the learning rate's schedule; clipping."""
+"""AdamW, against torch's and its formula; the learning rate schedule; clipping."""
 
 from __future__ import annotations
 

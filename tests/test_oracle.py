@@ -1,4 +1,4 @@
-"""Every number held against transformers' own Qwen3, eager. `pytest -m oracle -s` prints the figures."""
+"""Every number, against transformers' own eager Qwen3. `pytest -m oracle -s` prints the figures."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_rotary_tables(oracle):
 
 
 MODELS = {
-    # head_dim ** -0.5 is no power of two, so that the rounding of the scaled scores shows
+    # head_dim ** -0.5 is not a power of two, so that the rounding of the scaled scores shows
     "tied": Config(
         vocab_size=2000,
         hidden_size=192,
@@ -431,7 +431,7 @@ def test_bfloat16_experts(oracle, how):
     for numerics in ("bfloat16", "bfloat16-grouped"):
         ours = experts(x, weights, "", indices, shares, named(numerics))[0]
         differ = np.mean(ours != theirs)
-        print(f"\nexperts {how} beside {numerics}: {differ:.1e} of {theirs.size} differ", end="")
+        print(f"\nexperts {how} against {numerics}: {differ:.1e} of {theirs.size} differ", end="")
         assert (differ == 0) == ((how == "grouped_mm") == (numerics == "bfloat16-grouped"))
 
 
@@ -453,7 +453,7 @@ def test_bfloat16_logits(oracle):
     print(f"transformers bfloat16 from float64, relative L2: median {np.median(theirs):.1e}; in units of that:")
     print(f"  ours from theirs:  median {np.median(apart):.3f}  max {apart.max():.3f}")
     print(f"  ours from float64: median {np.median(error):.3f}  max {error.max():.3f}")
-    # Over some hundred positions one bit that fell the other way reaches many others, so the worst is no small number.
+    # Over some hundred positions one bit that fell the other way reaches many others, so the worst is not small.
     assert np.median(apart) <= 0.2  # measured 0.03 to 0.13
     assert apart.max() <= 0.8  # measured 0.6
     assert error.max() <= 1.05  # measured 1.01

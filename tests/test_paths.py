@@ -1,4 +1,4 @@
-"""Folders with spaces and with letters of other scripts: everything that reads or writes files works in them."""
+"""Folders with spaces and non-Latin letters: everything that reads or writes files works in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guide's port in C: with its planted bug it is found out, without it passes, and both print what the guide has."""
+"""The guide's port in C: its planted bug is found, without the bug it passes, and both print what the guide shows."""
 
 from __future__ import annotations
 

@@ -1,13 +1,18 @@
-"""Logits processors, filters and stopping rules against those of transformers, on drawn cases."""
+"""Logits processors, filters and stopping rules against those of transformers, on drawn cases.
+
+`python -m pytest -m oracle tests/test_processors.py -rP` prints how many of them were equal.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from qwen3np import processed_logits
+import qwen3np
+from qwen3np import Config, init_weights, processed_logits
 from qwen3np.tokenizer import said_in
 
 CASES = 1000
@@ -36,6 +41,10 @@ def drawn(rng, name, size, length):
         "exponential_decay_length_penalty": lambda: (int(rng.integers(0, length)), float(rng.uniform(0.9, 1.5))),
         "suppress_tokens": lambda: ids(),
         "begin_suppress_tokens": lambda: ids(),
+        "temperature": lambda: float(rng.uniform(0.1, 3)),
+        "top_k": lambda: int(rng.integers(1, size + 1)),
+        "top_p": lambda: float(rng.uniform(0.05, 0.99)),
+        "min_p": lambda: float(rng.uniform(0.01, 0.9)),
         "top_h": lambda: float(rng.uniform(0.05, 1)),
         "typical_p": lambda: float(rng.uniform(0.05, 0.99)),
         "epsilon_cutoff": lambda: float(10 ** rng.uniform(-4, -0.5)),
@@ -49,7 +58,7 @@ PROCESSORS = (
     *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
     "begin_suppress_tokens",
 )
-FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FILTERS = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def both(rng, names):
@@ -82,38 +91,43 @@ def both(rng, names):
         return None, scores[0].numpy()
 
 
-def check(rng, names):
-    ours, theirs = both(rng, names)
-    if ours is None:
-        assert not np.isfinite(theirs.max())  # transformers would give NaN to its draw
-    else:
-        assert np.array_equal(ours, theirs), names
+def check(rng, draw, title):
+    """Compare drawn cases, each with the settings that draw() names."""
+    equal = 0
+    for _ in range(CASES):
+        names = draw()
+        ours, theirs = both(rng, names)
+        if ours is None:
+            assert not np.isfinite(theirs.max())  # transformers would give NaN to its draw
+        else:
+            assert np.array_equal(ours, theirs), names
+        equal += 1
+    print(f"{title}: {equal:,} of {CASES:,} drawn cases equal")
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_each_processor_agrees_with_transformers(name):
-    rng = np.random.default_rng(PROCESSORS.index(name))
-    for _ in range(CASES):
-        check(rng, [name])
+    check(np.random.default_rng(PROCESSORS.index(name)), lambda: [name], name)
 
 
 @pytest.mark.oracle
 def test_processors_together_act_in_the_order_of_transformers():
     rng = np.random.default_rng(99)
-    for _ in range(CASES):
+
+    def draw():
         names = [name for name in PROCESSORS if rng.random() < 0.3]
         if any(name.startswith("forced") for name in names):  # with suppress_tokens transformers may refuse them
             names = [name for name in names if name != "suppress_tokens"]
-        check(rng, names)
+        return names
+
+    check(rng, draw, "several processors")
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FILTERS)
 def test_each_filter_agrees_with_transformers(name):
-    rng = np.random.default_rng(200 + FILTERS.index(name))
-    for _ in range(CASES):
-        check(rng, [name])
+    check(np.random.default_rng(200 + FILTERS.index(name)), lambda: [name], name)
 
 
 @pytest.mark.oracle
@@ -138,6 +152,64 @@ def test_stop_strings_agree_with_transformers(builtin):
                 ended += 1
                 break
     assert ended > CASES / 2
+    print(f"stop_strings: {CASES:,} of {CASES:,} drawn answers end at the same token ({ended:,} at a string)")
+
+
+RULES = ("eos_token_id", "max_new_tokens", "max_length", "max_time")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("rules", [*((rule,) for rule in RULES), RULES], ids=" and ".join)
+def test_each_stopping_rule_ends_an_answer_where_transformers_does(rules, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers.generation import stopping_criteria
+    from transformers.generation.utils import GenerationMixin
+
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    config = Config.from_dict({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e4})
+    weights, most = init_weights(config, 0), 8
+    rng, clock, mixin = np.random.default_rng(RULES.index(rules[-1])), 0.0, GenerationMixin()
+    mixin.config = SimpleNamespace()
+    for module in (import_module("qwen3np.generate"), stopping_criteria):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock, monotonic=lambda: clock))
+    early = 0
+    for _ in range(CASES):
+        prompt = rng.integers(0, 12, rng.integers(1, 5)).tolist()
+        times = np.cumsum(rng.exponential(1, most))  # when each token is there
+
+        def takes_time(ids, logits, prompt=prompt, times=times):
+            nonlocal clock
+            clock = times[len(ids) - len(prompt)]
+            return logits
+
+        drawn = {
+            "eos_token_id": rng.choice(12, rng.integers(1, 3), replace=False).tolist(),
+            "max_new_tokens": int(rng.integers(1, most)),
+            "max_length": len(prompt) + int(rng.integers(1, most)),
+            "max_time": float(rng.uniform(0.1, most)),
+        }
+        given = {rule: drawn[rule] for rule in rules}
+        free = {"max_new_tokens": most, "stop_ids": (), "seed": int(rng.integers(1000)), "temperature": 1.0}
+        free["logits_processors"] = [takes_time]
+        answer, _ = qwen3np.generate(weights, config, prompt, **free)
+
+        theirs = GenerationConfig(max_length=given.get("max_length"), max_time=given.get("max_time"))
+        theirs._eos_token_tensor = torch.tensor(given["eos_token_id"]) if "eos_token_id" in given else None
+        if "max_new_tokens" in given:  # as GenerationMixin makes of it; the smaller one of both, ours would take, too
+            theirs.max_length = min(len(prompt) + given["max_new_tokens"], theirs.max_length or 99)
+        clock = 0.0
+        criteria, count = mixin._get_stopping_criteria(theirs, StoppingCriteriaList()), most
+        for n in range(1, most):
+            clock = times[n - 1]
+            if bool(criteria(torch.tensor([prompt + answer[:n]]), None)[0]):
+                count, early = n, early + 1
+                break
+        clock = 0.0
+        ours = {"stop_ids" if name == "eos_token_id" else name: value for name, value in given.items()}
+        assert qwen3np.generate(weights, config, prompt, **{**free, **ours})[0] == answer[:count], given
+    assert early > CASES / 2
+    print(f"{' and '.join(rules)}: {CASES:,} of {CASES:,} drawn answers end at the same token ({early:,} early)")
 
 
 def test_penalties_of_new_tokens_by_hand():

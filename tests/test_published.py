@@ -1,4 +1,4 @@
-"""The released Qwen3-0.6B-Base held against published figures of it.
+"""The released Qwen3-0.6B-Base, against published figures.
 
 They come from transformers 4.51.0 in float32, eager, on an Apple M4 (torch 2.6.0), at revision
 da87bfb608c14b7cf20ba1ce41287e8de496c0cd: https://github.com/moderately-ai/tiler (MIT OR Apache-2.0).

@@ -1,4 +1,4 @@
-"""The README's first command, and the Python examples of all guides, run as printed and print what they say."""
+"""The README's first command and the Python examples of all guides run as printed, with the output shown."""
 
 from __future__ import annotations
 

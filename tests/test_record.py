@@ -1,4 +1,4 @@
-"""Recordings: what they hold, how they are cut, and that a file gives back what was recorded."""
+"""Recordings: their contents, how they are restricted, and that files are read back unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotation held against complex numbers, its tables against 50-digit arithmetic."""
+"""The rotation, against complex numbers; its tables, against 50-digit arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for settings, read from annotations: of a TypedDict here, of Config in test_config.py."""
+"""Rules for settings, read from the annotations of a TypedDict; test_config.py tests those of Config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against one plain forward in float64, cut into windows by hand."""
+"""Scores, against one plain forward in float64, split into windows by hand."""
 
 from __future__ import annotations
 

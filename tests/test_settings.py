@@ -1,4 +1,4 @@
-"""The one list of generation settings: what it refuses, what it shows, and the settings that no other file tests."""
+"""The list of generation settings: its errors, its signatures, and settings that no other file tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLAS is held to one thread while parts are shared out, and gets its threads back."""
+"""BLAS is limited to one thread while our threads work, and gets its threads back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def now():
 
 with threadpool_limits(2, user_api="blas"):
     two = now() == {2}
-can_be_held = pytest.mark.skipif(not two, reason="NumPy's BLAS has one thread, or lets nobody set them")
+can_be_held = pytest.mark.skipif(not two, reason="NumPy's BLAS has one thread, or a fixed number")
 
 
 def test_blas_is_held_to_one_thread_and_given_back():
@@ -151,7 +151,7 @@ def test_blas_gets_all_threads_only_where_nothing_computes_beside(monkeypatch):
             other.join()
         share([0, 1], 1 << 30, lambda part: found.append(threads_of_a_product()))
         assert found == [{1}, {1}, {1}]
-        with blas_threads(2):  # whoever comes meanwhile counts on one thread
+        with blas_threads(2):  # other holders rely on one thread in the meantime
             other = threading.Thread(target=lambda: share([0], 1, lambda part: found.append(now())))
             other.start()
             other.join()
@@ -246,7 +246,7 @@ def test_a_part_stays_at_one_blas_thread_after_a_share_of_its_own(monkeypatch):
     both, found = threading.Barrier(2), []
 
     def task(part):
-        both.wait(5)  # each thread has a part; with OpenMP each has a number of BLAS threads of its own
+        both.wait(5)  # each thread has a part; with OpenMP each has its own number of BLAS threads
         share([0], 1, lambda part: None)
         found.append(now() <= {1})
 
@@ -255,7 +255,7 @@ def test_a_part_stays_at_one_blas_thread_after_a_share_of_its_own(monkeypatch):
 
 
 class CountsByThread:
-    """A BLAS in which each thread has a number of threads of its own, four at first, as in MKL."""
+    """A BLAS in which each thread has its own thread count, four at first, as in MKL."""
 
     def __init__(self, internal_api="mkl"):
         self.internal_api, self.own = internal_api, threading.local()

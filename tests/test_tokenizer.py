@@ -1,4 +1,4 @@
-"""Text <-> ids, against the published vectors and the `tokenizers` library itself."""
+"""Text <-> ids, against published vectors and the `tokenizers` library itself."""
 
 import itertools
 import json

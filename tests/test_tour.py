@@ -1,4 +1,4 @@
-"""The tour: its cells and exercises hold what they promise, again and again, and a terminal shows them page by page."""
+"""The tour: cells and exercises keep their promises, even when run twice, and a terminal shows them page by page."""
 
 from __future__ import annotations
 
@@ -192,13 +192,13 @@ def test_the_checks_notice_a_wrong_layer(module, wrong, lesson, monkeypatch):
     for cells in LESSONS[:lesson]:
         run_lesson(cells, names)
     monkeypatch.setattr(f"qwen3np.{module}", wrong)
-    with pytest.raises(ValueError, match="a check of the tour does not hold: assert "):
+    with pytest.raises(ValueError, match="a check of the tour failed: assert "):
         run_lesson(LESSONS[lesson], names)
 
 
 def test_a_broken_promise_of_an_exercise_is_noticed():
     cell = {"cell_type": "markdown", "source": "**Try:**\n\n```python\nx = 1\nassert x == 2\n```", "metadata": {}}
-    with pytest.raises(ValueError, match=r"^a check of the tour does not hold: assert x == 2$"):
+    with pytest.raises(ValueError, match=r"^a check of the tour failed: assert x == 2$"):
         run_lesson([cell], {})
 
 
@@ -277,7 +277,7 @@ def test_a_pipe_gets_everything():
 def test_step_is_the_old_name_of_lesson():
     old, new = tour("--step", "2"), tour("--lesson", "2")
     assert (old.returncode, old.stdout, new.stderr) == (0, new.stdout, "")
-    assert old.stderr == "[--step is called --lesson now; the old name will be removed in the next version]\n"
+    assert old.stderr == "[--step is now called --lesson; the old name will be removed in the next version]\n"
     assert "--step" not in tour("--help").stdout
 
 
@@ -370,11 +370,11 @@ def test_keys_in_a_terminal(book):
     terminal.press("n")
     assert terminal.page(at(7, 1))[0] == f"## {headings()[6]}"
     terminal.press("99\n")
-    terminal.page(at(7, 1), f"no lesson 99: they are 0 to {LAST}")
+    terminal.page(at(7, 1), f"no lesson 99: lessons are 0 to {LAST}")
     terminal.press("x")
     terminal.page(at(7, 1), "'x' does nothing: ? lists the keys")
     terminal.press("?")
-    assert any("the page before" in line for line in terminal.page(at(7, 1)))
+    assert any("the previous page" in line for line in terminal.page(at(7, 1)))
     terminal.press("n")  # closes the list
     terminal.page(at(7, 1))
     terminal.press("/MIXTURE of\n")

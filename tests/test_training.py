@@ -1,4 +1,4 @@
-"""The training loop and `qwen3np train`: what a run leaves behind, however often it is stopped."""
+"""The training loop and `qwen3np train`: the result of a run, however often it is interrupted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
-# More than one epoch; the last steps are no multiple of save_every.
+# More than one epoch; the number of steps is not a multiple of save_every.
 SETTINGS = Settings(8, batch_size=4, sequence_length=24, learning_rate=0.01, warmup_steps=2, save_every=3)
 LONG = replace(SETTINGS, steps=400)  # long enough to be stopped from outside
 NAMES = ["Ada", "Bo", "Cleo", "Dov"]
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(at, whole, computed, tmp_path):
     assert State.load(folder).step == saved
     assert not (folder / "model.safetensors").exists()
     assert trained(folder, resume=True) == whole
-    assert len(losses) == at + SETTINGS.steps + 1 - saved  # it did not begin anew; the last loss is a check
+    assert len(losses) == at + SETTINGS.steps + 1 - saved  # it did not start over; the last loss is a check
     assert [line["step"] for line in read_log(folder)] == ["3", "6", "8"]
 
 
@@ -153,7 +153,7 @@ def long(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 @pytest.mark.parametrize(
     ("sent", "status", "said"),
-    [("SIGKILL", -9, rb".*"), ("SIGINT", 130, rb".*keeps the last saved step: --resume goes on from there\]\n+")],
+    [("SIGKILL", -9, rb".*"), ("SIGINT", 130, rb".*keeps the last saved step: --resume continues from there\]\n+")],
 )
 def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long, corpus, tmp_path):
     folder, states, deadline = tmp_path / "model", set(), time.monotonic() + 600
@@ -170,7 +170,7 @@ def test_a_stopped_process_leaves_a_state_to_go_on_from(sent, status, said, long
     assert (process.returncode, out) == (status, b"")
     assert re.fullmatch(said, error, re.DOTALL)
     if not (folder / "config.json").exists():
-        with pytest.raises(CheckpointError, match="a training that has not ended; its command with --resume"):
+        with pytest.raises(CheckpointError, match="an unfinished training run; repeat its command with --resume"):
             load(folder)
     assert 0 < State.load(folder).step < LONG.steps
     assert main(command(corpus, folder, LONG, "--resume")) is None
@@ -194,7 +194,7 @@ def test_the_number_of_threads_changes_no_byte(monkeypatch, tmp_path):
 
 
 def numbered(count):
-    """Documents of different lengths, encoded: each has a number of its own, and ends with 0."""
+    """Documents of different lengths, encoded: each has its own number, and ends with 0."""
     lengths = np.random.default_rng(0).integers(2, 9, count)
     return [
         (np.array([*[n] * (length - 1), 0], np.int32), np.ones(length, bool)) for n, length in enumerate(lengths, 1)
@@ -214,7 +214,7 @@ def test_batches_have_every_document_once_in_each_epoch():
     epochs = [documents[start : start + 23] for start in range(0, len(documents) - 22, 23)]
     assert len(epochs) > 10
     assert all(sorted(epoch) == list(range(1, 24)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == len(epochs)  # each in an order of its own
+    assert len(set(map(tuple, epochs))) == len(epochs)  # each in its own order
     other = islice(batches(numbered(23), replace(settings, seed=1)), 40)
     assert order(np.concatenate([rows for rows, _ in other])) != documents
 
@@ -440,9 +440,9 @@ def stopped(computed, tmp_path):
         ({"settings": replace(SETTINGS, sequence_length=32)}, r"had other sizes: \{'max_position_embeddings': 24\}"),
         ({"documents": OTHERS}, "had another corpus"),
         ({"held_out": [QUESTION]}, "no token of the documents counts in the loss"),
-        ({"settings": replace(SETTINGS, steps=2)}, "is at step 3, after steps = 2"),
+        ({"settings": replace(SETTINGS, steps=2)}, "is at step 3, beyond steps = 2"),
         ({"settings": replace(SETTINGS, seed=5, batch_size=3)}, r"other settings: \{'batch_size': 4, 'seed': 0\}"),
-        ({"resume": False}, "exists; name a new folder, or resume the training that was stopped there"),
+        ({"resume": False}, "exists; choose a new folder, or resume the run that was interrupted there"),
     ],
 )
 def test_another_training_does_not_go_on(changed, message, stopped, whole):
@@ -482,10 +482,10 @@ def test_there_must_be_a_training_to_resume(learned, tmp_path):
     before = {file.name: file.read_bytes() for file in learned.iterdir()}
     with pytest.raises(ValueError, match="so there is no training to resume"):
         trained(tmp_path / "nowhere", resume=True)
-    with pytest.raises(ValueError, match="the training that was stopped there had other sizes"):
+    with pytest.raises(ValueError, match="the interrupted run there had other sizes"):
         trained(learned, resume=True)
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(ValueError, match="exists; name a new folder"):
+    with pytest.raises(ValueError, match="exists; choose a new folder"):
         trained(learned)
     assert {file.name: file.read_bytes() for file in learned.iterdir()} == before
 
@@ -544,7 +544,7 @@ def test_the_command_trains(run, whole, corpus, tmp_path):
     assert run(*command(corpus, folder), "--held-out", str(corpus)) == ""
     assert run.status == 0
     assert run.stderr.endswith(
-        f"[{folder}: trained; other commands take it with --model; --resume with more --steps goes on]\n"
+        f"[{folder}: trained; use it with --model; --resume with more --steps continues training]\n"
     )
     assert (folder / "model.safetensors").read_bytes() == whole
     config = json.loads((folder / "config.json").read_text())
@@ -605,7 +605,7 @@ def test_errors_of_a_corpus_are_one_line(run, tmp_path):
 
 def test_errors_of_a_resumed_run_are_one_line(run, stopped, whole, corpus):
     for changed, message in (
-        ({}, "exists; name a new folder"),
+        ({}, "exists; choose a new folder"),
         ({"resume": True, "hidden_size": 32}, "had other sizes"),
         ({"resume": True, "learning_rate": 1e15}, "the loss is"),
     ):
@@ -657,9 +657,10 @@ def test_what_is_said_before_and_on_the_way(tmp_path, capsys):
     (tmp_path / "stories.txt").write_text(
         "\n\n".join(f"{name} has {n} apples." for n in range(40) for name in ("Ada", "Bo"))
     )
-    main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=9)))
+    main(command(tmp_path / "stories.txt", tmp_path / "m", replace(SETTINGS, steps=12)))
     err = capsys.readouterr().err
-    assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank lines do not" in err
-    assert re.search(r"\[1 documents, [\d,]+ tokens; [\d,]+ parameters; 9 steps of 96 tokens: each document about", err)
-    assert re.search(r"\[step 3, learning_rate .*, loss .*; of 9 steps\]", err)  # no terminal, so lines
-    assert "--resume with more --steps goes on" in err
+    assert "stories.txt is one document: lines of <|endoftext|> separate documents, blank and other" in err
+    assert re.search(r"\[1 document, [\d,]+ tokens; [\d,]+ parameters; 12 steps of 96 tokens, about", err)
+    assert re.search(r"\[about [\d.]+ (s|minutes|hours) to go\]", err)
+    assert re.search(r"\[step 3, learning_rate .*, loss .*; of 12 steps\]", err)  # no terminal, so lines
+    assert "--resume with more --steps continues training" in err

@@ -1,4 +1,4 @@
-"""Verdicts on ports that are right in another way, on settings, and on what programs print instead of points."""
+"""Verdicts on correct ports that differ, on settings, and on programs that print other things than points."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_two_names_of_one_point(golden):
 
 
 def test_misread_points(golden, short_weights):
-    """A point that is another tensor throughout, though what follows is right, is no bug."""
+    """A point that holds another tensor, although what follows is right, is not a bug."""
     dump = {name: x.copy() for name, x in golden.points.items()}
     dump["model.norm"] = dump["model.layers.1"] * np.float32(0.3)
     for some in (short_weights, None):
@@ -249,7 +249,7 @@ def logits(dump):
 
 @pytest.mark.parametrize("short", [np.float32, BFLOAT16])
 def test_numbers_are_fitted(config, short_weights, golden, short):
-    """A theta and an eps that nobody listed, from all points and from logits."""
+    """A theta and an eps that are not in the catalogue, from all points and from logits."""
     for key, value, name in (
         ("rope_theta", 5e6, "rotary: rope_theta is 5,000,000"),
         ("rope_theta", 12_000.0, "rotary: rope_theta is 12,000"),
@@ -458,7 +458,7 @@ def test_green_means_compared(config, short_weights, golden, tmp_path, capsys):
 
 
 def test_weights_of_its_own(config, short_weights, golden, tmp_path, capsys):
-    """A port with quantised weights is held against a reference that has the same."""
+    """A port with quantised weights is compared with a reference that has the same weights."""
     golden.save(tmp_path / "golden.safetensors")
     own = {k: quantised(0, scale=np.float32)(w) if w.ndim == 2 else w for k, w in short_weights.items()}
     save_checkpoint(tmp_path / "other", config, own)
@@ -468,7 +468,7 @@ def test_weights_of_its_own(config, short_weights, golden, tmp_path, capsys):
     files = tmp_path / "golden.safetensors", tmp_path / "mine.safetensors"
     assert run(capsys, "compare", *files)[0] == 1
     status, _, err = run(capsys, "compare", *files, "--model", tmp_path / "other")
-    assert (status, "its weights are not those of" in err) == (2, True)
+    assert (status, "its weights differ from" in err) == (2, True)
     for place in ("other", "own.safetensors"):
         status, out, _ = run(capsys, "compare", *files, "--weights-from", tmp_path / place)
         assert (status, "float32 rounding only" in out) == (0, True)
@@ -526,7 +526,7 @@ def test_eps_of_keras_hub(printed):
     golden, weights, dump, options = printed("tied/keras-hub.npz")
     for some in (dump, logits(dump)):
         found = diagnose(golden, some, weights=weights, **options)
-        assert (found.causes[0].name, found.causes[0].step, found.unexplained) == (
+        assert (found.causes[0].name, found.causes[0].point, found.unexplained) == (
             "norm: rms_norm_eps is 1e-5",
             "self_attn.q_norm",
             [],

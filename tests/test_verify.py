@@ -1,4 +1,4 @@
-"""verify: one hash whatever computes it, and published rows held against logits that are right or wrong."""
+"""verify: the same hash however it is computed, and published rows against right and wrong logits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_command_says_so_and_ends_with_its_status(capsys, builtin, tmp_path)
     assert found["sha256"] != published_hash()
     assert found["published"] is None
     main(["verify", "--model", str(tmp_path / "other")])
-    assert "compare this one with another machine's" in capsys.readouterr().out
+    assert "compare it with the hash on another machine" in capsys.readouterr().out
 
 
 def test_a_difference_is_exit_status_1(capsys, monkeypatch):

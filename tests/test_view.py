@@ -1,4 +1,4 @@
-"""The page of `qwen3np view`: its numbers, its text, its file; and in Chromium, how it reacts."""
+"""The page of `qwen3np view`: its numbers, its text, its file; and its behaviour in Chromium."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_the_command_opens_a_browser_for_someone_at_a_terminal(monkeypatch, caps
     ("prompt", "out", "message"),
     [
         ("", "old.html", "empty; a prompt needs at least one token"),
-        (" is" * (MAX_TOKENS + 1), "old.html", f"129 tokens, and a view shows at most {MAX_TOKENS}: what heads"),
+        (" is" * (MAX_TOKENS + 1), "old.html", f"129 tokens, but a view shows at most {MAX_TOKENS}: attention"),
         (PROMPT, "missing/view.html", "there is no folder"),
         (PROMPT, ".", "is a folder"),
     ],

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print medians of a few repetitions, with the machine they hold for."""
+    """Print medians of a few repetitions, and the machine."""
     name, numerics, engine = arguments.model, arguments.numerics, arguments.engine
     began = time.perf_counter()
     model = load_named(arguments)
@@ -77,9 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def seconds(run: Callable[[], object], budget: float = 5.0, most: int = 20) -> list[float]:
-    """Return how long each call of run took: at most so many calls, none after `budget` seconds.
+    """Return how long each call of run took: up to `most` calls, none after `budget` seconds.
 
-    The first call is for warmth, and is left out where there are others.
+    The first call warms up, and is left out unless it is the only one.
     """
     times: list[float] = []
     while not times or (len(times) < most and sum(times) < budget):
@@ -90,7 +90,7 @@ def seconds(run: Callable[[], object], budget: float = 5.0, most: int = 20) -> l
 
 
 def prefill_seconds(model: Model, length: int, numerics: str = "float32", engine: str = "fast") -> list[float]:
-    """Return the times from a prompt of random ids to its first token."""
+    """Return the times from a prompt of random ids to the first token."""
     ids: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
     return seconds(
         lambda: next(stream(model.weights, model.config, ids, max_new_tokens=1, numerics=numerics, engine=engine))
@@ -112,7 +112,7 @@ def decode_seconds(
 
 
 def filled_cache(config: Config, position: int, batch: int = 1, numerics: str = "float32") -> KVCache:
-    """Return a cache as generate makes it, with room for one more: random numbers take the same time as real ones."""
+    """Return a cache like generate's, with room for one more position; random numbers take as long as real ones."""
     cache = new_cache(config, [range(position)] * batch, 1, numerics)
     rng, shape = np.random.default_rng(0), (config.num_key_value_heads, position, config.head_dim)
     for array in (cache.k, cache.v):
@@ -122,7 +122,7 @@ def filled_cache(config: Config, position: int, batch: int = 1, numerics: str = 
 
 
 def memory() -> dict[str, int]:
-    """Return the peak of this process's memory and, where the system says, what of it is used now, and for what."""
+    """Return this process's peak memory and, if the system reports it, its current use by kind."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent had before exec
         names = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file_bytes"}
@@ -162,4 +162,4 @@ def blas() -> str:
     found = [info for info in libraries if info["user_api"] == "blas"]
     parts = [f"{info['internal_api']} {info['version']} {info.get('architecture', '')}".strip() for info in found]
     variables = [f"{name}={setting}" for name, setting in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
-    return ", ".join([*parts, *variables]) or "a BLAS that does not say which"
+    return ", ".join([*parts, *variables]) or "an unknown BLAS"

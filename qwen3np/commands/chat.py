@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +30,9 @@ from qwen3np.commands import (
     utf8,
 )
 from qwen3np.conversation import Conversation
-from qwen3np.errors import ContextOverflowError, one_line, visible
+from qwen3np.errors import ContextOverflowError, one_line
 from qwen3np.files.writing import written_aside
-from qwen3np.terminal import style, thinking_styled, wrapped
+from qwen3np.terminal import Page, style, thinking_styled
 
 EXAMPLE = "qwen3np chat --model Qwen/Qwen3-0.6B --think off"
 HELP = "hold a conversation"
@@ -49,7 +49,7 @@ COMMANDS = """\
 /load FILE        go on with a saved conversation
 /help, /?         this list
 /exit             leave, as /quit, /bye and Ctrl-D do
-//TEXT            a message that begins with a slash
+//TEXT            a message that starts with a slash
 Ctrl-C stops an answer."""
 NAMES = tuple(line.split()[0].strip("/,") for line in COMMANDS.splitlines() if line.startswith("/") and line[1] != "/")
 LEAVE = ("exit", "quit", "bye")
@@ -80,35 +80,39 @@ def run(arguments: argparse.Namespace) -> None:
     conversation = Conversation(model, messages, escape=not arguments.special_tokens)
     chat = Chat(conversation, arguments, generation_options(model, arguments), tools)
     if typed:
-        with history(None if arguments.no_history else history_file()):
+        # in this order: readline passes the signal of a new size on to the handler that it finds
+        with chat.page.redrawn(), history(None if arguments.no_history else history_file()):
             _typed(chat)
     elif arguments.lines:
+        line = b""
         for line in sys.stdin.buffer:  # as they come: another program may read each answer first
             if not chat.take(utf8(line, "stdin").removeprefix("\ufeff")):
                 return
+        if not line:
+            raise ValueError("stdin is empty; give a message a line there")
     else:
         chat.answer(given.removesuffix("\n").removesuffix("\r"))
 
 
 def _typed(chat: Chat) -> None:
     """Take what is typed, until it is enough."""
-    _say("Ask something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    chat.say("Ask something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
             if not sys.stdout.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> " if sys.stdout.isatty() else "")
+            line = chat.page.ask("> " if sys.stdout.isatty() else "")
             if line.strip().lower() in LEAVE or not chat.take(line):
                 return
         except KeyboardInterrupt:
-            _say("\nCtrl-D leaves.")
+            chat.say("\nCtrl-D leaves.")
         except EOFError:
-            _say("")
+            chat.say("")
             return
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            _say(f"error: {one_line(' '.join(str(error).split()))}")
+            chat.say(f"error: {one_line(' '.join(str(error).split()))}")
 
 
 def history_file() -> Path:
@@ -153,6 +157,7 @@ class Chat:
     ) -> None:
         """Take the switches from the command line."""
         self.conversation = conversation
+        self.page = Page()
         self.options: dict[str, Any] = options
         self.tools = tools
         self.stop: list[str] = arguments.stop
@@ -173,7 +178,7 @@ class Chat:
             self.answer(line)
         return True
 
-    def answer(self, message: str) -> None:
+    def answer(self, message: str | Mapping[str, Any]) -> None:
         """Print the answer to a message as it comes, and on stderr what it cost. In a terminal, Ctrl-C ends it."""
         conversation, context = self.conversation, self.conversation.model.config.max_position_embeddings
         ends = Ends(
@@ -199,16 +204,17 @@ class Chat:
         interrupts = [KeyboardInterrupt] if sys.stdin.isatty() else []
         try:
             with contextlib.suppress(*interrupts), contextlib.closing(bar), contextlib.closing(reply):
-                for piece in wrapped(self.shown(ends.text(timed()))):
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                for piece in self.shown(ends.text(timed())):
+                    self.page.write(piece)
         except ContextOverflowError as error:
-            raise ValueError(f"{error}; {self.offers()}") from None
+            what = str(error).replace("input_ids: prompt 0", "the conversation")
+            raise ValueError(f"{what}: {self.offers()}") from None
         finally:
-            sys.stdout.write(style("0"))
-            print(flush=True)
+            if ids:
+                self.page.write(style("0"))
+                self.page.write("\n")
         if not ids:
-            _say("[interrupted before the answer began; the message is dropped]")
+            self.say("\n[interrupted before the answer began; the message is dropped]")
             return
         cost = f"{len(ids)} tokens, first after {times[0] - began:.1f} s"
         if len(ids) > 1:
@@ -221,9 +227,13 @@ class Chat:
                 cost += "; cut at --max-new-tokens"
             elif held >= context:
                 cost += f"; cut, since the context is full: {self.offers()}"
-        _say(f"[{cost}]")
+        self.say(f"[{cost}]")
         for call in conversation.messages[-1].get("tool_calls", ()):
-            _say(f"[it calls {call['function']['name']} with {json.dumps(call['function']['arguments'])}]")
+            self.say(f"[it calls {call['function']['name']} with {json.dumps(call['function']['arguments'])}]")
+
+    def say(self, text: str) -> None:
+        """Show a remark, on stderr."""
+        self.page.write(f"{text}\n", sys.stderr)
 
     def offers(self) -> str:
         """Say what to do about a full context."""
@@ -246,17 +256,19 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        _say("The conversation is forgotten.")
+        self.say("The conversation is forgotten.")
 
     def _drop(self, argument: str) -> None:
         count = int(argument or 1) if (argument or "1").isdecimal() else 0
         if count < 1:
             raise ValueError(f"/drop {argument}: needs how many turns to forget")
-        _say(f"Forgot {self.conversation.drop(count)} of the oldest turns.")
+        self.say(f"Forgot {self.conversation.drop(count)} of the oldest turns.")
 
     def _undo(self, _: str) -> None:
         taken = self.conversation.undo()
-        _say("There is nothing to take back." if taken is None else f"Taken back: {one_line(taken)[:60]}")
+        self.say(
+            "There is nothing to take back." if taken is None else f"Taken back: {one_line(taken['content'])[:60]}"
+        )
 
     def _regen(self, _: str) -> None:
         message = self.conversation.undo()
@@ -266,30 +278,29 @@ class Chat:
 
     def _history(self, _: str) -> None:
         for message in self.conversation.messages:
-            _say(f"{message['role']}: {message.get('content') or ''}")
+            content = message.get("content") or ""
+            shown = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+            self.say(f"{message['role']}: {shown}")
         if not self.conversation.messages:
-            _say("Nothing has been said.")
+            self.say("Nothing has been said.")
 
     def _system(self, argument: str) -> None:
         if argument:
             self.conversation.set_system(None if argument == "none" else argument)
-        messages = self.conversation.messages
-        if messages and messages[0]["role"] == "system":
-            _say(f"The system message is: {messages[0]['content']}")
-        else:
-            _say("There is no system message.")
+        system = self.conversation.system
+        self.say("There is no system message." if system is None else f"The system message is: {system}")
 
     def _set(self, argument: str) -> None:
         if argument:
             self.options = {**self.conversation.model.generation_settings({**self.options, **setting(argument)})}
         shown = {k: v for k, v in self.options.items() if v is not None and not callable(v) and k != "stop_ids"}
-        _say("\n".join(f"{name} {value}" for name, value in shown.items()))
+        self.say("\n".join(f"{name} {value}" for name, value in shown.items()))
 
     def _think(self, argument: str) -> None:
         if argument not in ("on", "off"):
             raise ValueError("/think needs on or off")
         self.thinking = argument == "on"
-        _say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
+        self.say(f"Reasoning is {argument}, where the checkpoint's template knows it.")
 
     def _save(self, argument: str) -> None:
         if not argument:
@@ -297,7 +308,7 @@ class Chat:
         content = json.dumps({"messages": self.conversation.messages}, ensure_ascii=False, indent=1)
         with written_aside(Path(os.path.expanduser(argument))) as part:
             part.write_text(content + "\n", encoding="utf-8")
-        _say(f"Saved {len(self.conversation.messages)} messages.")
+        self.say(f"Saved {len(self.conversation.messages)} messages.")
 
     def _load(self, argument: str) -> None:
         if not argument:
@@ -306,16 +317,12 @@ class Chat:
         if messages:  # the template refuses what is no conversation
             self.conversation.tokenizer.apply_chat_template(messages)
         self.conversation.messages = messages
-        _say(f"Loaded {len(messages)} messages.")
+        self.say(f"Loaded {len(messages)} messages.")
 
     def _help(self, _: str) -> None:
-        _say(COMMANDS)
+        self.say(COMMANDS)
 
 
 def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-def _say(text: str) -> None:
-    print(visible(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

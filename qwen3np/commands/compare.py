@@ -1,4 +1,4 @@
-"""`qwen3np compare`: the first number of another implementation that is wrong, or that all of them are right."""
+"""`qwen3np compare`: find the first wrong number of another implementation, or confirm that all are right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwen3np.porting.points import split_layer
 from qwen3np.porting.record import fingerprint
 
 EXAMPLE = "qwen3np compare golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
-HELP = "compare the numbers of another implementation with a recording; status 0: rounding, 1: different, 2: unusable"
+HELP = "compare another implementation with a recording; exit status 0: rounding, 1: different, 2: unusable"
 Report = TypeVar("Report")
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
@@ -32,7 +32,10 @@ RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_dump(parser)
-    add_model(parser, default="none; with it each step is run on the port's own inputs, for the error that it adds")
+    add_model(
+        parser,
+        default="none; with it each formula is run on the port's own inputs, which shows the error it introduces",
+    )
 
 
 def add_dump(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +44,27 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "mine",
         metavar="MINE",
-        help="a .safetensors, a .npz, a folder of .npy or of transformers' model_addition_debugger_context; a .txt "
-        "that llama-eval-callback printed; or a .json {point: SHA-256}, of a port that is exact itself",
+        help="a .safetensors, a .npz, a folder of .npy files or from transformers' model_addition_debugger_context; a "
+        ".txt that llama-eval-callback printed; or a .json {point: SHA-256} from a port that is exact, too",
     )
     parser.add_argument(
         "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="what the port computes in (default: as its numbers look)"
+        "--precision", choices=PRECISIONS, help="what the port computes in (default: inferred from its numbers)"
     )
     required = "points that must be compared, patterns separated by commas: 'lm_head,decode.*'; status 2 without them"
     parser.add_argument("--require", metavar="P", help=required)
-    other = "weights that the port has instead, such as dequantised ones: a folder, or a .safetensors by the same names"
+    other = "the weights that the port uses instead, such as dequantised ones: a folder, or a .safetensors file"
     parser.add_argument("--weights-from", metavar="W", help=other)
-    parser.add_argument("--brief", action="store_true", help="print no table: what is wrong, and how much was compared")
+    parser.add_argument(
+        "--brief", action="store_true", help="print no table, only what is wrong and how much was compared"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report and end with its status."""
+    """Print the report and exit with its status."""
     if Path(arguments.mine).suffix == ".json":
         _compare_hashes(arguments)
         return
@@ -72,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Report], items: str) -> Report:
-    """Return what make gives; where it can make nothing of the files, end with status 2, with --json as an object."""
+    """Return the result of `make`. If the files are unusable, exit with status 2; with --json, print an object."""
     try:
         return make(arguments)
     except (ValueError, OSError) as error:
@@ -83,7 +88,7 @@ def reported(arguments: argparse.Namespace, make: Callable[[argparse.Namespace],
 
 
 def read(arguments: argparse.Namespace) -> tuple[Recording, dict[str, Array], dict[str, Any], dict[str, Any]]:
-    """Return the recording, the dump, what the dump says of itself, and the options that the flags give."""
+    """Return the recording, the dump, what the dump says about itself, and the options from the flags."""
     try:
         golden = Recording.load(arguments.golden)
     except ValueError as error:
@@ -97,7 +102,7 @@ def read(arguments: argparse.Namespace) -> tuple[Recording, dict[str, Array], di
 
 
 def is_recording(path: str) -> bool:
-    """Whether a file is one that trace wrote."""
+    """Whether trace wrote this file."""
     try:
         Recording.load(path)
     except (ValueError, OSError):
@@ -106,9 +111,9 @@ def is_recording(path: str) -> bool:
 
 
 def read_weights(arguments: argparse.Namespace, golden: Recording) -> tuple[Recording, Mapping[str, Array]]:
-    """Return the recording and the weights of --model, or the ones that --weights-from makes of it.
+    """Return the recording and the weights of --model, or both as --weights-from makes them.
 
-    Raises ValueError where the weights of --model are not those that were recorded.
+    Raises ValueError if the weights of --model are not the recorded ones.
     """
     if arguments.weights_from is not None:
         path = Path(arguments.weights_from)
@@ -127,12 +132,10 @@ def read_weights(arguments: argparse.Namespace, golden: Recording) -> tuple[Reco
     model = load(arguments.model, revision=arguments.revision)
     named = arguments.model or "the built-in checkpoint"
     if scaled(model.config, arguments) != golden.config:
-        raise ValueError(
-            f"{named}: its config is not that of {arguments.golden}; --model names the one that was recorded"
-        )
+        raise ValueError(f"{named}: its config differs from {arguments.golden}; --model must name the recorded model")
     if golden.fingerprint not in (None, fingerprint(model.weights)):
         raise ValueError(
-            f"{named}: its weights are not those of {arguments.golden}; --weights-from takes a port's own, "
+            f"{named}: its weights differ from {arguments.golden}; --weights-from takes a port's own, "
             "such as dequantised ones"
         )
     return golden, model.weights
@@ -147,7 +150,7 @@ def _compare(arguments: argparse.Namespace) -> Comparison:
 
 
 def _compare_hashes(arguments: argparse.Namespace) -> None:
-    """Compare the hashes of points with those of a recording that the exact engine made."""
+    """Compare the hashes of points with a recording by the exact engine."""
     golden, mine = Recording.load(arguments.golden), read_hashes(Path(arguments.mine))
     if golden.engine != "exact":
         raise ValueError(f"{arguments.golden}: made by the {golden.engine} engine; hashes need one of --engine exact")
@@ -164,7 +167,7 @@ def _compare_hashes(arguments: argparse.Namespace) -> None:
 
 
 def table(found: Comparison, colour: bool) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     width = max(len(report.name) for report in found.points)
     head = f"{'point':<{width}}{'rel L2':>10}{'floor':>10}{'added':>10}{'max abs':>10}{'ulp':>10}  token head  verdict"
     lines = [head, *(_line(report, width, colour) for report in found.points)]

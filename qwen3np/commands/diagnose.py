@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 from qwen3np.commands import add_model, named
 from qwen3np.commands.compare import add_dump, read, read_weights, reported
-from qwen3np.porting.compare import share
+from qwen3np.porting.compare import per_cent
 from qwen3np.porting.diagnose import Diagnosis, diagnose
 
 EXAMPLE = "qwen3np diagnose golden.safetensors mine.safetensors --model Qwen/Qwen3-0.6B"
-HELP = "try known bugs on the first wrong number of another implementation; status as that of compare"
+HELP = "try known bugs at the first wrong number of another implementation; exit status as for compare"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report and end with its status."""
+    """Print the report and exit with its status."""
     found = reported(arguments, _diagnose, "causes")
     text = found.meaning if arguments.brief else summary(found)
-    print(json.dumps(asdict(found)) if arguments.json else text)
+    if arguments.json:
+        causes = [{**asdict(cause), "step": cause.point} for cause in found.causes]  # step: the old name of point
+        text = json.dumps({**asdict(found), "causes": causes})
+    print(text)
     sys.exit(found.verdict == "different")
 
 
@@ -39,7 +42,7 @@ def _diagnose(arguments: argparse.Namespace) -> Diagnosis:
 
 
 def summary(found: Diagnosis) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     lines = list(found.known)
     if found.unexplained:
         names = ", ".join(found.unexplained[:5]) + (", ..." if len(found.unexplained) > 5 else "")
@@ -47,7 +50,7 @@ def summary(found: Diagnosis) -> str:
     if found.causes:
         lines.append("explained of the squared error:")
         lines += [
-            f"{share(cause.explained):>12}  {cause.name} (at {cause.step})"
+            f"{per_cent(cause.explained):>12}  {cause.name} (at {cause.point})"
             for cause in found.causes
             if cause.explained > 0.01
         ]

@@ -10,16 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3np.commands import (
-    add_computation,
-    add_model,
-    add_texts,
-    load_model,
-    progress_bar,
-    read_texts,
-    text,
-    warn_of_chat_model,
-)
+from qwen3np.commands import add_texts_and_model, progress_bar, text, texts_and_model
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, embed
 from qwen3np.files.writing import written_aside
 
@@ -31,22 +22,22 @@ FORMATS = (".npy", ".npz", ".jsonl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("texts", nargs="*", type=text, metavar="TEXT", help="a text (default: stdin)")
-    add_texts(parser, "text")
     query = parser.add_mutually_exclusive_group()
     query.add_argument(
         "--query",
         action="store_const",
         dest="instruction",
         const=DEFAULT_INSTRUCTION,
-        help="the texts are web searches",
+        help="the texts are web search queries",
     )
-    instruction = "the texts are queries for this task, such as --query's: " + DEFAULT_INSTRUCTION
+    instruction = "the texts are queries for this task; --query uses: " + DEFAULT_INSTRUCTION
     query.add_argument("--instruction", type=text, metavar="TASK", help=instruction)
-    parser.add_argument("--dimensions", type=int, metavar="N", help="keep the first N, normalised (default: all)")
-    out = ".npy: the array (texts, dimensions); .npz: it as embeddings, beside texts; .jsonl (default: JSON to stdout)"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=out)
-    add_model(parser, "Qwen/Qwen3-Embedding-0.6B")
-    add_computation(parser)
+    parser.add_argument(
+        "--dimensions", type=int, metavar="N", help="keep the first N dimensions, normalised again (default: all)"
+    )
+    out = ".npy: an array (texts, dimensions); .npz: embeddings and texts; .jsonl (default: JSON lines on stdout)"
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, help=out)
+    add_texts_and_model(parser, "text", "Embedding")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,10 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: no such folder: {out.parent}")
     if arguments.dimensions is not None and arguments.dimensions < 1:
-        raise ValueError(f"--dimensions {arguments.dimensions} must be a whole number from 1")
-    texts = read_texts(arguments.texts, arguments, "text")
-    model, _ = load_model(arguments)
-    warn_of_chat_model(model, arguments, "Embedding")
+        raise ValueError(f"--dimensions {arguments.dimensions} must be at least 1")
+    texts, model = texts_and_model(arguments.texts, arguments, "text", "Embedding")
     with progress_bar(len(texts), "embedded", "text") as bar:
         embeddings = embed(
             model,
@@ -80,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         if out.suffix == ".npy":
             np.save(file, embeddings)
         elif out.suffix == ".npz":
-            archive = io.BytesIO()  # on a full disk, one that is written directly complains a second time
+            archive = io.BytesIO()  # if written directly to a full disk, NumPy would report the error twice
             np.savez(archive, embeddings=embeddings, texts=np.array(texts))
             file.write(archive.getbuffer())
         else:

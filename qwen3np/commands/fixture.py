@@ -21,4 +21,4 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the kit."""
     write_fixture(arguments.output)
     first = Path(arguments.output) / "README.md"
-    print(f"[{arguments.output}: {', '.join(CONFIGS)}; begin with {first}]", file=sys.stderr)
+    print(f"[{arguments.output}: {', '.join(CONFIGS)}; start with {first}]", file=sys.stderr)

@@ -42,12 +42,16 @@ HELP = "continue a text, or several at once"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("prompts", nargs="*", type=text, metavar="PROMPT", help="a text to continue (default: stdin)")
-    also = "the same, as a flag (repeatable)"
+    also = "a prompt given as a flag (repeatable)"
     parser.add_argument("-p", "--prompt", type=text, action="append", default=[], metavar="PROMPT", help=also)
     add_texts(parser, "prompt")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a user's message: apply the chat template"
+    )
     add_chat(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line: ids, text, logprobs, timings")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line: ids, text, logprobs, timings"
+    )
     top = "with --json: the N likeliest tokens of each step, before temperature and filters"
     parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help=top)
     add_generation(parser)
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the continuation of each prompt as it comes, or as JSON when it is whole."""
+    """Print the continuation of each prompt as it comes, or as JSON when it is complete."""
     flags_of_generation(arguments)
     inputs, given = _inputs(arguments)
     began = time.perf_counter()
@@ -131,12 +135,12 @@ Given: TypeAlias = "tuple[list[dict[str, Any]], list[dict[str, Any]] | None]"
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[list[str], Given | None]:
-    """Return the prompts, and for a chat the messages before them with the tools."""
+    """Return the prompts and, for a chat, the earlier messages and the tools."""
     chat: bool = arguments.chat or arguments.messages is not None
     if not chat and (arguments.system or arguments.think or arguments.tools or arguments.hide_thinking):
-        raise ValueError("--system, --think, --hide-thinking and --tools belong to --chat")
+        raise ValueError("--system, --think, --hide-thinking and --tools need --chat")
     if arguments.top_logprobs < 0 or (arguments.top_logprobs and not arguments.json):
-        raise ValueError(f"--top-logprobs {arguments.top_logprobs} must be 0 or more, and belongs to --json")
+        raise ValueError(f"--top-logprobs {arguments.top_logprobs} must be 0 or more, and needs --json")
     prompts = [*arguments.prompts, *arguments.prompt]
     if arguments.messages is not None and not prompts and arguments.file is None:
         return [], chat_files(arguments)
@@ -150,7 +154,7 @@ def _as_chat(
     message: str | None,
     arguments: argparse.Namespace,
 ) -> str:
-    """Return the prompt of a chat; messages that end with the assistant's, without another one, are continued."""
+    """Return the prompt of a chat. Without a new message, a final message of the assistant is continued."""
     messages = [*messages, {"role": "user", "content": message}] if message is not None else messages
     thinking = None if arguments.think is None else arguments.think == "on"
     return tokenizer.apply_chat_template(
@@ -169,7 +173,7 @@ class _Token:
 
 
 def _by_row(found: Iterator[Step], tokenizer: Tokenizer, rows: int, top: int | None) -> list[Iterator[_Token]]:
-    """Take the steps of a batch apart into one iterator for each row; log-probabilities only if top is not None."""
+    """Split the steps of a batch into one iterator per row, with log-probabilities if top is not None."""
     waiting: list[deque[tuple[_Token, bool]]] = [deque() for _ in range(rows)]
 
     def token(step: Step) -> _Token:
@@ -199,7 +203,7 @@ def _counted(pieces: Iterator[str], bar: Any) -> Iterator[str]:
 
 
 def _collected(tokens: Iterator[_Token], answer: list[_Token]) -> Iterator[int]:
-    """Yield the ids of tokens, and keep the tokens themselves in answer."""
+    """Yield the ids of tokens, and collect the tokens in answer."""
     for token in tokens:
         answer.append(token)
         yield token.id

@@ -8,6 +8,7 @@ import sys
 
 from qwen3np.commands import add_model, named, scaled, table
 from qwen3np.config import Config
+from qwen3np.errors import one_line
 from qwen3np.files.adapter import adapted
 from qwen3np.files.checkpoint import read_checkpoint
 from qwen3np.files.folders import gguf_of
@@ -23,18 +24,18 @@ HELP = "describe a checkpoint: architecture, parameters, memory"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    text = "say what memory a context of N positions needs (default: 1000)"
+    text = "report the memory for a context of N positions (default: 1000)"
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--positions", type=int, metavar="N", default=1000, help=text)
     add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the architecture table. A folder that holds nothing but a config.json is described too."""
+    """Print the architecture table. A folder with nothing but a config.json is enough."""
     positions: int = arguments.positions
     if positions < 1:
-        raise ValueError(f"--positions={positions} is not a whole number from 1")
-    # whether it would fit is asked before the weights are downloaded
+        raise ValueError(f"--positions={positions} must be at least 1")
+    # people ask whether a model fits before they download its weights
     folder = resolve(named(arguments), revision=arguments.revision, gguf_file=arguments.gguf_file, weights=False)
     file = gguf_of(folder, arguments.gguf_file) if folder.is_file() or arguments.gguf_file else None
     if file is None and not (folder / "config.json").exists():
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = len(weights.files)
         disk = f"{stored:,} bytes in {count} file{'s' * (count > 1)}, {formats}: {bits:.3g} bits per weight"
         for remark in weights.remarks:
-            print(f"[{remark}]", file=sys.stderr)
+            print(f"[{one_line(remark)}]", file=sys.stderr)
     else:
         config = Config.from_file(folder)
         stored = 2 * count_parameters(config)["unique"]
@@ -106,11 +107,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _fits(mapped: int, copied: int) -> str:
-    """Say whether so many bytes, with the file mapped or with a float32 copy, fit into the memory that is free."""
+    """Say whether these sizes, with the file mapped or with a float32 copy, fit into the free memory."""
     free = available_memory()
     if not free:
-        return "its free memory is not known"
-    room = f"of the {free / 1e9:,.1f} GB that are free"
+        return "free memory is unknown"
+    room = f"into {free / 1e9:,.1f} GB of free memory"
     if mapped > free:
-        return f"does not fit {room}: weights are read from the disk again and again"
+        return f"does not fit {room}: weights would be read from disk repeatedly"
     return f"fits {room}, {'mapped or copied' if copied <= free else 'mapped'}"

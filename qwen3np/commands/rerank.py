@@ -1,4 +1,4 @@
-"""`qwen3np rerank`: documents in the order of how well they meet a query."""
+"""`qwen3np rerank`: documents sorted by how well they answer a query."""
 
 from __future__ import annotations
 
@@ -7,40 +7,26 @@ import json
 
 import numpy as np
 
-from qwen3np.commands import (
-    add_computation,
-    add_model,
-    add_texts,
-    load_model,
-    progress_bar,
-    read_texts,
-    table,
-    text,
-    warn_of_chat_model,
-)
+from qwen3np.commands import add_texts_and_model, progress_bar, table, text, texts_and_model
 from qwen3np.embeddings import DEFAULT_INSTRUCTION, rerank
 
 EXAMPLE = 'qwen3np rerank --model Qwen/Qwen3-Reranker-0.6B "capital of China" --file documents.txt --lines'
-HELP = "sort documents by how well they meet a query"
+HELP = "sort documents by how well they answer a query"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("query", type=text, metavar="QUERY", help="what is looked for")
+    parser.add_argument("query", type=text, metavar="QUERY", help="what to look for")
     document = "a document (default: stdin)"
     parser.add_argument("documents", nargs="*", type=text, metavar="DOCUMENT", help=document)
-    add_texts(parser, "document")
     parser.add_argument("--instruction", type=text, metavar="TASK", help=f"the task (default: {DEFAULT_INSTRUCTION})")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line: index, score, document")
-    add_model(parser, "Qwen/Qwen3-Reranker-0.6B")
-    add_computation(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line: index, score, document")
+    add_texts_and_model(parser, "document", "Reranker")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the documents with their scores, the best first."""
-    documents = read_texts(arguments.documents, arguments, "document")
-    model, _ = load_model(arguments)
-    warn_of_chat_model(model, arguments, "Reranker")
+    """Print the documents with their scores, best first."""
+    documents, model = texts_and_model(arguments.documents, arguments, "document", "Reranker")
     with progress_bar(len(documents), "ranked", "document") as bar:
         scores = rerank(
             model,

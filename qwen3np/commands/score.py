@@ -11,7 +11,7 @@ from qwen3np.commands import add_computation, add_model, load_model, progress_ba
 from qwen3np.scoring import score
 
 EXAMPLE = "qwen3np score --model Qwen/Qwen3-0.6B-Base book.txt --window 2048 --stride 1024"
-HELP = "tell how likely a text is: log-likelihood and perplexity"
+HELP = "measure how likely a text is: log-likelihood and perplexity"
 DEFAULT_WINDOW = 2048
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text file, or - for stdin")
     parser.add_argument("--window", type=int, metavar="N", help=f"tokens seen at once (default: {DEFAULT_WINDOW})")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: half a window)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between window starts (default: half a window)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with each token's log-probability")
     add_model(parser)
     add_computation(parser)
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the log-likelihood of the tokens after the first, and their perplexity."""
     for flag in ("window", "stride"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(arguments, flag)} must be a whole number from 1")
+            raise ValueError(f"--{flag} {getattr(arguments, flag)} must be at least 1")
     text = read_text(arguments.text)
     model, tokenizer = load_model(arguments)
     ids = tokenizer.encode(text)
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [
         ("tokens", f"{len(ids):,}, of which the first is only context"),
         ("log-likelihood", f"{total:.6f} (natural logarithm)"),
-        ("perplexity", f"{perplexity:.6f} a token"),
+        ("perplexity", f"{perplexity:.6f} per token"),
         ("windows", f"{window:,} tokens, every {stride:,}"),
     ]
     print(table(rows))

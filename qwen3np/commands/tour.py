@@ -12,25 +12,27 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from qwen3np.study.tour import Line, Part, laid_out, pages, plain, read_lessons, run_lesson, styled
 
 EXAMPLE = "qwen3np tour --lesson 4"
 GUARDED = False  # it prints the package's own text, and draws its pages with control characters
-HELP = "learn how the model works, lesson by lesson, each with its code and a computation"
+HELP = "learn how the model works: lessons with code that runs"
+
+Key: TypeAlias = Callable[[os.terminal_size], str]
 
 _WIDEST = 100  # columns: longer lines are hard to read
 _KEYS = """\
 Enter, space, n   the next page
-b                 the page before
-a number, Enter   that lesson (0 is the introduction, with the list)
+b                 the previous page
+a number, Enter   that lesson (0 is the introduction, with a list)
 /words, Enter     the next page with these words (/ and Enter: search again)
 ?                 this list
 q                 quit
 
-Space and the letters also need Enter where the terminal reads whole lines."""
-_NAMED = {  # keys that stand for others: arrows, Page Up, Page Down, backspace, Ctrl-D
+In terminals that read whole lines, press Enter after space and letters, too."""
+_NAMED = {  # aliases: arrows, Page Up, Page Down, backspace, Ctrl-D
     **{" ": "n", "\n": "n", "\r": "n", "\x1b[B": "n", "\x1b[C": "n", "\x1b[6~": "n"},
     **{"\x1b[A": "b", "\x1b[D": "b", "\x1b[5~": "b", "\x7f": "b", "\x08": "b", "\x04": "q"},
 }
@@ -40,15 +42,15 @@ _KEY = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|\x1bO.|.", re.DOTALL)  # a key, which
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     group = parser.add_mutually_exclusive_group()
-    text = "start at this lesson (0 is the introduction, with the list); in a pipe, this lesson alone"
+    text = "start at this lesson (0 is the introduction, with a list); in a pipe, print only this lesson"
     group.add_argument("--lesson", type=int, metavar="N", help=text)
     group.add_argument("--step", type=int, help=argparse.SUPPRESS)  # the old name of --lesson
     group.add_argument("--all", action="store_true", help="print all lessons without waiting")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Show the lessons: in a terminal page by page, otherwise all at once, or only the one that is asked for."""
-    renamed = "" if arguments.step is None else "--step is called --lesson now"
+    """Show the lessons page by page in a terminal; elsewhere print all, or only the requested one."""
+    renamed = "" if arguments.step is None else "--step is now called --lesson"
     if renamed:
         print(f"[{renamed}; the old name will be removed in the next version]", file=sys.stderr)
     wanted: int | None = arguments.lesson if arguments.step is None else arguments.step
@@ -68,10 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Book:
-    """The lessons, each run when it is first opened, after those before it."""
+    """The lessons; each is run when it is first opened, after all earlier ones."""
 
     def __init__(self) -> None:
-        """Read the notebook; nothing is run yet."""
+        """Read the notebook without running anything."""
         self.lessons = read_lessons()
         self.last = len(self.lessons) - 1
         self._names: dict[str, Any] = {}
@@ -83,7 +85,7 @@ class Book:
         return len(self._run) - 1
 
     def parts(self, lesson: int) -> list[Part]:
-        """Return what there is to show of a lesson. Raises ValueError where a check fails."""
+        """Return the parts of a lesson to show. Raises ValueError if a check fails."""
         while self.done < lesson:
             self._run.append(run_lesson(self.lessons[self.done + 1], self._names))
         return self._run[lesson]
@@ -91,19 +93,20 @@ class Book:
 
 @dataclass
 class Reader:
-    """Someone who reads the book on a terminal: where they are, and what the last line says."""
+    """Reads the book in a terminal: the current page, and the note in the last line."""
 
     book: Book
-    key: Callable[[], str] | None  # waits for a key, "" after a change of the window's size; None: lines are read
+    key: Key | None  # waits for a key, "" once the window has another size than this; None: lines are read
     lesson: int
     page: int = 0
     note: str = ""
     sought: str = ""
     helping: bool = False
+    size: os.terminal_size = field(default_factory=shutil.get_terminal_size)  # of the window when it was drawn
     _laid: dict[tuple[int, int, int], list[list[Line]]] = field(default_factory=dict[Any, Any])
 
     def read(self) -> None:
-        """Show a page and do what is typed, until that is q."""
+        """Show pages and obey keys until q."""
         while True:
             count = len(self.pages(self.lesson))
             self.draw()
@@ -127,12 +130,12 @@ class Reader:
                 if int(typed) <= self.book.last:
                     self.lesson, self.page = int(typed), 0
                 else:
-                    self.note = f"no lesson {typed}: they are 0 to {self.book.last}"
+                    self.note = f"no lesson {typed}: lessons are 0 to {self.book.last}"
             else:
                 self.note = f"{typed!r} does nothing: ? lists the keys"
 
     def pages(self, lesson: int) -> list[list[Line]]:
-        """Return the pages of a lesson, as this terminal can show them."""
+        """Return the pages of a lesson, laid out for this terminal."""
         columns, rows = shutil.get_terminal_size()
         size = (lesson, min(columns, _WIDEST), max(rows - 1, 2))
         if size not in self._laid:
@@ -142,7 +145,7 @@ class Reader:
         return self._laid[size]
 
     def turn(self, by: int) -> None:
-        """Go one page on or back."""
+        """Go one page forward or back."""
         self.page += by
         if self.page == len(self.pages(self.lesson)):
             if self.lesson == self.book.last:
@@ -157,7 +160,7 @@ class Reader:
                 self.page = len(self.pages(self.lesson)) - 1
 
     def search(self, words: str) -> None:
-        """Go to the next page with these words, in any case; without words, to the next with those of last time."""
+        """Go to the next page with these words, ignoring case; without words, repeat the last search."""
         self.sought = words or self.sought
         if not self.sought:
             self.note = "type what to search for after the /"
@@ -172,8 +175,8 @@ class Reader:
         self.note = f"{self.sought!r} is nowhere in the tour"
 
     def draw(self) -> None:
-        """Put the page on the screen, and in its last line where that is and which keys there are."""
-        columns, rows = shutil.get_terminal_size()
+        """Draw the page, with its position and the keys in the last line."""
+        columns, rows = self.size = shutil.get_terminal_size()
         shown = self.pages(self.lesson)
         self.page = min(self.page, len(shown) - 1)
         body = [Line("text", line) for line in _KEYS.splitlines()] if self.helping else shown[self.page]
@@ -185,31 +188,31 @@ class Reader:
         print(clear + "\n".join(lines) + "\n" * (rows - len(lines)) + status, end="", flush=True)
 
     def typed(self) -> str | None:
-        """Return what is typed: a letter, a number, or / and words; None where the screen just needs drawing again."""
+        """Return what was typed: a letter, a number, or / and words; None if the screen only needs redrawing."""
         if self.key is None:
             line = sys.stdin.readline()
             return line.strip() if line else "q"
-        typed = self.key()
+        typed = self.key(self.size)
         if not typed.isdecimal() and typed != "/":
             return _NAMED.get(typed, typed) or None
         while True:  # the rest of the line
             print(f"\r\x1b[K{typed}", end="", flush=True)
-            key = self.key()
+            key = self.key(self.size)
             if key in ("\n", "\r"):
                 return typed
             if key in ("\x7f", "\x08"):
                 typed = typed[:-1]
             elif key.isprintable():
                 typed += key
-            if not typed or key in ("\x1b", "\x04"):
+            if not typed or key in ("", "\x1b", "\x04"):
                 return None
 
 
 @contextmanager
-def keyboard() -> Generator[Callable[[], str] | None]:
-    """Yield a function that waits for one key, and returns "" if the terminal's size changes meanwhile.
+def keyboard() -> Generator[Key | None]:
+    """Yield a function that waits for one key, and returns "" once the terminal has another size than it is given.
 
-    Yield None where keys come in whole lines: stdin is not a terminal, or the system has no termios.
+    Yield None if input comes in whole lines: stdin is not a terminal, or the system has no termios.
     """
     try:
         import termios
@@ -224,8 +227,7 @@ def keyboard() -> Generator[Callable[[], str] | None]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pending: list[str] = []
 
-    def key() -> str:
-        size = shutil.get_terminal_size()
+    def key(size: os.terminal_size) -> str:
         while not pending:
             if not select.select([terminal], [], [], 0.2)[0]:
                 if shutil.get_terminal_size() != size:

@@ -1,4 +1,4 @@
-"""`qwen3np trace`: record every number on the way from a prompt to its logits."""
+"""`qwen3np trace`: record every intermediate value from a prompt to its logits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qwen3np.porting.points import point_names
 from qwen3np.porting.record import output_path, trace
 
 EXAMPLE = 'qwen3np trace --model Qwen/Qwen3-0.6B "The capital of France is" --steps 2 -o golden.safetensors'
-SHOWN = 32  # ids that are printed
-HELP = "record every number on the way from a prompt to its logits"
+SHOWN = 32  # ids printed
+HELP = "record every intermediate value from a prompt to its logits"
 
 MOST = 1_000_000  # numbers in one range
 
@@ -28,7 +28,7 @@ def numbers(argument: str) -> list[int]:
     for part in argument.split(","):
         first, _, last = part.strip().partition("-")
         if not 0 <= int(last or first) - int(first) < MOST:
-            raise ValueError(f"{part}: from a lower to a higher number, {MOST:,} at most")
+            raise ValueError(f"{part}: a range goes from a lower to a higher number, at most {MOST:,} numbers")
         found += range(int(first), int(last or first) + 1)
     return found
 
@@ -36,25 +36,25 @@ def numbers(argument: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("prompt", metavar="PROMPT", type=text, nargs="?", help="a text, taken as it is")
+    prompt.add_argument("prompt", metavar="PROMPT", type=text, nargs="?", help="a text, used as it is")
     prompt.add_argument("--ids", metavar="IDS", type=numbers, help="token ids instead: 785,6722,315")
-    output = "write a .safetensors file (replaced if it is there) instead of printing a table"
+    output = "write a .safetensors file (replacing an existing one) instead of printing a table"
     parser.add_argument("-o", "--output", metavar="FILE", help=output)
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens greedily (0)")
-    feed = "ids for the decode steps, before greedy ones: 785,6722"
+    feed = "ids for the decode steps; greedy ids follow: 785,6722"
     parser.add_argument("--feed", type=numbers, metavar="IDS", help=feed)
     points = "only points that match a pattern: 'layers.0.*,lm_head', 'decode.*', '*_rope' (all)"
     parser.add_argument("--points", default="*", metavar="P", help=points)
     parser.add_argument("--layers", type=numbers, metavar="N", help="only these layers: 0,4-6")
     parser.add_argument("--tokens", type=numbers, metavar="N", help="only these positions of the prompt: 0,4-6")
-    heads = "only these query heads, where heads are apart: 0,4-6"
+    heads = "only these query heads, for points with a heads axis: 0,4-6"
     parser.add_argument("--heads", type=numbers, metavar="N", help=heads)
     add_model(parser)
     add_computation(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Record and write a file, or print the table as the points are made."""
+    """Record and write a file, or print a table as the points are computed."""
     if arguments.output is not None:
         output_path(arguments.output)  # before all the work
     model = load_named(arguments)
@@ -91,7 +91,7 @@ def line(width: int, name: str, shape: str, figures: Sequence[str], other: str) 
 
 
 def summary(x: Array) -> tuple[str, list[str], str]:
-    """Return an array's shape; mean, root mean square, smallest and largest; and how many are not finite."""
+    """Return an array's shape; its mean, root mean square, minimum and maximum; and how many are not finite."""
     finite = x[np.isfinite(x)].astype(np.float64)
     figures = [np.nan] * 4
     if finite.size:

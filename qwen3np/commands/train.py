@@ -1,4 +1,4 @@
-"""`qwen3np train`: a small Qwen3 of one's own, from a corpus."""
+"""`qwen3np train`: train a small Qwen3 on a corpus."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ EXAMPLE = "qwen3np train stories.txt --out my-qwen3 --steps 2000"
 HELP = "train a tokenizer and a small model on a corpus"
 
 _SETTINGS = {
-    "steps": "updates of the weights",
-    "batch_size": "rows of a step",
-    "sequence_length": "tokens of a row, and the longest context of the model",
-    "learning_rate": "the highest; it rises in a line, then falls on a cosine",
-    "warmup_steps": "steps until the learning rate is at its highest",
-    "weight_decay": "of the matrices",
-    "max_norm": "of the gradients of a step, which are scaled down to it",
-    "seed": "of the first weights, and of the order of the documents",
-    "save_every": "steps from one saved state, and line of the log, to the next",
+    "steps": "weight updates",
+    "batch_size": "rows per step",
+    "sequence_length": "tokens per row, and the context of the model",
+    "learning_rate": "the peak, reached linearly and left on a cosine",
+    "warmup_steps": "steps until the learning rate peaks",
+    "weight_decay": "for matrices",
+    "max_norm": "clip gradients to this norm",
+    "seed": "for the initial weights and the order of documents",
+    "save_every": "steps between saved states and lines of the log",
 }
 
 
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         type=Path,
         help="a .txt file (lines of <|endoftext|> separate its documents, blank lines do not), a .jsonl file (an "
-        'object a line: {"text": ...} or {"messages": [...]}), or a folder of them',
+        'object per line: {"text": ...} or {"messages": [...]}), or a folder of such files',
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
-    parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="documents whose loss the log shows beside")
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new checkpoint")
+    parser.add_argument("--held-out", metavar="CORPUS", type=Path, help="more documents, whose loss is logged as well")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with a run that was stopped: the same command again"
+        "--resume", action="store_true", help="continue an interrupted run: repeat its command with this flag"
     )
     base = "fine-tune: start from this checkpoint, with its tokenizer and sizes"
     parser.add_argument("--from", dest="base", metavar="M", help=base)
@@ -56,15 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, and say where the model is."""
+    """Train, and report where the model is."""
     settings = Settings(**{name: getattr(arguments, name) for name in _SETTINGS})
     out: Path = arguments.out
     sizes = {name: getattr(arguments, name) for name in SIZES}
     documents = read_documents(arguments.corpus)
-    if len(documents) == 1 and isinstance(documents[0], str) and "\n\n" in documents[0]:
+    if len(documents) == 1 and isinstance(documents[0], str) and "\n" in documents[0]:
         print(
-            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank lines do not, and "
-            "a model learns to stop from the ends of documents]",
+            f"[{arguments.corpus} is one document: lines of <|endoftext|> separate documents, blank and other lines do "
+            "not, and a model learns when to stop from the ends of documents]",
             file=sys.stderr,
         )
     held_out = read_documents(arguments.held_out) if arguments.held_out else ()
@@ -73,6 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
         train(documents, out, sizes, settings, held_out=held_out, resume=arguments.resume, base=base)
     except KeyboardInterrupt:
         if (out / STATE).exists():
-            print(f"\n[stopped; {out} keeps the last saved step: --resume goes on from there]", file=sys.stderr)
+            print(f"\n[stopped; {out} keeps the last saved step: --resume continues from there]", file=sys.stderr)
         raise
-    print(f"[{out}: trained; other commands take it with --model; --resume with more --steps goes on]", file=sys.stderr)
+    print(f"[{out}: trained; use it with --model; --resume with more --steps continues training]", file=sys.stderr)

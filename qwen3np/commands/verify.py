@@ -1,4 +1,4 @@
-"""`qwen3np verify`: whether this machine computes the bits that others do."""
+"""`qwen3np verify`: whether this machine computes the same bits as others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3np.ops.fast.threads import num_threads
 from qwen3np.verify import COUNT, published_hash, published_rows, verify
 
 EXAMPLE = "qwen3np verify"
-HELP = "check that this machine computes the same bits as others, with the exact engine"
+HELP = "check that this machine computes the same bits as others (exact engine)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print machine, versions, hash and verdict. Exit status 1 where something published differs."""
+    """Print machine, versions, hash and verdict. Exit with status 1 if a published value differs."""
     arguments.weights_dtype = "auto"
     model = load_named(arguments)
     found = verify(
@@ -62,5 +62,5 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _against_published(ours: str, published: str | None) -> str:
     if published is None:
-        return "no hash is published for this model: compare this one with another machine's"
+        return "no hash is published for this model; compare it with the hash on another machine"
     return "the same bits" if ours == published else f"DIFFERENT: it should be {published}"

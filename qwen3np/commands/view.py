@@ -18,8 +18,8 @@ HELP = "make a page that shows what the model does with a prompt"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("prompt", type=text, metavar="PROMPT", help="the text to look into")
-    out = "the page: one file, which needs no network (default: in a temporary folder)"
+    parser.add_argument("prompt", type=text, metavar="PROMPT", help="the text to inspect")
+    out = "the page: a single file that needs no network (default: in a temporary folder)"
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help=out)
     parser.add_argument("--no-open", action="store_true", help="do not open it in a browser")
     add_model(parser)
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page, whole or not at all."""
     out: Path = arguments.out or Path(tempfile.mkdtemp(prefix="qwen3np-")) / "view.html"
     if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
+        raise ValueError(f"{out}: there is no folder {out.parent}; create it first")
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file in it, such as {out / 'view.html'}")
     model, tokenizer = load_model(arguments)
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     content = page(seen, tokenizer, arguments.model or "the small built-in checkpoint").encode()
     with written_aside(out) as part:
         part.write_bytes(content)
-    # only for someone at a terminal: a script, or a machine without a screen, gets the file
+    # only for a user at a terminal: scripts, and machines without a screen, just get the file
     opened = not arguments.no_open and sys.stderr.isatty() and webbrowser.open(out.resolve().as_uri())
     rest = "opened in the browser" if opened else "open it in a browser"
     print(f"[{out}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; {rest}]", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""What lies on disk: config.json, checkpoints, the Hub; strangers' files are read within limits."""
+"""Everything on disk: config.json, checkpoints, the Hub; untrusted files are read within limits."""

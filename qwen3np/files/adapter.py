@@ -1,4 +1,4 @@
-"""A PEFT LoRA folder -> the weights of its base model with W + scale B A in the place of each matrix it adapts.
+"""A PEFT LoRA folder -> the weights of its base model, with each adapted matrix W replaced by W + scale B A.
 
 Hu et al., 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: Kalajdzievski, 2023,
 https://arxiv.org/abs/2312.03732. The files: https://huggingface.co/docs/peft/developer_guides/checkpoint.
@@ -25,7 +25,7 @@ from qwen3np.weights import LoadedWeights, identity, weight_shapes
 _WEIGHTS = "adapter_model.safetensors"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+?)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
-# Kinds of adapters that change the weights in other ways: merge those with PEFT.
+# Adapters that change the weights in other ways; users can merge them with PEFT.
 _OTHERS = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "arrow_config")
 
 
@@ -55,12 +55,12 @@ class LowRank(Stored):
 def adapted(config: Config, weights: LoadedWeights, folder: str | Path) -> tuple[Config, LoadedWeights]:
     """Return the config and weights of a base model with the adapter in this folder applied to them.
 
-    A head that is adapted is no longer tied to the embedding. Raises CheckpointError for an adapter of another model,
-    or of a kind that is not supported.
+    An adapted head is no longer tied to the embedding. Raises CheckpointError for an adapter of another model, or of an
+    unsupported kind.
     """
     folder = Path(folder)
     if not (folder / ADAPTER).is_file():
-        raise CheckpointError(f"{folder}: no adapter: it has no {ADAPTER}")
+        raise CheckpointError(f"{folder}: not an adapter: it has no {ADAPTER}")
     check_links(folder)
     try:
         settings = read_json(folder / ADAPTER)
@@ -98,7 +98,7 @@ def adapted(config: Config, weights: LoadedWeights, folder: str | Path) -> tuple
 
 
 def _require_lora(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for an adapter that is no plain LoRA, and for settings of the wrong type."""
+    """Raise CheckpointError unless the adapter is plain LoRA with settings of the right types."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{folder / ADAPTER}: peft_type = {kind!r} is not supported; supported: LORA")
@@ -117,7 +117,7 @@ def _require_lora(folder: Path, settings: Mapping[str, Any]) -> None:
 def _parts(
     tensors: Mapping[str, Array], settings: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Array, Array, float]], dict[str, Array]]:
-    """Return A, B and alpha of each weight that is adapted, and the tensors that are stored whole."""
+    """Return A, B and alpha of each adapted weight, and the tensors that are stored whole."""
     halves: dict[str, dict[str, Array]] = {}
     whole: dict[str, Array] = {}
     for name, tensor in tensors.items():
@@ -133,10 +133,10 @@ def _parts(
     for module, found in halves.items():
         if found.keys() == {"lora_A", "lora_B"}:
             a, b = found["lora_A"], found["lora_B"]
-        elif found.keys() == {"lora_embedding_A", "lora_embedding_B"}:  # they stand for W transposed
+        elif found.keys() == {"lora_embedding_A", "lora_embedding_B"}:  # they adapt W transposed
             a, b = found["lora_embedding_B"].T, found["lora_embedding_A"].T
         else:
-            raise CheckpointError(f"{module}: only {' and '.join(sorted(found))} of a pair")
+            raise CheckpointError(f"{module}: an incomplete pair: only {' and '.join(sorted(found))}")
         if a.ndim != 2 or b.ndim != 2:
             raise CheckpointError(f"{module}: A {a.shape} and B {b.shape} are not matrices")
         key = next((key for key in patterns if _matches(key, module)), None)
@@ -145,9 +145,9 @@ def _parts(
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether PEFT applies a pattern to a module: the end of its path matches. Raises CheckpointError for hard ones."""
+    """Whether PEFT applies a pattern to a module: it matches the end of the path. CheckpointError for slow patterns."""
     if pattern.count("*") + pattern.count("+") > 3 or re.search(r"[)\]][*+?{]", pattern):
-        raise CheckpointError(f"alpha_pattern {pattern!r}: a pattern that may take for ever to match; write names")
+        raise CheckpointError(f"alpha_pattern {pattern!r}: may take forever to match; write plain names")
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error:
@@ -158,4 +158,6 @@ def _require(folder: Path, name: str, shape: tuple[int, ...], wanted: tuple[int,
     if wanted is None:
         raise CheckpointError(f"{folder}: {name}: the base model has no such tensor; give the model it was trained on")
     if shape != wanted:
-        raise CheckpointError(f"{folder}: {name}: made for {shape}, but the base model has {wanted}: give its own base")
+        raise CheckpointError(
+            f"{folder}: {name}: made for {shape}, but the base model has {wanted}; give the model it was trained on"
+        )

@@ -1,4 +1,4 @@
-"""A folder <-> (config, weights): a Hugging Face checkpoint, checked before a weight is read."""
+"""A folder <-> (config, weights): a Hugging Face checkpoint, checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from qwen3np.tokenizer import Tokenizer
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SCORE = "score.weight"  # (labels, D): the head of a model that scores texts, as Qwen3ForSequenceClassification has it
-_PIECE = 1 << 22  # numbers that are compared at a time
+SCORE = "score.weight"  # (labels, D): the head of Qwen3ForSequenceClassification, which scores texts
+_PIECE = 1 << 22  # numbers compared at a time
 _STORED = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
-_LISTED = 20  # problems that are listed one by one, so that an error stays readable
+_LISTED = 20  # problems that an error lists; more would be unreadable
 
 
 def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
     """Read a checkpoint: its config, and its weights as read-only views of the mapped files.
 
-    Only config.json and the headers of the safetensors files are read; a weight is read when it is used. A head that
-    is stored although the config ties it to the embedding is left out, and names without `model.` (from a file that
-    was saved without the head) get it.
+    Only config.json and the headers of the safetensors files are read; a weight is read when it is used. A stored head
+    is left out if the config ties it to the embedding and both are equal. Names without `model.` (in files saved
+    without the head) get this prefix.
 
     Parameters
     ----------
@@ -56,14 +56,15 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
     ConfigError
         For a config.json that cannot be read or is not supported.
     CheckpointError
-        For everything else, in one message: what is missing, extra, truncated, or has another shape or dtype than the
-        config asks for.
+        For everything else, in one message: tensors that are missing, extra, truncated, or of another shape or dtype
+        than the config requires.
 
     Examples
     --------
-    >>> config, weights = read_checkpoint("Qwen3-0.6B")
+    >>> qwen3np.load().save("copy")
+    >>> config, weights = qwen3np.read_checkpoint("copy")
     >>> weights["model.norm.weight"].shape
-    (1024,)
+    (160,)
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,7 +72,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
     check_links(folder)
     require_checkpoint(folder)
     problems: list[str] = []
-    found: dict[str, Array | None] = {}  # None: in a file that is listed as a problem
+    found: dict[str, Array | None] = {}  # None: its file is already listed as a problem
     unreadable = False
     identities: dict[Path, tuple[int, int, int]] = {}
     for path, listed in weight_files(folder, problems).items():
@@ -94,7 +95,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
     settings = _settings(folder / "config.json", found)
     config = hf_config.from_settings(settings, folder / "config.json")
     expected = weight_shapes(config) | {_HEAD: (config.vocab_size, config.hidden_size)}
-    if unreadable:  # a file without an index: what it should hold is not missing
+    if unreadable:  # a file without an index: do not report its tensors as missing, too
         found = dict.fromkeys(expected) | found
     found, damaged = split_experts(without_zeros(found, expected), config)
     try:
@@ -113,7 +114,7 @@ def read_checkpoint(folder: str | Path) -> tuple[Config, LoadedWeights]:
 
 
 def _settings(path: Path, found: Mapping[str, Array | None]) -> dict[str, Any]:
-    """Return what config.json says, with the head_dim of the tensors where it is left out."""
+    """Return the contents of config.json; a missing head_dim is read from the tensors."""
     try:
         settings = read_json(path)
     except ConfigError as error:
@@ -126,9 +127,9 @@ def _settings(path: Path, found: Mapping[str, Array | None]) -> dict[str, Any]:
 
 
 def _with_its_head(config: Config, tensors: dict[str, Array | Stored | None]) -> tuple[Config, list[str]]:
-    """Leave out a head that is stored though the config ties it to the embedding, unless it is another.
+    """Drop a stored head if the config ties it to the embedding, unless the two differ.
 
-    Returns the config, which then does not tie it, and what is to be said about it.
+    Returns the config, which in that case no longer ties them, and a remark about it.
     """
     if not config.tie_word_embeddings or _HEAD not in tensors:
         return config, []
@@ -138,18 +139,18 @@ def _with_its_head(config: Config, tensors: dict[str, Array | Stored | None]) ->
     if embedding is None or head is None or _same_numbers(embedding, head):
         del tensors[_HEAD]
         return config, []
-    remark = "config.json ties the head to the embedding, but another head is stored, which is used"
+    remark = "config.json ties the head to the embedding, but the file has a different head, which is used"
     return replace(config, tie_word_embeddings=False), [remark]
 
 
 def _same_numbers(a: Array | Stored, b: Array | Stored) -> bool:
-    """Whether two matrices hold the same numbers. They are read a piece at a time, up to the first difference."""
+    """Whether two matrices hold the same numbers; they are read in pieces, up to the first difference."""
     if a.shape != b.shape:
         return False
     step = max(_PIECE * len(a) // max(a.size, 1), 1)
     for start in range(0, len(a), step):
         one, other = (np.asarray(tensor[start : start + step]) for tensor in (a, b))
-        if one.dtype == other.dtype:  # as bytes: faster, and NaN is itself
+        if one.dtype == other.dtype:  # as bytes: faster, and NaN equals NaN
             one, other = one.view(np.uint8), other.view(np.uint8)
         if not np.array_equal(one, other):
             return False
@@ -157,9 +158,9 @@ def _same_numbers(a: Array | Stored, b: Array | Stored) -> bool:
 
 
 def _expected(config: Config, tensors: Mapping[str, Array | Stored | None]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that these tensors must have: those of the config, with a score and without a missing head."""
+    """Return the required shapes: the config's, plus a score head if there is one, minus a missing head."""
     expected = weight_shapes(config)
-    if _HEAD not in tensors:  # of a model that makes embeddings or scores
+    if _HEAD not in tensors:  # a model for embeddings or scores
         expected.pop(_HEAD, None)
     if (score := tensors.get(SCORE)) is not None and score.ndim == 2:
         expected[SCORE] = (len(score), config.hidden_size)
@@ -167,7 +168,7 @@ def _expected(config: Config, tensors: Mapping[str, Array | Stored | None]) -> d
 
 
 def _narrowed(tensor: Array | Stored | None) -> Array | Stored | None:
-    """Return a tensor of float64, which nothing is trained in, as float32, and every other as it is."""
+    """Convert a float64 tensor to float32 (no model is trained in float64); return any other unchanged."""
     return tensor.astype(np.float32) if tensor is not None and tensor.dtype == np.float64 else tensor
 
 
@@ -187,11 +188,11 @@ def save_checkpoint(
     Parameters
     ----------
     folder
-        Where to write; it is made if need be.
+        Where to write; it is created if necessary.
     config, weights
-        What goes into config.json and model.safetensors. A head that the config ties to the embedding is left out.
+        The contents of config.json and model.safetensors. A head that is tied to the embedding is left out.
     dtype
-        What the weights are rounded to: bfloat16, float16 or float32. None keeps the dtype of each.
+        The dtype to round weights to: bfloat16, float16 or float32. None keeps the dtype of each.
     tokenizer
         Its files are written as well.
     generation_config
@@ -207,7 +208,8 @@ def save_checkpoint(
 
     Examples
     --------
-    >>> save_checkpoint("copy", config, weights, dtype="float16")
+    >>> model = qwen3np.load()
+    >>> qwen3np.save_checkpoint("copy", model.config, model.weights, dtype="float16")
     """
     folder = Path(folder)
     files = {"config.json": _json(config.to_dict())}
@@ -216,7 +218,7 @@ def save_checkpoint(
     if tokenizer:
         files |= tokenizer.files()
     for name in (*files, SINGLE, INDEX):
-        path = folder / name  # a save that was killed leaves files, but the same ones
+        path = folder / name  # a killed save may have left some of these files, with the same contents
         if path.exists() and not (path.is_file() and path.read_bytes() == files.get(name)):
             raise CheckpointError(f"{folder}: already holds a checkpoint ({name}); choose a new folder")
     shapes = _expected(config, weights)
@@ -227,7 +229,7 @@ def save_checkpoint(
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with written_aside(folder / SINGLE) as part:  # named last: where this file is, all are
+        with written_aside(folder / SINGLE) as part:  # renamed last: if this file exists, all do
             write_tensors(part, weights, shapes, dtype)
             for name, content in files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -246,7 +248,7 @@ def _misfits(
     expected: Mapping[str, tuple[int, ...]],
     dtype: DTypeLike | None = None,
 ) -> list[str]:
-    """Return what is wrong with tensors that are, or with `dtype` will be, stored. None fits everything."""
+    """Return what is wrong with tensors as stored, or as they will be stored with `dtype`. None fits everything."""
     problems = [f"{name}: extra: no such tensor in this model" for name in sorted(found.keys() - expected.keys())]
     for name, shape in expected.items():
         if name not in found:
@@ -256,11 +258,11 @@ def _misfits(
             if stored not in _STORED:
                 problems.append(f"{name}: dtype {stored}; supported: {', '.join(map(str, _STORED))} (unquantised)")
             elif tensor.shape != shape:
-                problems.append(f"{name}: shape {tensor.shape}, but the config asks for {shape}")
+                problems.append(f"{name}: shape {tensor.shape}, but the config requires {shape}")
     return problems
 
 
 def _listed(problems: Sequence[str]) -> str:
-    """Join problems into one line, the first of them if there are many."""
+    """Join problems into one line; if there are many, only the first ones."""
     rest = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     return "; ".join([*problems[:_LISTED], *rest])

@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights; and what a folder that is no checkpoint is, and what to do with it."""
+"""Which files of a folder are its weights; for other folders, what they are and what to do with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _PICKLES = ("*.bin", "*.pth", "*.pt")
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Raise CheckpointError for a folder without weights in safetensors: one line, what it is and what to do."""
+    """Raise CheckpointError, saying what the folder is and what to do, if it has no weights in safetensors."""
+    if (folder / "training_state.safetensors").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: an unfinished training run; repeat its command with --resume to continue it")
     if any(folder.glob("*.safetensors")) and not (folder / ADAPTER).exists():
         return
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
@@ -37,25 +39,25 @@ def _explained(folder: Path) -> str:
     name = folder.name
     if name.startswith("models--") and (folder / "snapshots").is_dir():
         hub = name.removeprefix("models--").replace("--", "/")
-        return f"the Hub cache's own folder of {hub}: give that name, or one of the folders in {folder / 'snapshots'}"
+        return f"the Hub cache's folder for {hub}: give that name, or one of the folders in {folder / 'snapshots'}"
     if any(folder.glob("models--*")):
         return "the root of a Hub cache: give the name of a model, such as Qwen/Qwen3-0.6B"
     pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
     if pickles:
         return (
-            f"has {pickles[0]}, whose format can run any code when it is read: save the model as safetensors with "
+            f"has {pickles[0]}, a format that can run arbitrary code when read: save the model as safetensors with "
             'transformers, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained("new")'
         )
     inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inside and not (folder / "config.json").exists():
-        return f"no checkpoint; one of its folders is: {folder / inside[0]}"
+        return f"not a checkpoint, but {folder / inside[0]} is one"
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder / 'config.json'}: no such file; a checkpoint folder needs one")
     return f"neither {SINGLE} nor {INDEX}, and no shards; only safetensors and GGUF checkpoints are read"
 
 
 def adapter_base(folder: Path) -> str:
-    """Return the model that an adapter belongs to, as it says."""
+    """Return the name of an adapter's base model, from its config."""
     try:
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     except ConfigError as error:
@@ -66,7 +68,7 @@ def adapter_base(folder: Path) -> str:
 def gguf_of(path: Path, chosen: str | None = None) -> Path | None:
     """Return the GGUF file to load: the path itself, the chosen one of a folder, or the only one of a folder.
 
-    None for a folder with other weights. Raises CheckpointError for a choice that is not there or not clear.
+    None for a folder with other weights. Raises CheckpointError if the file is missing, or if there are several.
     """
     if path.is_file():
         return path
@@ -80,12 +82,12 @@ def gguf_of(path: Path, chosen: str | None = None) -> Path | None:
     files = sorted(file for file in path.glob("*.gguf") if not re.search(r"-0*([2-9]|\d{2,})-of-\d+\.gguf$", file.name))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{path}: several GGUF files: choose one by gguf_file (--gguf-file): {names}")
+        raise CheckpointError(f"{path}: several GGUF files: choose one with gguf_file (--gguf-file): {names}")
     return files[0] if files else None
 
 
 def weight_files(folder: Path, problems: list[str]) -> dict[Path, list[str] | None]:
-    """Return the safetensors files of a folder, each with the tensors that the index, if any, says it holds."""
+    """Return the safetensors files of a folder, each with the tensors that the index (if any) lists for it."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
     if not (folder / INDEX).is_file():
@@ -112,12 +114,12 @@ def weight_files(folder: Path, problems: list[str]) -> dict[Path, list[str] | No
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """Return the shards of a folder without an index. Raises CheckpointError unless they are whole."""
+    """Return the shards of a folder without an index. Raises CheckpointError unless all are there."""
     found = {match[0]: match for file in folder.glob("*.safetensors") if (match := _SHARD.fullmatch(file.name))}
     counts = {match[2] for match in found.values()}
     if len(counts) != 1:
         there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:5])
-        raise CheckpointError(f"{folder}: no {SINGLE}, but {there}: give the weights that name, or add {INDEX}")
+        raise CheckpointError(f"{folder}: no {SINGLE}, but {there}: rename the weights to {SINGLE}, or add {INDEX}")
     [count] = counts
     names = [f"model-{n:05}-of-{count}.safetensors" for n in range(1, int(count) + 1)]
     if missing := [name for name in names if name not in found]:

@@ -1,4 +1,4 @@
-"""A .gguf file -> config, weights and metadata: mapped, with every quantised matrix used block by block.
+"""A .gguf file -> config, weights and metadata: mapped, with quantised matrices decoded block by block.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. F32, F16, BF16 and Q8_0 are read here, the other
 types by the ggml project's own package (`pip install "qwen3np[gguf]"`).
@@ -30,7 +30,7 @@ MOST_BYTES = 1 << 26  # of the metadata; a vocabulary of 151,936 tokens takes 6 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 PLAIN: dict[int, np.dtype[Any]] = {F32: FLOAT, F16: np.dtype("<f2"), BF16: BFLOAT16}
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3moe": "qwen3_moe"}  # -> model_type
-# Where each tensor of the model stands; {n} is the layer.
+# The name of each tensor in the file.
 OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -74,7 +74,7 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Stored):
-    """Rows of blocks (out, bytes of a row) uint8, each block with scales of its own, of the GGML type `kind`."""
+    """Rows of blocks (out, bytes per row) uint8, each block with its own scales, of the GGML type `kind`."""
 
     data: Array
     kind: int
@@ -109,8 +109,8 @@ class Blocks(Stored):
 def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
     """Return config, mapped weights and metadata of a .gguf file, or of all files of a split one.
 
-    Raises CheckpointError for a file that cannot be used: one line that says what is wrong with it, and ConfigError for
-    sizes that are missing or that the package does not support.
+    Raises CheckpointError for an unusable file: one line that says what is wrong with it; ConfigError for missing or
+    unsupported sizes.
     """
     first, metadata, weights = Path(path), dict[str, Any](), dict[str, Array]()
     stored: dict[str, Tensor] = {}
@@ -119,9 +119,9 @@ def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
         found, tensors = _map_file(file)
         identities[file.absolute()] = identity(file)
         if twice := stored.keys() & tensors.keys():
-            raise CheckpointError(f"{file}: {min(twice)} is in another file, too")
+            raise CheckpointError(f"{file}: {min(twice)} is also in another file")
         stored |= tensors
-        metadata = metadata or found  # the first file has it all
+        metadata = metadata or found  # the first file has all of it
     config = _config(first, metadata, stored)
     used: set[str] = set()
     for name, shape in weight_shapes(config).items():
@@ -130,7 +130,7 @@ def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
             raise CheckpointError(f"{first}: {place}: missing")
         (tensor, given), wanted = stored[place], shape if expert is None else (config.num_experts, *shape)
         if given != wanted:
-            raise CheckpointError(f"{first}: {place}: shape {given}, but its metadata asks for {wanted}")
+            raise CheckpointError(f"{first}: {place}: shape {given}, but its metadata requires {wanted}")
         weights[name] = cast("Array", tensor if expert is None else tensor[expert * shape[0] : (expert + 1) * shape[0]])
         used.add(place)
     if left := sorted(stored.keys() - used):
@@ -139,7 +139,7 @@ def read_gguf(path: str | Path) -> tuple[Config, LoadedWeights, dict[str, Any]]:
 
 
 def gguf_name(name: str) -> tuple[str, int | None]:
-    """Return where a tensor of the model stands in a GGUF file: the name, and which expert of it."""
+    """Return the place of a tensor in a GGUF file: the name there, and the index of the expert."""
     if name in OUTSIDE:
         return OUTSIDE[name], None
     _, _, layer, rest = name.split(".", 3)
@@ -151,7 +151,7 @@ def gguf_name(name: str) -> tuple[str, int | None]:
 
 
 def _shards(path: Path) -> Iterator[Path]:
-    """Yield the files of a model that is split over several, or this one."""
+    """Yield all files of a split model, or just this file."""
     split = _SPLIT.fullmatch(path.name)
     if split is None:
         yield path
@@ -199,7 +199,7 @@ def _map_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     for name, shape, kind, offset in places:
         if name in found:
-            raise CheckpointError(f"{path}: {name} is there twice")
+            raise CheckpointError(f"{path}: {name} is stored twice")
         try:
             found[name] = _mapped(mapped, shape, kind, start + offset), shape
         except (ValueError, OverflowError) as error:
@@ -208,7 +208,7 @@ def _map_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _mapped(file: mmap.mmap, shape: tuple[int, ...], kind: int, offset: int) -> Array | Stored:
-    """Return a tensor of the file, as a matrix if it has more dimensions. Raises ValueError for one that cannot be."""
+    """Return a tensor of the file, flattened to a matrix if it has more dimensions. ValueError if impossible."""
     if kind in PLAIN:
         block, size = 1, PLAIN[kind].itemsize
     else:
@@ -226,7 +226,7 @@ def _mapped(file: mmap.mmap, shape: tuple[int, ...], kind: int, offset: int) -> 
 
 
 def _block(kind: int) -> tuple[int, int]:
-    """Return the numbers and bytes of a block. Raises ValueError for a type that nobody can read."""
+    """Return how many numbers and bytes a block has. Raises ValueError for a type that cannot be read."""
     try:
         import gguf
     except ImportError:
@@ -241,7 +241,7 @@ def _block(kind: int) -> tuple[int, int]:
 
 
 class _Reader:
-    """The values of a header, one after the other. Raises ValueError or struct.error where it is not one."""
+    """Reads the values of a header one by one. Raises ValueError or struct.error for anything malformed."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, len(MAGIC)
@@ -291,7 +291,7 @@ class _Reader:
 
 
 def _config(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Config:
-    """Return the config that the metadata and the tensors' names stand for."""
+    """Return the config that the metadata and the names of the tensors describe."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)
@@ -311,7 +311,7 @@ def _config(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Tensor
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "tie_word_embeddings": "output.weight" not in stored,
         "eos_token_id": stop_ids(metadata),
-        "norm_topk_prob": True,  # as llama.cpp has it for every file
+        "norm_topk_prob": True,  # llama.cpp always normalises
         "mlp_only_layers": [n for n in range(min(layers, 1000)) if f"blk.{n}.ffn_gate.weight" in stored],
     }
     if given("rope.scaling.type") not in (None, "none"):
@@ -328,7 +328,7 @@ def _config(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Tensor
 
 
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a generation_config.json would say: the stop ids, and the sampling where the file has it."""
+    """Return the contents of a generation_config.json: the stop ids, and sampling settings if the file has any."""
     keys = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     found = {key: metadata.get(f"general.sampling.{name}") for key, name in keys.items()}
     sampling = {key: value for key, value in found.items() if value is not None}
@@ -337,7 +337,7 @@ def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids that end an answer: those that are named so, and the control tokens that end a turn or a text."""
+    """Return the ids that end an answer: those named in the metadata, and <|im_end|> and <|endoftext|>."""
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     if isinstance(tokens, list) and isinstance(kinds, list):

@@ -21,7 +21,7 @@ from qwen3np.weights import Weights, weight_shapes
 
 KINDS = {"F32": (F32, 0), "F16": (F16, 1), "BF16": (BF16, 32), "Q8_0": (Q8_0, 7)}  # the type, and general.file_type
 _ALIGNMENT = 32
-_PIECE = 1 << 22  # numbers that are written at a time
+_PIECE = 1 << 22  # numbers written at a time
 _FORMS = {str: 8, bool: 7, int: 4, float: 6}  # Python type -> type of a value: text, bool, uint32, float32
 _ARRAY, _INT32 = 9, 5
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
@@ -40,9 +40,9 @@ def write_gguf(
 ) -> None:
     """Write a .gguf file that llama.cpp reads, whole or not at all.
 
-    tokenizer is the content of tokenizer.json. Matrices become `kind`; vectors and the routers of experts stay F32, and
-    rows that no block of 32 fits become F16 in a Q8_0 file. Raises ValueError for another kind, CheckpointError for
-    settings that GGUF has no word for and for numbers that float16 cannot hold.
+    tokenizer is the content of tokenizer.json. Matrices become `kind`; vectors and routers stay F32, and in a Q8_0 file
+    matrices whose rows are not a multiple of 32 become F16. Raises ValueError for another kind, CheckpointError for
+    settings that GGUF cannot express and for numbers that float16 cannot hold.
     """
     path = Path(path)
     if kind not in KINDS:
@@ -50,7 +50,7 @@ def write_gguf(
     metadata = _metadata(path, config, kind, name)
     metadata |= {} if tokenizer is None else _vocabulary(tokenizer, config)
     metadata |= {} if chat_template is None else {"tokenizer.chat_template": chat_template}
-    tensors: dict[str, list[Array]] = {}  # experts stand together
+    tensors: dict[str, list[Array]] = {}  # the experts of a layer are one tensor
     for tensor in weight_shapes(config):
         tensors.setdefault(gguf_name(tensor)[0], []).append(weights[tensor])
     header = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata))
@@ -94,7 +94,7 @@ def q8_0(x: Array) -> Array:
 
 
 def _metadata(path: Path, config: Config, kind: str, name: str) -> dict[str, Value]:
-    """Return the metadata that stands for a config. Raises CheckpointError for settings that llama.cpp has not."""
+    """Return the metadata that describes a config. Raises CheckpointError for settings that llama.cpp lacks."""
     only = {
         "sliding_window": (config.sliding_window, None),
         "norm_topk_prob": (config.norm_topk_prob or not config.num_experts, True),
@@ -102,7 +102,7 @@ def _metadata(path: Path, config: Config, kind: str, name: str) -> dict[str, Val
     }
     for key, (value, supported) in only.items():
         if value != supported:
-            raise CheckpointError(f"{path}: not written: {key} = {value}, which a GGUF file cannot say")
+            raise CheckpointError(f"{path}: not written: GGUF cannot express {key} = {value}")
     architecture = {model: name for name, model in ARCHITECTURES.items()}[
         "qwen3_moe" if config.num_experts else "qwen3"
     ]
@@ -136,7 +136,7 @@ def _metadata(path: Path, config: Config, kind: str, name: str) -> dict[str, Val
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], config: Config) -> dict[str, Value]:
-    """Return the metadata that stands for a byte-level BPE tokenizer."""
+    """Return the metadata that describes a byte-level BPE tokenizer."""
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     added = {token["id"]: token for token in tokenizer["added_tokens"]}
     texts = {number: text for text, number in vocab.items()} | {n: token["content"] for n, token in added.items()}

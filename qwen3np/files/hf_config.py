@@ -1,7 +1,7 @@
 """config.json <-> Config: both spellings of every key, and a named error for every setting that is not supported.
 
-Every key that transformers obeys (models/qwen3/configuration_qwen3.py, models/qwen3_moe/configuration_qwen3_moe.py) is
-either read here or refused by name, so that a checkpoint that needs other mathematics never runs silently wrong.
+Every key that transformers uses (models/qwen3/configuration_qwen3.py, models/qwen3_moe/configuration_qwen3_moe.py) is
+either read here or rejected by name, so that a checkpoint that needs other mathematics never runs silently wrong.
 """
 
 from __future__ import annotations
@@ -40,28 +40,29 @@ def from_dict(d: Mapping[str, Any]) -> Config:
     Parameters
     ----------
     d
-        What `json.load` makes of a config.json. Keys that change nothing in the forward pass are ignored.
+        A parsed config.json. Keys that change nothing in the forward pass are ignored.
 
     Returns
     -------
     Config
-        The architecture. A missing head_dim is hidden_size / num_attention_heads, and other missing keys have the
-        defaults of transformers, except for the sizes and rope_theta.
+        The architecture. A missing head_dim is hidden_size / num_attention_heads; other missing keys have transformers'
+        defaults, except that the sizes and rope_theta are required.
 
     Raises
     ------
     ConfigError
-        For a missing size or rope_theta, a value of the wrong type or out of range, a key that is given twice with
-        different values, and every setting that would need other mathematics than the package has.
+        For a missing size or rope_theta, a value of the wrong type or out of range, two spellings of a key with
+        different values, and any setting that would need mathematics that the package does not have.
 
     Examples
     --------
-    >>> config = Config.from_dict(json.loads(Path("Qwen3-0.6B/config.json").read_text()))
-    >>> config.num_hidden_layers, config.head_dim, config.rope_theta
-    (28, 128, 1000000)
+    >>> sizes = {"vocab_size": 2048, "hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 4}
+    >>> heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000}
+    >>> qwen3np.Config.from_dict({**sizes, **heads}).head_dim
+    40
     """
     if not isinstance(d, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # a file may hold anything
-        raise ConfigError(f"config: a {type(d).__name__} where an object with the model's settings is needed")
+        raise ConfigError(f"config: must be an object with the model's settings, not a {type(d).__name__}")
     _refuse_other_mathematics(d)
     sparse = _is_sparse(d)
     left_out = (*_OF_WINDOWS, *_OF_ROPE, *(() if sparse else _OF_EXPERTS))
@@ -77,7 +78,7 @@ def from_dict(d: Mapping[str, Any]) -> Config:
         if values.get(key) is None:
             raise ConfigError(f"config: {key} is missing; a Qwen3 config.json always has it")
     _require(values)
-    if values.get("num_experts") == 0:  # then the other keys of experts mean nothing
+    if values.get("num_experts") == 0:  # then the other keys about experts are meaningless
         values = {key: value for key, value in values.items() if key not in _OF_EXPERTS}
     values |= _windows(d, values["num_hidden_layers"], sparse)
     if "head_dim" not in values:
@@ -87,7 +88,7 @@ def from_dict(d: Mapping[str, Any]) -> Config:
             raise _unsupported("head_dim", None, supported)
         values["head_dim"] = width // heads
     config = Config(**values)
-    if yarn := config.rope_scaling:  # the model cards add rope_scaling and leave the length as it was
+    if yarn := config.rope_scaling:  # the model cards add rope_scaling but leave the length unchanged
         length = yarn.factor * yarn.original_max_position_embeddings
         if length >= 2**63:
             raise _unsupported("rope_scaling.factor", yarn.factor, "contexts below 2^63 positions")
@@ -106,7 +107,7 @@ def from_file(path: str | Path) -> Config:
     Returns
     -------
     Config
-        The same as `from_dict` of what the file holds.
+        As `from_dict` returns for the contents of the file.
 
     Raises
     ------
@@ -115,8 +116,9 @@ def from_file(path: str | Path) -> Config:
 
     Examples
     --------
-    >>> Config.from_file("Qwen3-0.6B").hidden_size
-    1024
+    >>> qwen3np.load().save("copy")
+    >>> qwen3np.Config.from_file("copy").hidden_size
+    160
     """
     path = Path(path)
     if path.is_dir():
@@ -129,7 +131,7 @@ def from_file(path: str | Path) -> Config:
 
 
 def from_settings(settings: Mapping[str, Any], path: Path) -> Config:
-    """Return the same as from_dict, with the file that holds the settings in the error."""
+    """Like from_dict, but errors name the file that holds the settings."""
     try:
         return from_dict(settings)
     except ConfigError as error:
@@ -137,10 +139,10 @@ def from_settings(settings: Mapping[str, Any], path: Path) -> Config:
 
 
 def remarks(settings: Mapping[str, Any]) -> list[str]:
-    """Return what a user should know about settings that are read in another way than they may have been meant."""
+    """Return remarks about settings whose meaning here may surprise a user."""
     ropes = [settings[key] for key in ("rope_parameters", "rope_scaling") if isinstance(settings.get(key), dict)]
     if any(rope.get("attn_factor") is not None for rope in ropes):
-        return ["attn_factor in config.json is ignored, as transformers does (vLLM multiplies by it)"]
+        return ["attn_factor in config.json is ignored, as in transformers (vLLM multiplies by it)"]
     return []
 
 
@@ -178,7 +180,7 @@ def extended(config: Config, factor: float) -> Config:
 
 
 def check(config: Config) -> None:
-    """Make the values of a new Config plain, and raise ConfigError unless each is supported and they fit together."""
+    """Turn a new Config's values into plain ones; raise ConfigError unless all are supported and consistent."""
     for settings, prefix in ((config, ""), (config.rope_scaling, "rope_scaling.")):
         if isinstance(settings, (Config, Yarn)):
             for name, value in vars(settings).items():
@@ -191,7 +193,7 @@ def check(config: Config) -> None:
 
 
 def _fits(c: Config) -> Iterator[tuple[bool, str, str]]:
-    """Yield what must hold between the values of a config, the key to blame if it does not, and what is supported."""
+    """Yield each condition between values of a config, the key to blame if it fails, and what is supported."""
     heads, layers, experts = c.num_attention_heads, c.num_hidden_layers, c.num_experts
     slides = _SLIDING in c.layer_types
     yield heads % c.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})"
@@ -209,13 +211,13 @@ def _fits(c: Config) -> Iterator[tuple[bool, str, str]]:
 
 
 def _as_meant(name: str, value: Any) -> Any:
-    """Return a whole number for a float that is one, where a whole number is meant."""
+    """Convert a whole float to int, for settings that are ints."""
     whole = isinstance(value, float) and value.is_integer() and name not in _FLOATS
     return int(value) if whole else value
 
 
 def _require(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value of a Config that is not supported."""
+    """Raise ConfigError for an unsupported value of a Config."""
     for key, value, supported in broken(Config, values):
         raise _unsupported(key, value, supported)
 
@@ -225,7 +227,7 @@ def _unsupported(key: str, value: object, supported: str) -> ConfigError:
 
 
 def _same(d: Mapping[str, Any], *keys: str) -> Any:
-    """Return the value of these keys, which are spellings of one; None if none of them is given."""
+    """Return the value of these keys, which are spellings of the same setting; None if none is given."""
     given = [d[key] for key in keys if d.get(key) is not None]
     if any(value != given[0] for value in given[1:]):
         raise ConfigError(f"config: {' and '.join(keys)} mean the same, but have different values: {given}")
@@ -233,14 +235,14 @@ def _same(d: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _is_sparse(d: Mapping[str, Any]) -> bool:
-    """Whether this config.json is of the class with experts."""
+    """Whether this config.json is for the class with experts."""
     if d.get("model_type") is None:
         return any(d.get(key) for key in ("num_experts", "num_local_experts"))
     return d["model_type"] == "qwen3_moe"
 
 
 def _refuse_other_mathematics(d: Mapping[str, Any]) -> None:
-    """Raise ConfigError for each switch that transformers obeys and this package does not have."""
+    """Raise ConfigError for a switch that transformers has and this package does not."""
     only: dict[str, tuple[tuple[Any, ...], str]] = {  # key: (the values supported besides null, in words)
         "model_type": (("qwen3", "qwen3_moe"), "qwen3 and qwen3_moe (text models)"),
         "hidden_act": (("silu", "swish"), "silu, which is also called swish"),
@@ -260,7 +262,7 @@ def _windows(d: Mapping[str, Any], layers: int, sparse: bool) -> dict[str, Any]:
     window = d.get("sliding_window", 4096) if d.get("use_sliding_window") else None
     if sparse:  # that class ignores the others
         return {"sliding_window": window}
-    if d.get("layer_types") is not None:  # it decides alone
+    if d.get("layer_types") is not None:  # it takes precedence over the rest
         kinds = plain(d["layer_types"])
         _require({"layer_types": kinds})
         if len(kinds) != layers:
@@ -294,7 +296,7 @@ def _rope(d: Mapping[str, Any]) -> dict[str, Any]:
         if (part := settings.pop("partial_rotary_factor", 1)) != 1:
             raise _unsupported(f"{key}.partial_rotary_factor", part, "1: the whole head is rotated")
         kind = "default"
-        for name in ("type", "rope_type"):  # the second wins
+        for name in ("type", "rope_type"):  # the second takes precedence
             if (kind := settings.pop(name, kind)) not in ("default", "yarn"):
                 raise _unsupported(f"{key}.{name}", kind, "default and yarn")
         scalings.append(_yarn(key, settings, d) if kind == "yarn" else None)
@@ -312,7 +314,7 @@ def _rope(d: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(key: str, settings: dict[str, Any], d: Mapping[str, Any]) -> Yarn:
-    """Return the settings of YaRN that rope_parameters or rope_scaling, whichever `key` is, holds."""
+    """Return the YaRN settings in rope_parameters or rope_scaling, whichever `key` names."""
     names = [field.name for field in fields(Yarn)]
     settings = {name: _as_meant(name, value) for name, value in settings.items() if name != "attn_factor"}
     for name, value in settings.items():
@@ -320,7 +322,7 @@ def _yarn(key: str, settings: dict[str, Any], d: Mapping[str, Any]) -> Yarn:
             raise _unsupported(f"{key}.{name}", value, f"the settings {', '.join(names)}")
     if "factor" not in settings:
         raise ConfigError(f"config: {key}.factor is missing: YaRN needs the ratio of the new context to the original")
-    length = "original_max_position_embeddings"  # at the top level it wins, as in transformers
+    length = "original_max_position_embeddings"  # the top level takes precedence, as in transformers
     lengths = [d.get(length), settings.get(length), d.get("max_position_embeddings"), 32768]
     known: dict[str, Any] = {**settings, length: next(n for n in lengths if n is not None)}
     return Yarn(**known)

@@ -1,4 +1,4 @@
-"""Files are treated as untrusted input: what is read of them has limits."""
+"""Limits on what is read from files, which are treated as untrusted input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_NAMES = 200_000  # of a JSON object; that index has 37,000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ConfigError, which says what is wrong, and where in the file."""
+    """Return the object in a JSON file. Raises ConfigError, which says what is wrong and where in the file."""
     try:
         value = parse_json(readable(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,14 +31,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def lfs_pointer(path: Path) -> str:
-    """Return what to do about a file that holds only the pointer which git-lfs keeps in its place; "" for others."""
+    """Return what to do about a file that is only a git-lfs pointer; "" for any other file."""
     with path.open("rb") as file:
         pointer = file.read(24) == b"version https://git-lfs."
-    return f"only the pointer to a file of git-lfs: run `git lfs pull` in {path.parent}" if pointer else ""
+    return f"only a git-lfs pointer: run `git lfs pull` in {path.parent}" if pointer else ""
 
 
 def readable(path: Path, most: int = MOST_BYTES) -> Path:
-    """Return the path of a file that will be read whole. Raises OSError for a larger one, or for no regular file."""
+    """Return the path if the file may be read whole. Raises OSError if it is too large or not a regular file."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device would never end
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -60,13 +60,13 @@ def parse_json(text: str) -> Any:
         return found
 
     value = json.loads(text, object_pairs_hook=unique)
-    if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which is no character
+    if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which is not a character
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def check_links(folder: Path) -> None:
-    """Raise CheckpointError for a file that is a link out of the folder. The Hub's cache may link to its own blobs."""
+    """Raise CheckpointError for a link that leads out of the folder. The Hub's cache may link to its own blobs."""
     root = folder.resolve()
     blobs = (root.parent.parent / "blobs").resolve() if root.parent.name == "snapshots" else root
     for pattern in ("*.safetensors", "*.json", "*.jinja", "merges.txt", "additional_chat_templates", "*/*.jinja"):

@@ -1,4 +1,4 @@
-"""The names that training and export tools give to tensors -> those of the model."""
+"""Tensor names as training and export tools write them -> the names of the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.numerics import Array
 
-# What tools put into names: in front (DistributedDataParallel, PEFT, TRL), or around any module (torch.compile, FSDP,
-# activation checkpointing).
+# What tools add to names: prefixes (DistributedDataParallel, PEFT, TRL), and wrappers around any module
+# (torch.compile, FSDP, activation checkpointing).
 _PREFIXES = ("module.", "base_model.model.", "pretrained_model.", "policy.")
 _AROUND = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Buffers, value heads of training, and scales of activations and caches: no forward of the text model reads them.
+# Buffers, value heads for training, scales of activations and caches: the text model's forward pass does not use them.
 _UNUSED = re.compile(
     r"(.*\.)?(rotary_emb\..+|masked_bias|position_ids|embed_positions|(input|output|[kvq])_scale|kv_scale"
     r"|activation_scale)|v_head\..+|value_head\..+"
@@ -22,9 +22,9 @@ _UNUSED = re.compile(
 
 
 def known_names(found: Mapping[str, Array | None]) -> tuple[dict[str, Array | None], list[str]]:
-    """Return the tensors under the names of the model, without those that change nothing, and remarks on what was done.
+    """Return the tensors under the model's names, without those that change nothing, and remarks about renaming.
 
-    Names without `model.`, of a file that was saved without the head, get it.
+    Names without `model.` (in files saved without the head) get this prefix.
     """
     tensors, remarks = {name: tensor for name, tensor in found.items() if not _UNUSED.fullmatch(name)}, list[str]()
 
@@ -33,11 +33,11 @@ def known_names(found: Mapping[str, Array | None]) -> tuple[dict[str, Array | No
         renamed = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
         if renamed.keys() != tensors.keys() and len(renamed) == len(tensors):
             tensors = renamed
-            remarks.append(f"{why} is taken off the names of tensors")
+            remarks.append(f"{why} is removed from the names of tensors")
 
     for around in _AROUND:
         rename(re.escape(around), why=around)
-    for _ in range(2):  # one around another
+    for _ in range(2):  # two may be nested
         for prefix in _PREFIXES:
             if tensors and all(name.startswith((prefix, "score.")) for name in tensors):
                 rename(f"^{re.escape(prefix)}", why=prefix)
@@ -51,7 +51,7 @@ def known_names(found: Mapping[str, Array | None]) -> tuple[dict[str, Array | No
 
 
 def without_zeros(found: Mapping[str, Array | None], expected: Mapping[str, object]) -> dict[str, Array | None]:
-    """Return the tensors without biases that the model does not have, where all of their numbers are 0."""
+    """Return the tensors without biases that the model does not have, provided that these are all zeros."""
     return {
         name: tensor
         for name, tensor in found.items()
@@ -60,7 +60,7 @@ def without_zeros(found: Mapping[str, Array | None], expected: Mapping[str, obje
 
 
 def split_experts(found: Mapping[str, Array | None], config: Config) -> tuple[dict[str, Array | None], list[str]]:
-    """Return the tensors with the fused experts of transformers 5 as views of each expert, and what is wrong with them.
+    """Split transformers 5's fused experts into views of each expert. Returns all tensors, and problems.
 
     mlp.experts.gate_up_proj (E, 2F, D) and mlp.experts.down_proj (E, D, F).
     """
@@ -73,7 +73,7 @@ def split_experts(found: Mapping[str, Array | None], config: Config) -> tuple[di
             continue
         shape = (e, 2 * f, d) if kind == "gate_up_proj" else (e, d, f)
         if tensor is not None and tensor.shape != shape:
-            problems.append(f"{name}: shape {tensor.shape}, but the config asks for {shape}")
+            problems.append(f"{name}: shape {tensor.shape}, but the config requires {shape}")
             tensor = None
         for n in range(e):
             expert = None if tensor is None else tensor[n]

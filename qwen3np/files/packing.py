@@ -1,6 +1,6 @@
-"""The tensors of a quantised checkpoint, as they lie in its files -> matrices under the names of the model.
+"""The tensors of a quantised checkpoint -> matrices under the names of the model.
 
-The names say the format, the shapes say its bits and groups; quantization_config, where it is given, must agree.
+The format follows from the names, bits and groups from the shapes; quantization_config, if given, must agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen3np.numerics import Array
 from qwen3np.stored import Stored
 
 _FLOATS = ("float16", "bfloat16", "float32")
-# How bitsandbytes and others name what they store; none of these is published by Qwen.
+# Tensor names of bitsandbytes and other formats, none of which Qwen publishes.
 _FOREIGN = {
     "quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
     "quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
@@ -46,10 +46,10 @@ _OFFICIAL = {
 def packed(
     found: Mapping[str, Array | None], shapes: Mapping[str, tuple[int, ...]], config: Config, settings: object
 ) -> tuple[dict[str, Array | Stored | None], list[str]]:
-    """Return the tensors with every quantised matrix as one Stored, and what is wrong with those that cannot be.
+    """Return the tensors with each quantised matrix combined into one Stored, and a list of problems.
 
-    `settings` is the quantization_config. None stands for a tensor of a file that cannot be read. Raises
-    CheckpointError for a format that is not read: one line that names it and what to use instead.
+    `settings` is the quantization_config. None represents a tensor in an unreadable file. Raises CheckpointError for an
+    unsupported format: one line that names it and what to use instead.
     """
     given = _settings(settings)
     _refuse_foreign(found, config, given)
@@ -73,7 +73,7 @@ def packed(
     return tensors, problems
 
 
-# What stands next to a weight, or in its place.
+# Tensors next to a weight, or in its place.
 _PARTS = ("weight_scale_inv", "weight_scale", "weight_zero_point", "scales", "biases", "qweight", "qzeros", "g_idx")
 
 
@@ -82,22 +82,22 @@ def _settings(settings: object) -> dict[str, Any]:
 
 
 def _refuse_foreign(found: Mapping[str, object], config: Config, given: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a format that is not read."""
+    """Raise CheckpointError for an unsupported format."""
     for end, what in _FOREIGN.items():
         if any(name.endswith(f".{end}") for name in found):
             official = _OFFICIAL.get((config.hidden_size, config.num_hidden_layers))
             use = (
                 f"{official}, {official}-FP8 or a GGUF file of it" if official else "the model in bfloat16, FP8 or GGUF"
             )
-            raise CheckpointError(f"its weights are quantised by {what}, which is not read: use {use}")
+            raise CheckpointError(f"its weights are quantised by {what}, which is not supported: use {use}")
     if given.get("quant_method") == "awq" and any(name.endswith(".qweight") for name in found):
         version = given.get("version", "gemm")
         if not isinstance(version, str) or version.lower() != "gemm":
-            raise CheckpointError(f"AWQ version {version!r} is not read; supported: gemm")
+            raise CheckpointError(f"AWQ version {version!r} is not supported; supported: gemm")
 
 
 def _matrix(parts: Mapping[str, Array], shape: tuple[int, int], given: Mapping[str, Any]) -> Stored:
-    """Return the matrix that these parts make. Raises ValueError where they do not fit each other."""
+    """Return the matrix that these parts form. Raises ValueError if they do not fit together."""
     if "qweight" in parts:
         return _awq_or_gptq(parts, shape, given)
     if "weight" not in parts:
@@ -107,9 +107,9 @@ def _matrix(parts: Mapping[str, Array], shape: tuple[int, int], given: Mapping[s
         return _mlx(parts, shape, given)
     scale = parts.get("weight_scale_inv", parts.get("weight_scale"))
     if scale is None or weight.dtype.name != "float8_e4m3fn":
-        raise ValueError(f"a weight of {weight.dtype} with {' and '.join(set(parts) - {'weight'})} is not read")
+        raise ValueError(f"a weight of {weight.dtype} with {' and '.join(set(parts) - {'weight'})} is not supported")
     if "weight_zero_point" in parts:
-        raise ValueError("FP8 with zero points is not read")
+        raise ValueError("FP8 with zero points is not supported")
     _require("weight", weight, shape)
     if scale.dtype.name not in _FLOATS:
         raise ValueError(f"scales of {scale.dtype}; supported: {', '.join(_FLOATS)}")
@@ -124,12 +124,14 @@ def _block(given: Mapping[str, Any]) -> tuple[int, int]:
     block = given.get("weight_block_size") or [128, 128]
     sizes = cast("list[Any]", block) if isinstance(block, list) else []
     if len(sizes) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in sizes):
-        raise ValueError(f"weight_block_size = {block!r} is not supported; supported: [128, 128] and the like")
+        raise ValueError(
+            f"weight_block_size = {block!r} is not supported; supported: lists of two sizes, such as [128, 128]"
+        )
     return sizes[0], sizes[1]
 
 
 def _block_of(scale: Array, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the block of compressed-tensors' FP8, which its scales show: a row, the whole matrix, or 128 x 128."""
+    """Return the block size of compressed-tensors' FP8 from its scales: a row, the whole matrix, or 128 x 128."""
     if scale.size == 1:
         return shape
     return (1, shape[1]) if scale.shape == (shape[0], 1) else (128, 128)
@@ -185,7 +187,7 @@ def _mlx(parts: Mapping[str, Array], shape: tuple[int, int], given: Mapping[str,
         raise ValueError("MLX needs scales and biases, matrices of floats")
     bits = 32 * words.shape[1] // inputs
     if bits not in (4, 8):
-        raise ValueError(f"MLX with {32 * words.shape[1] / inputs:g} bits is not read; supported: 4 and 8")
+        raise ValueError(f"MLX with {32 * words.shape[1] / inputs:g} bits is not supported; supported: 4 and 8")
     groups = scales.shape[1]
     if not groups or inputs % groups:
         raise ValueError(f"{groups} groups do not divide its {inputs} inputs")
@@ -196,9 +198,9 @@ def _mlx(parts: Mapping[str, Array], shape: tuple[int, int], given: Mapping[str,
 
 
 def _agree(given: Mapping[str, Any], key: str, value: int, also: tuple[int, ...] = ()) -> None:
-    """Raise ValueError where quantization_config says another value than the shapes do."""
+    """Raise ValueError if quantization_config contradicts the shapes."""
     if given.get(key) is not None and given[key] not in (value, *also):
-        raise ValueError(f"its shapes mean {key} {value}, but quantization_config says {given[key]!r}")
+        raise ValueError(f"its shapes imply {key} {value}, but quantization_config says {given[key]!r}")
 
 
 def _require(what: str, tensor: Array, shape: tuple[int, ...]) -> None:

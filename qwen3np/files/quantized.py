@@ -1,6 +1,6 @@
-"""FP8, AWQ, GPTQ and MLX: how the published quantised checkpoints store a matrix, and the numbers that it stands for.
+"""FP8, AWQ, GPTQ and MLX: how the published quantised checkpoints store a matrix, and how to decode it.
 
-In every one of them a group of inputs shares a scale. Transposed means that the file holds W as (in, out).
+In all of them a group of inputs shares a scale. Transposed means that the file holds W as (in, out).
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import numpy as np
 from qwen3np.numerics import Array
 from qwen3np.stored import FLOAT, Stored
 
-# The number that each byte stands for as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
+# The value of each byte as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
 _NAN = 0x7F  # the byte that means NaN, without its sign
-# The two numbers in each byte of 4 bits each, the lower bits first; as one element of 8 bytes, so that one look-up
-# finds both.
+# The two 4-bit numbers in each byte, the lower bits first, as one element of 8 bytes: one look-up finds both.
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(FLOAT).view(np.uint64)[:, 0]
 # AWQ's "gemm" order: which of its 8 columns each 4 bits of a word hold, the lowest first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -54,8 +53,8 @@ class FP8(Stored):
 def _scaled(codes: Array, scales: Array, out: Array) -> None:
     """Put e4m3 codes (n, in), seen as int8, times scales (in,) into out.
 
-    Where their bits are put into those of a float32, seeeemmm becomes s0000eeeemmm000...: 2^-120 of the number, its
-    small (denormal) ones too. That is twice as fast as a look-up in _E4M3, which NaN and large scales need.
+    Moving the bits seeeemmm of a code to s0000eeeemmm000... of a float32 gives 2^-120 times its value, denormal codes
+    included. This is twice as fast as a look-up in _E4M3, which is only needed for NaN and large scales.
     """
     if int(np.bitwise_and(codes, _NAN).max(initial=0)) == _NAN or not float(np.abs(scales).max(initial=0)) < 128:
         np.take(_E4M3, codes.view(np.uint8), out=out, mode="clip")
@@ -99,7 +98,7 @@ class GPTQ(Stored):
     """w = (q - zero) * scale. Transposed: words (in * bits / 32, out) int32, packed along the input.
 
     zeros (groups, out * bits / 32) int32, packed along the output and less by `less` (1 in the first version of the
-    format); scales (groups, out); group (in,): which group each input belongs to, or None where they stand in order.
+    format); scales (groups, out); group (in,): the group of each input, or None if the groups are in order.
     """
 
     words: Array
@@ -108,7 +107,7 @@ class GPTQ(Stored):
     group: Array | None
     bits: int
     less: int
-    columns: Array  # (out,): where each row stands in zeros
+    columns: Array  # (out,): the position of each row in zeros
 
     @property
     def format(self) -> str:
@@ -164,7 +163,7 @@ class AWQ(Stored):
 
 @dataclass(frozen=True, eq=False)
 class _Rows(Stored):
-    """Rows of a matrix in any order, where the format has them in blocks."""
+    """Rows of a matrix in any order, for formats that store rows in blocks."""
 
     matrix: Stored
     which: Array
@@ -181,7 +180,7 @@ class _Rows(Stored):
 def unpacked_columns(words: Array, bits: int, columns: Array, order: tuple[int, ...] = ()) -> Array:
     """Return the numbers of these columns (N,) from rows of packed words (n, M), the lowest bits first: (n, N) int32.
 
-    order says which of the columns of a word each of its numbers is, if they do not stand in order.
+    order gives the column of each number within a word, if they are not in order.
     """
     per = 32 // bits
     place = np.argsort(order) if order else np.arange(per)

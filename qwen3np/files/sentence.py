@@ -1,4 +1,4 @@
-"""A sentence-transformers folder: how a vector is made of the hidden states, and what is put in front of texts.
+"""A sentence-transformers folder: how hidden states become a vector, and which prompt precedes texts.
 
 modules.json lists the steps, 1_Pooling/config.json says how states are pooled, and config_sentence_transformers.json
 holds the prompts (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
@@ -23,16 +23,16 @@ _MODES = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a folder's own tokenizer and hidden states make a vector: of the last token, their mean, or the first."""
+    """Which hidden states make a vector: that of the last token, the mean of all, or that of the first token."""
 
     mode: str
     prompts: Mapping[str, str] = field(default_factory=dict)
-    prompt: str = ""  # what is put in front of every text, unless an instruction takes its place
+    prompt: str = ""  # precedes every text, unless an instruction replaces it
     with_prompt: bool = True  # whether the mean includes the tokens of the prompt
 
 
 def pooling_of(folder: Path) -> Pooling | None:
-    """Return the pooling of a folder with modules.json, None for others. Raises CheckpointError for other modules."""
+    """Return the pooling of a folder with modules.json, else None. Raises CheckpointError for unknown modules."""
     path = folder / "modules.json"
     if not path.is_file():
         return None
@@ -45,7 +45,7 @@ def pooling_of(folder: Path) -> Pooling | None:
         raise CheckpointError(f"{path}: the module {other[0]} is not supported; supported: Pooling and Normalize")
     place = next((name for kind, name in kinds if kind == "Pooling"), "")
     if place != Path(place).name or place in ("", ".."):
-        raise CheckpointError(f"{path}: has no Pooling in a folder of its own")
+        raise CheckpointError(f"{path}: has no Pooling in a separate folder")
     settings = _read(folder / place / "config.json")
     mode = settings.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else [key for key, value in settings.items() if value is True]
@@ -63,7 +63,7 @@ def pooling_of(folder: Path) -> Pooling | None:
     known = {name: text for name, text in prompts.items() if isinstance(text, str)}
     default = texts.get("default_prompt_name")
     if default is not None and default not in known:
-        raise CheckpointError(f"{folder}: default_prompt_name = {default!r} is none of its prompts")
+        raise CheckpointError(f"{folder}: default_prompt_name = {default!r} is not one of its prompts")
     return Pooling(names[modes[0]], known, known.get(default, ""), settings.get("include_prompt") is not False)
 
 

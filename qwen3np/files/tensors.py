@@ -1,9 +1,9 @@
-"""A safetensors file <-> tensors: mapped when read, written a piece at a time.
+"""A safetensors file <-> tensors: mapped when read, written in pieces.
 
 The format: https://huggingface.co/docs/safetensors. Eight bytes give the length of a JSON header, which gives the
 dtype, shape and place of each tensor in the bytes after it. The safetensors library reads and checks the header; it
-accepts neither gaps nor overlaps, so the order of the tensors and their sizes give their places. The library would copy
-the tensors into memory, though, and gather all bytes of a file before writing it.
+accepts neither gaps nor overlaps, so the order and sizes of the tensors determine their places. But it would copy the
+tensors into memory when reading, and gather all bytes of a file before writing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.weights import Weights
 
 if sys.byteorder == "big":
-    raise ImportError("qwen3np: checkpoints are little-endian, and bfloat16 has no other form: this machine is not")
+    raise ImportError("qwen3np: this machine is big-endian; checkpoints and bfloat16 are little-endian")
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": BFLOAT16,
@@ -36,14 +36,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{kind.upper()}{bits}": np.dtype(f"<{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)},
     **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
 }
-_PIECE = 1 << 22  # elements that are rounded and written at a time: saving takes hardly any memory
+_PIECE = 1 << 22  # elements rounded and written at a time, so that saving takes hardly any memory
 
 
 def map_tensors(path: Path) -> dict[str, Array]:
-    """Return the tensors of a file as read-only views of it. Not one of them is read.
+    """Return the tensors of a file as read-only views, without reading their numbers.
 
-    Raises CheckpointError, which names the file, what is wrong with it and what to do, and OSError where the system
-    cannot read it.
+    Raises CheckpointError, which names the file, the problem and what to do, and OSError if the system cannot read it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -68,15 +67,15 @@ def map_tensors(path: Path) -> dict[str, Array]:
         if (whole := _described(header)) > size:
             cause = f"truncated: {size} bytes of {whole}"
         raise CheckpointError(f"{path.name}: {cause}; download it again") from None
-    replaced = CheckpointError(f"{path.name}: was replaced while its header was read; load it again")
+    replaced = CheckpointError(f"{path.name}: was replaced while its header was being read; load it again")
     tensors: dict[str, Array] = {}
     for name, (dtype, shape) in found.items():
         if dtype not in _DTYPES:
-            raise CheckpointError(f"{name}: dtype {dtype} in {path.name}, a type that NumPy does not have")
+            raise CheckpointError(f"{name}: dtype {dtype} in {path.name} does not exist in NumPy")
         try:
             tensors[name] = np.ndarray(shape, _DTYPES[dtype], mapped, end)
         except ValueError as error:  # more dimensions than NumPy has, or more elements next to a dimension of 0
-            raise CheckpointError(f"{name}: no array of {path.name} can have its shape: {error}") from None
+            raise CheckpointError(f"{name}: impossible shape in {path.name}: {error}") from None
         except TypeError:  # it ends after the file that was mapped
             raise replaced from None
         end += tensors[name].nbytes
@@ -97,12 +96,12 @@ def _described(header: bytes) -> int:
 
 
 def write_tensors(path: Path, tensors: Weights, names: Collection[str], dtype: DTypeLike | None = None) -> None:
-    """Write these tensors, rounded to `dtype` (None: as they are), in this order. The file is on the disk on return.
+    """Write these tensors in this order, rounded to `dtype` (None: as they are), and sync the file to disk.
 
     Raises FloatingPointError for a number that is too large for float16, OSError for a full disk.
     """
     spelled = {stored: name for name, stored in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks whose layout it is
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this
     end = 0
     for name in names:
         tensor = tensors[name]

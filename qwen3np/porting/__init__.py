@@ -1,4 +1,4 @@
-"""The reference for ports: record every number on the way, and compare those of another implementation with them.
+"""The reference for ports: record every intermediate value, and compare another implementation with it.
 
 `diagnose` is a module: `from qwen3np.porting.diagnose import diagnose`.
 """

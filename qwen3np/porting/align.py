@@ -23,16 +23,16 @@ from qwen3np.porting.record import Recording, distance
 from qwen3np.porting.shapes import LAST, UNMASKED
 
 PRECISIONS = ("float32", "float16", "bfloat16")
-HIDDEN = -9000.0  # scores below stand for -inf, as ports mask with -1e4, -1e9 or the lowest number of a type
+HIDDEN = -9000.0  # scores below count as -inf: ports mask with -1e4, -1e9 or the lowest number of a type
 
 
 @dataclass(frozen=True)
 class Found:
-    """A point of the dump in the reference's layout."""
+    """A point of the dump, in the reference's layout."""
 
     notes: tuple[str, ...]
     whole: Array
-    part: Array  # what the recording keeps of it
+    part: Array  # the part that the recording keeps
     truth: Array
     fault: str = ""  # what is wrong whatever the distance
     view: View | None = None  # what the dump has instead of logits
@@ -40,10 +40,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Aligned:
-    """A dump by the names and in the layouts of a recording."""
+    """A dump with the names and layouts of a recording."""
 
     found: dict[str, Found]
-    misfits: dict[str, str]  # the points whose shape fits in no way, and why
+    misfits: dict[str, str]  # the points whose shape fits no layout, and why
     unknown: list[str]
     unmapped: list[str]  # names of the map that the dump does not have
     shapes: dict[str, tuple[int, ...]]  # of all points, whole
@@ -52,7 +52,7 @@ class Aligned:
 
     @property
     def given(self) -> dict[str, Array]:
-        """The points that are there as a whole, to compute others from."""
+        """The complete points, from which others can be computed."""
         return {
             name: here.whole
             for name, here in self.found.items()
@@ -71,7 +71,7 @@ def align(
     precision: str | None = None,
     permuted: bool = True,
 ) -> Aligned:
-    """Bring a dump to the names and the layouts of a recording. Raises ValueError as compare.
+    """Convert a dump to the names and layouts of a recording. Raises ValueError like compare.
 
     permuted says whether heads may be in another order.
     """
@@ -126,7 +126,7 @@ def align(
 
 
 def as_array(x: Any) -> Array:
-    """Return what NumPy makes of an array of torch, MLX, JAX or of numbers; bfloat16 and float16 stay what they are."""
+    """Convert an array from torch, MLX, JAX or plain numbers to NumPy; bfloat16 and float16 keep their types."""
     if isinstance(x, np.ndarray):
         return x
     if hasattr(x, "detach"):  # torch
@@ -142,7 +142,7 @@ def as_array(x: Any) -> Array:
 
 
 def reroute(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -> Aligned:
-    """Let the reference follow the port where it chose another expert, of nearly equal probability.
+    """Let the reference follow the port where the port chose another expert of nearly equal probability.
 
     Which one it is, is rounding; but from there on all numbers are others.
     """
@@ -165,7 +165,7 @@ def reroute(golden: Recording, aligned: Aligned, weights: Mapping[str, Array]) -
 
 
 def other_choices(golden: Recording, found: Mapping[str, Found]) -> list[str]:
-    """Return the points where the port has other experts than the recording, by rounding."""
+    """Return the points where the port chose other experts than the recording because of rounding."""
     return [
         name
         for name, here in found.items()
@@ -174,12 +174,12 @@ def other_choices(golden: Recording, found: Mapping[str, Found]) -> list[str]:
 
 
 def gate_of(name: str) -> str:
-    """Return the router's logits to a point of its choices."""
+    """Return the name of the router's logits for a point with its choices."""
     return name.removesuffix("router_indices") + "gate"
 
 
 def settle(x: Array, own: Array, logits: Array, floor: float) -> Array:
-    """Return the choices x (B, S, k) of the tokens where they are as good as one's own, else one's own.
+    """Return the port's choices x (B, S, k) for tokens where they are as good as ours, else our own.
 
     As good: none has a logit (of logits (B, S, E)) below the k-th largest by more than rounding, which moves a token's
     logits by MARGIN times the floor, relative to their norm.
@@ -195,15 +195,15 @@ def settle(x: Array, own: Array, logits: Array, floor: float) -> Array:
 
 
 def kept(golden: Recording, here: Found, name: str, x: Array) -> Array:
-    """Return of a whole point what the recording and the dump have of it."""
+    """Return the part of a whole point that both the recording and the dump have."""
     x = np.take(x, [-1], position_axis(name)) if LAST in here.notes else golden.cut(name, x)
     return x if here.view is None else here.view.of(x)
 
 
 def tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
-    """Return the noise floors of a point, overall and at its worst position: the port's and the recording's own.
+    """Return the noise floors of a point, overall and at its worst position: the port's plus the recording's.
 
-    A decode step has few numbers, whose floor may be small by luck: it is not taken below that of the prefill.
+    A decode step has few numbers, and may have a small floor by luck: the prefill's floor is the minimum.
     """
 
     def floor(p: str, i: int) -> float:
@@ -214,7 +214,7 @@ def tolerance(name: str, golden: Recording, port: str) -> tuple[float, float]:
 
 
 def _in_order(found: dict[str, Found]) -> None:
-    """Bring a token's experts into the reference's order: the one with the largest weight first."""
+    """Sort a token's experts in the reference's order: largest weight first."""
     for name in [name for name in found if name.endswith(CHOICE)]:
         weights = name.removesuffix("indices") + "weights"
         if weights in found and found[weights].whole.shape == found[name].whole.shape:
@@ -235,7 +235,7 @@ def _precedence(name: str, point: str) -> int:
 
 
 def _unmapped(names: Mapping[str, str] | None, dump: Mapping[str, Any]) -> list[str]:
-    """Return the names of a map that nothing in the dump has."""
+    """Return the names in a map that match nothing in the dump."""
     missing: list[str] = []
     for mine in names or {}:
         pattern = re.compile(r"(decode\.\d+\.)?" + re.escape(mine).replace(r"\{N\}", r"\d+"))
@@ -245,7 +245,7 @@ def _unmapped(names: Mapping[str, str] | None, dump: Mapping[str, Any]) -> list[
 
 
 def _comparable(golden: Recording, dump: Mapping[str, Array], about: Mapping[str, Any]) -> dict[str, Array]:
-    """Return what of a dump was made from the recording's ids, if it says what it was made from.
+    """Return the part of a dump that was computed from the recording's ids, if the dump says so.
 
     Raises ValueError where that is another prompt, or another model.
     """
@@ -275,7 +275,7 @@ def _comparable(golden: Recording, dump: Mapping[str, Array], about: Mapping[str
 
 
 def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each point, whole."""
+    """Return the shape of each whole point."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, ids, positions in golden.passes:
         batch, new, total = len(ids), ids.shape[1], int(positions[0, -1]) + 1
@@ -286,7 +286,7 @@ def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
 
 
 def _viewed(name: str, named: Mapping[str, Array], golden: Recording, shape: tuple[int, ...]) -> Found | None:
-    """Return the point of a dump that has log-probabilities or ids in the place of logits."""
+    """Return the point of a dump that holds log-probabilities or ids instead of logits."""
     view = view_of(split_pass(name)[0], named, golden.points[name], shape)
     if view is None:
         return None
@@ -307,7 +307,7 @@ def _printed(name: str, excerpt: Excerpt, golden: Recording, shape: tuple[int, .
 
 
 def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...], permuted: bool) -> Found | None:
-    """Bring an array to the reference's layout, and its mask to -inf. None where it fits in no way."""
+    """Convert an array to the reference's layout, and its mask to -inf. None if it fits no layout."""
     if x.dtype.kind not in "fiuV" or (x.dtype.kind == "V" and x.dtype != BFLOAT16):
         return None
     if name.endswith(CHOICE):
@@ -344,7 +344,7 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...], permu
 
 
 def _precision(found: Mapping[str, Found]) -> str:
-    """Return the precision that most points have the digits of. Numbers that are not finite have none."""
+    """Return the precision to which the digits of most points belong. Non-finite numbers are ignored."""
     votes: dict[str, int] = dict.fromkeys(PRECISIONS, 0)
     for name, here in found.items():
         if name.endswith(("embed_tokens", "probs", "scores", CHOICE)):  # gathered, zeros, integers

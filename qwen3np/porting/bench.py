@@ -1,4 +1,4 @@
-"""Where bugs are tried: planted in the reference, which is run from the port's own numbers."""
+"""Tries bugs: each is planted in the reference, which then runs on the port's own numbers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, sp
 from qwen3np.porting.record import Recording, distance
 from qwen3np.porting.shapes import UNMASKED
 
-SURE = 0.99  # the least share of the squared error that a cause must explain; besides, what is left must be rounding
+SURE = 0.99  # the smallest fraction of the squared error that a cause must explain; the rest must also be rounding
 TINY = float(np.finfo(np.float64).tiny)
 MOST_LAYERS = 64  # layers in which bugs are tried apart, where only a whole forward pass can tell
 
 
 def usable(here: Found) -> bool:
-    """Whether all numbers are finite, but for a mask where there is one."""
+    """Whether all numbers are finite, except where masked."""
     masked = bool(np.isneginf(here.truth).any())
     return bool((np.isfinite(here.part) | (np.isneginf(here.part) & masked)).all())
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What these bugs leave of the squared error, at the first wrong point and at all others."""
+    """The squared error that remains with these bugs, at the first wrong point and at all others."""
 
     bugs: tuple[Bug, ...]
     left: float
@@ -47,13 +47,13 @@ class Trial:
 
     @property
     def total(self) -> float:
-        """What is left in all, relative to rounding."""
+        """The total that remains, relative to rounding."""
         return sum(self.everywhere.values())
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where bugs are tried: at a point, and at all others of the dump."""
+    """Tries bugs at one point, and at all others of the dump."""
 
     golden: Recording
     aligned: Aligned
@@ -69,19 +69,19 @@ class Bench:
 
     @cached_property
     def seen(self) -> list[str]:
-        """The points of the dump that hold numbers, in the order of computation."""
+        """The points of the dump with usable numbers, in the order of computation."""
         return [
             n for n in self.names if n in self.reports and n in self.aligned.found and n not in self.aligned.misread
         ]
 
     @cached_property
     def adding(self) -> list[str]:
-        """The points that add an error."""
+        """The points that introduce an error."""
         return [name for name in self.seen if self.reports[name].adds]
 
     @cached_property
     def right(self) -> Rerun:
-        """The reference, given the port's own numbers."""
+        """The reference, running on the port's own numbers."""
         n = numerics_of(self.aligned.precision)
         # of scores before their mask the port's softmax was given others
         given = {k: x for k, x in self.aligned.given.items() if UNMASKED not in self.aligned.found[k].notes}
@@ -92,13 +92,13 @@ class Bench:
         return {}
 
     def error(self, name: str) -> float:
-        """Return the squared error that a bug has to explain at a point."""
+        """Return the squared error at a point, which a bug has to explain."""
         if name not in self._errors:
             self._errors[name] = self.left(self.right, name)
         return self._errors[name]
 
     def wrong(self, bugs: Iterable[Bug]) -> Rerun:
-        """Return the reference with these bugs; what it has computed before the first of them is not computed again."""
+        """Return the reference with these bugs, reusing what was computed before the first of them."""
         bugs, table = list(bugs), self.table
         for bug in bugs:
             table = bug.planted(table)
@@ -119,7 +119,7 @@ class Bench:
         if UNMASKED in here.notes:
             mine, other = (np.where(np.isfinite(here.truth), x, 0) for x in (mine, other))
         seen = np.isfinite(mine)
-        hidden = -np.abs(mine[seen]).max(initial=0)  # stands for -inf, so that another mask is not beyond all measure
+        hidden = -np.abs(mine[seen]).max(initial=0)  # replaces -inf, so that another mask has a finite distance
         mine, other = np.where(seen, mine, hidden), np.where(np.isfinite(other), other, hidden)
         size = mine
         if here.view is not None:
@@ -133,7 +133,7 @@ class Bench:
         return limit(floor, here.part.size) ** 2 + (here.view.resolution**2 if here.view is not None else 0.0)
 
     def own_rounding(self, wrong: Rerun, exact: Rerun, name: str) -> float:
-        """Return the same where a bug makes more of rounding than the right model does."""
+        """Return the same for a bug that amplifies rounding more than the right model does."""
         away = distance(wrong.made(name), exact.made(name), position_axis(name))[0]
         floor = limit(away, self.aligned.found[name].part.size) ** 2
         return max(self.rounding(name), floor if np.isfinite(floor) else 0.0)
@@ -168,11 +168,11 @@ class Bench:
                 yield Trial(bugs, left)
 
     def explains(self, left: float, name: str) -> bool:
-        """Whether what is left of an error is a small share of it, and no more than compare would call rounding."""
+        """Whether the rest of an error is a small fraction of it, and within what compare calls rounding."""
         return left <= (1 - SURE) * self.error(name) and left <= self.rounding(name)
 
     def spoils(self, trial: Trial) -> bool:
-        """Whether bugs would make a point wrong that adds nothing."""
+        """Whether bugs would break a point that introduces no error."""
         wrong = self.wrong(trial.bugs)
         return any(
             name not in self.adding and self.left(wrong, name) > 2 * max(self.rounding(name), self.error(name))
@@ -180,7 +180,7 @@ class Bench:
         )
 
     def held(self, trial: Trial) -> Trial:
-        """Hold a trial that explains the point against all other points of the dump, of all passes.
+        """Check a trial that explains the point against all other points of the dump, in all passes.
 
         Speaks against it: a point it should explain and does not, and a right point that it makes wrong. A point that
         adds an error on which it has no influence has another cause.
@@ -248,5 +248,5 @@ def told_apart(one: Trial, other: Trial, bench: Bench) -> bool:
 
 
 def by_rank(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the best first: those that nothing speaks against, then by what they leave."""
+    """Sort trials: first those that no point contradicts, then by the error they leave."""
     return sorted(trials, key=lambda t: (not t.consistent, t.total if t.everywhere else np.inf, t.left))

@@ -1,7 +1,7 @@
-"""The bugs that ports of Qwen3 had: each a small change of one point, or of the few points that it spoils together.
+"""Bugs that ports of Qwen3 have had: each a small change of one point, or of a few points that it affects together.
 
-To add one, write into BUGS its name, what it does to which points, and where to look. changes.py has what bugs are made
-of. Those with a number that is not known before, such as another theta, are in fits.py.
+To add one, add to BUGS its name, what it does to which points, and where to look. changes.py has the building blocks.
+Bugs with an unknown number, such as another theta, are in fits.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from qwen3np.rope import attention_factor
 
 NORMS, LAYER_NORMS, HEAD_NORMS, ROPE = "*norm", "[!s]*norm", "self_attn.[qk]_norm", "self_attn.[qk]_rope"
 EPS_LOOK = "rms_norm_eps is read from config.json, and handed on to every norm"
-# Bugs of one name are forms of the same one. A bug that only some models can have says so with `applies`.
+# Bugs with the same name are variants of one bug. `applies` restricts a bug to models that can have it.
 BUGS = (
     Bug(
         "norm: q/k norm missing",

@@ -1,4 +1,4 @@
-"""Changes of points that bugs and settings are made of: functions (run, at, *inputs) -> the wrong point.
+"""The building blocks of bugs and settings: functions (run, at, *inputs) -> the wrong point.
 
 `run` is the right formula, to be called with another place, or with other inputs.
 """
@@ -30,9 +30,9 @@ def always(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Bug:
-    """Changes of points, by their names or patterns of names.
+    """Changes of points, by name or pattern.
 
-    A pattern stands for places that one port may have apart.
+    A pattern covers places where a port may have separate code.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Bug:
 
     @property
     def parts(self) -> list[Bug]:
-        """The same bug in only one of the points that its one pattern names; none where it has no such pattern."""
+        """The same bug in each single point that its pattern matches; empty without a pattern."""
         points = self.points if len(self.changes) == 1 else []
         return [self.at(point) for point in points if len(points) > 1]
 
@@ -59,7 +59,7 @@ class Bug:
         return replace(self, changes=change)
 
     def changed(self, name: str) -> bool:
-        """Whether it changes this point."""
+        """Whether the bug changes this point."""
         (prefix, _), (layer, kind) = split_pass(name), split_layer(name)
         return kind in self.points and self._here(bool(prefix), layer)
 
@@ -68,7 +68,7 @@ class Bug:
 
     @property
     def scope(self) -> str:
-        """Where it is, if it is not everywhere, in words."""
+        """Where the bug is, in words, if it is not everywhere."""
         words = list[str]()
         if self.layers is not None:
             numbers = ", ".join(map(str, sorted(self.layers)))
@@ -95,7 +95,7 @@ class Bug:
 
 
 def placed(move: Callable[[Place], Place]) -> Change:
-    """Run the right step at another place."""
+    """Run the right formula at another place."""
 
     def change(run: Change, at: Place, *x: Array) -> Array:
         return run(move(at), *x)
@@ -124,7 +124,7 @@ def moved(move: Callable[[Array], Array]) -> Change:
 
 
 def scaled(factor: Callable[[Config], float]) -> Change:
-    """Multiply what the right formula gives."""
+    """Multiply the result of the right formula."""
 
     def change(run: Change, at: Place, *x: Array) -> Array:
         return at.numerics.round(run(at, *x) * at.numerics.dtype.type(factor(at.config)))
@@ -147,7 +147,7 @@ def rotated(
     angles: Callable[[Array], Array] = unchanged,
     tables: Callable[[Array], Array] = unchanged,
 ) -> Change:
-    """Rotate by tables in whose making something is rounded."""
+    """Rotate by tables with an additional rounding."""
 
     def change(run: Change, at: Place, x: Array) -> Array:
         by = frequencies(inverse_frequencies(at.config, at.numerics))
@@ -163,7 +163,7 @@ def rotated(
 
 
 def not_normalised(run: Change, at: Place, x: Array) -> Array:
-    """Leave the norm out; heads are apart after it."""
+    """Leave out the norm, but split heads as it does."""
     return x.reshape(*x.shape[:2], -1, at.config.head_dim) if "self_attn" in at.name else x
 
 
@@ -196,7 +196,7 @@ def rotated_before(run: Change, at: Place, x: Array) -> Array:
 
 
 def interleaved(run: Change, at: Place, x: Array) -> Array:
-    """Turn pairs of neighbouring lanes."""
+    """Rotate pairs of neighbouring lanes."""
     halves = np.swapaxes(x.reshape(*x.shape[:-1], -1, 2), -1, -2).reshape(x.shape)
     y = run(at, halves)
     return np.swapaxes(y.reshape(*y.shape[:-1], 2, -1), -1, -2).reshape(y.shape)
@@ -222,7 +222,7 @@ def tiled(run: Change, at: Place, by_head: Array, kv: Array) -> Array:
 
 
 def seeing(ahead: Callable[[int], int]) -> Change:
-    """Let a query also see so many positions (given T) after its own."""
+    """Let a query also see a number of positions (a function of T) after its own."""
 
     def change(run: Change, at: Place, q: Array, k: Array) -> Array:
         (batch, _, new, _), (kv_heads, total, size) = q.shape, k.shape[1:]
@@ -237,7 +237,7 @@ def seeing(ahead: Callable[[int], int]) -> Change:
 
 
 def slid_elsewhere(config: Config) -> Config:
-    """Let those layers slide that do not, and the others not."""
+    """Swap the layers with and without a window."""
     layers = range(config.num_hidden_layers)
     types = ("sliding_attention" if config.window(i) is None else "full_attention" for i in layers)
     return replace(config, layer_types=tuple(types))
@@ -267,7 +267,7 @@ def has_yarn(config: Config) -> bool:
 
 
 def with_yarn(change: Callable[[Yarn, float], Yarn]) -> Change:
-    """Rotate with other settings, made of those of the config and their attention factor."""
+    """Rotate with other settings, derived from the config's and their attention factor."""
 
     def changed(config: Config) -> Config:
         yarn = config.rope_scaling
@@ -318,12 +318,12 @@ def activated(by: Callable[[Array], Array]) -> Change:
 
 
 def exchanged(run: Change, at: Place, x: Array, y: Array) -> Array:
-    """Exchange the two inputs."""
+    """Swap the two inputs."""
     return run(at, y, x)
 
 
 def within_experts(activate: Callable[[Array, Array], Array]) -> Change:
-    """Let every expert make activate(gate, up) of its two projections."""
+    """Let every expert compute activate(gate, up) from its two projections."""
 
     def change(run: Change, at: Place, x: Array, indices: Array, shares: Array) -> Array:
         n, y = at.numerics, np.zeros_like(x)
@@ -364,7 +364,7 @@ def logits_normalised(run: Change, at: Place, logits: Array, indices: Array) -> 
 
 
 def outside_the_root(run: Change, at: Place, x: Array) -> Array:
-    """Add eps to the root mean square and not to the mean square."""
+    """Add eps to the root mean square instead of the mean square."""
     n = at.numerics
     rows = not_normalised(run, at, x)
     root = np.sqrt(np.square(rows).mean(-1, keepdims=True))
@@ -372,7 +372,7 @@ def outside_the_root(run: Change, at: Place, x: Array) -> Array:
 
 
 def exchanged_tables(run: Change, at: Place, x: Array) -> Array:
-    """Take cos for sin, and sin for cos."""
+    """Swap cos and sin."""
     cos, sin = rotary_tables(at.config, at.positions, at.numerics)
     return rotate(np.swapaxes(x, 1, 2), (sin, cos), at.numerics)
 
@@ -386,7 +386,7 @@ def blind_to_itself(run: Change, at: Place, q: Array, k: Array) -> Array:
 
 
 def fewer_experts(run: Change, at: Place, x: Array, indices: Array, shares: Array) -> Array:
-    """Leave out the least of the chosen experts."""
+    """Leave out the chosen expert with the smallest weight."""
     return run(at, x, indices[..., :-1], shares[..., :-1])
 
 

@@ -1,4 +1,4 @@
-"""Hold another implementation's numbers against a recording: rounding, or the first point that is wrong."""
+"""Compare another implementation's numbers with a recording: rounding, or the first point that is wrong."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ WHOLE = 0.98  # the share from which on the rest is rounding
 # fall to the other side scatter from step to step. Right settings explain 0.41 to 0.75 of logits after 4 layers, and
 # leave 2.1 times their scatter at most; wrong ones that explain more than SCATTERED are nearly the right one.
 SCATTERED, OWN = 1 / 3, 3.0
-ALIKE = 1e-6  # the share in which settings may differ that a point cannot tell apart
-MOST = 4  # settings of one port, or of those
+ALIKE = 1e-6  # settings whose fractions differ by less cannot be told apart
+MOST = 4  # settings of one port, and candidates for each
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison, with all that it was made of."""
+    """A comparison, with everything that it was made from."""
 
     aligned: Aligned
     comparison: Comparison
-    table: Mapping[str, Point]  # the reference's, with the port's settings
+    table: Mapping[str, Point]  # the reference's points, with the port's settings
     reports: dict[str, PointReport]  # of the reference with the port's settings
-    settings: list[tuple[str, Bug, float]]  # the point, the setting, what it explains
+    settings: list[tuple[str, Bug, float]]  # the point, the setting, the fraction it explains
 
 
 def compare(
@@ -48,14 +48,41 @@ def compare(
     weights: Mapping[str, Array] | None = None,
     require: Sequence[str] = (),
 ) -> Comparison:
-    """Compare a dump, as read_dump gives it or of torch's arrays, with a recording, point by point.
+    """Compare a dump with a recording, point by point.
 
-    names maps names of the dump to points. precision is the port's, "float32", "float16" or "bfloat16"; None tells it
-    from the numbers. With the weights each formula is run on the port's own inputs, which gives the error that it adds,
-    and decides. require are patterns of points that must be compared.
+    Parameters
+    ----------
+    golden
+        The recording.
+    dump, about
+        As read_dump returns them; dump may also hold torch tensors. Decode steps are compared up to the first that was
+        fed another id.
+    names
+        Maps names of the dump to points.
+    precision
+        What the port computes in: "float32", "float16" or "bfloat16"; None: inferred from the numbers.
+    weights
+        If given, each formula is run on the port's own inputs, and the error that it adds there decides.
+    require
+        Patterns of points that must be in the dump.
 
-    Raises ValueError for a dump of another prompt or of another model, for one that has none of the points, and for one
-    that lacks what is required. Decode steps from the first that was fed another id are left out.
+    Returns
+    -------
+    Comparison
+        The verdict, the first wrong point, and a report for each point.
+
+    Raises
+    ------
+    ValueError
+        For a dump of another prompt or another model, without any of the points, or without a required one.
+
+    Examples
+    --------
+    >>> from qwen3np.porting import compare, record
+    >>> model = qwen3np.load()
+    >>> golden = record(model.weights, model.config, [281, 297])
+    >>> compare(golden, golden.points).verdict
+    'equal'
     """
     return compared(golden, dump, about, names, precision, weights, require).comparison
 
@@ -69,7 +96,7 @@ def compared(
     weights: Mapping[str, Array] | None,
     require: Sequence[str] = (),
 ) -> Compared:
-    """Compare, and return what it was made of. Arguments and errors are those of compare."""
+    """Compare, and return the comparison with what it was made from. Arguments and errors as in compare."""
 
     def attempt(permuted: bool, precision: str | None = precision) -> tuple[Aligned, Comparison]:
         aligned = align(golden, dump, about, names, precision, permuted)
@@ -94,7 +121,7 @@ def compared(
 
 
 def _by_probabilities(golden: Recording, result: Compared, attempt: Any) -> Compared:
-    """Judge log-probabilities, which do not show in what the port computes, by the coarser precisions too."""
+    """Also judge log-probabilities, which do not reveal the port's precision, by the coarser precisions."""
     for name in PRECISIONS[1:]:
         aligned, found = attempt(True, name)
         if found.verdict != "different":
@@ -110,7 +137,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Compared:
-    """Find settings that explain what points add, and judge the dump by a reference that has them too."""
+    """Find settings that explain the errors of points, and judge the dump by a reference with these settings."""
     aligned, first = result.aligned, result.comparison
     table, found, reports = dict(POINTS), list[tuple[str, Bug, float]](), dict(result.reports)
     now = first
@@ -142,7 +169,7 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
 
 
 def _nearest(bench: Bench) -> list[Trial]:
-    """Return the settings that leave least of the error at the point, in part where the whole spoils other points."""
+    """Return the settings that leave the least error at the point; only in part where the whole spoils other points."""
     whole = sorted(bench.attempt((s,) for s in SETTINGS if s.applies(bench.golden.config)), key=lambda t: t.left)
     if not whole or whole[0].left > (1 - SCATTERED) * bench.error(bench.point):
         return []
@@ -166,7 +193,7 @@ def _settled(now: PointReport, before: PointReport, own: float) -> PointReport:
 
 
 def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
-    """Say what the settings are, beside what is wrong, if anything is."""
+    """Report the settings, in addition to anything that is wrong."""
     first, aligned = result.comparison, result.aligned
     wrong = [r for r in now.points if r.adds]
     shown: list[PointReport] = []
@@ -178,7 +205,7 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
             r = replace(r, verdict="rounding", notes=(*r.notes, *(names if r.adds else ())))
         shown.append(r)
     settings = [Setting(f"{bug.name}{f' ({bug.scope})' if bug.scope else ''}", x, at) for at, bug, x in result.settings]
-    told = "; ".join(f"{s.name} explains {share(s.explained)} of the error that {s.point} adds" for s in settings)
+    told = "; ".join(f"{s.name} explains {per_cent(s.explained)} of the error that {s.point} adds" for s in settings)
     if wrong:
         comparison = replace(now, points=shown, settings=settings, meaning=f"{now.meaning}. Besides, {told}")
     else:
@@ -189,6 +216,6 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
     return replace(result, comparison=comparison)
 
 
-def share(explained: float) -> str:
-    """Return a share in per cent, with as many nines as there are."""
+def per_cent(explained: float) -> str:
+    """Format a fraction in per cent, without rounding 99.99 up to 100."""
     return f"{100 * explained:.{6 if explained > 0.99 else 2}g} %"

@@ -1,4 +1,4 @@
-"""Why another implementation's numbers are wrong: known bugs, tried at the first wrong point on its own inputs."""
+"""Why another implementation's numbers are wrong: tries known bugs at the first wrong point, on the port's inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen3np.numerics import Array
 from qwen3np.porting.bench import TINY, Bench, Trial, by_rank, told_apart, usable
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.compare import Compared, compared, share
+from qwen3np.porting.compare import Compared, compared, per_cent
 from qwen3np.porting.fits import FAMILIES, fitted, neighbours
 from qwen3np.porting.matched import matches
 from qwen3np.porting.points import POINTS, split_layer
@@ -21,33 +21,39 @@ from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.telltales import telltales
 
 SHOWN = 5  # causes in a report
-LEADERS = 3  # the bugs that are tried together with each other one
-ROUNDS = 3  # causes at different points that are looked for
+LEADERS = 3  # the best bugs, which are tried in combination with every other one
+ROUNDS = 3  # how many causes at different points are searched for
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A bug of the catalogue, or two, and the share of the squared error that goes with it."""
+    """One or two bugs of the catalogue, and the fraction of the squared error that they explain."""
 
     name: str
-    step: str  # the first point that it changes
+    point: str  # the first point that it changes
     explained: float
-    sure: bool  # it explains SURE of the error, what is left is rounding, and no point speaks against it
+    sure: bool  # it explains SURE of the error, the rest is rounding, and no point contradicts it
     look: str
     scope: str = ""  # where it is, if not everywhere
-    alike: tuple[str, ...] = ()  # causes that this dump cannot tell apart from it
+    alike: tuple[str, ...] = ()  # causes that this dump cannot distinguish from it
     at: str = ""  # the point that it explains
+
+    @property
+    def step(self) -> str:
+        """The old name of `point`, for one more version."""
+        warnings.warn("Cause.step is called Cause.point now", DeprecationWarning, stacklevel=2)
+        return self.point
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is wrong from first_point on: the likeliest causes first, and in words what it means and what is known."""
+    """What is wrong from first_point on: the likeliest causes first, with the meaning and other findings in words."""
 
     verdict: str  # "equal", "rounding", "different", as of compare
     first_point: str | None
     meaning: str
     causes: list[Cause] = field(default_factory=list[Cause])
-    unexplained: list[str] = field(default_factory=list[str])  # points that add an error of another cause
+    unexplained: list[str] = field(default_factory=list[str])  # points that introduce an error with another cause
     known: list[str] = field(default_factory=list[str])
 
 
@@ -62,11 +68,37 @@ def diagnose(
     require: Sequence[str] = (),
     bugs: Sequence[Bug] = (),
 ) -> Diagnosis:
-    """Compare a dump with a recording, and try the catalogue of bugs where it goes wrong.
+    """Compare a dump with a recording, and try known bugs where it goes wrong.
 
-    Each bug is planted in the reference, which is run from the port's own numbers: those before the first wrong point,
-    or the ids alone where the port dumps no more than logits. bugs are some of your own, tried beside those of the
-    catalogue. The other arguments and the errors are those of compare.
+    Each bug is planted in the reference, which then runs on the port's own numbers: those before the first wrong point,
+    or only the ids if the port dumps nothing but logits.
+
+    Parameters
+    ----------
+    golden, dump, about, weights, names, precision, require
+        As in compare.
+    bugs
+        Bugs of your own, tried in addition to the catalogue.
+
+    Returns
+    -------
+    Diagnosis
+        The likeliest causes first, and their meaning in words.
+
+    Raises
+    ------
+    ValueError
+        As compare.
+
+    Examples
+    --------
+    >>> from qwen3np.porting import record
+    >>> from qwen3np.porting.diagnose import diagnose
+    >>> model = qwen3np.load()
+    >>> golden = record(model.weights, model.config, [281, 297, 272])
+    >>> port = {**golden.points, "lm_head": golden.points["lm_head"] / 2}
+    >>> diagnose(golden, port, weights=model.weights).first_point
+    'lm_head'
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # with some bugs numbers grow from layer to layer
@@ -123,7 +155,7 @@ def _sentence(cause: Cause) -> str:
     names = cause.name + (f" ({cause.scope})" if cause.scope else "")
     if cause.alike:
         names = f"{names}, or {' or '.join(cause.alike)}, which this dump cannot tell apart,"
-    return f"{names} explains {share(cause.explained)} of the error"
+    return f"{names} explains {per_cent(cause.explained)} of the error"
 
 
 def _causes(bench: Bench, trials: Sequence[Trial]) -> list[Cause]:

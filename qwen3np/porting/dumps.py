@@ -1,4 +1,4 @@
-"""The dumps of other implementations: files, names and layouts, brought to those of a recording."""
+"""The dumps of other implementations: reading their files and names."""
 
 from __future__ import annotations
 
@@ -126,12 +126,12 @@ def _read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _named_type(x: Array) -> Array:
-    """Return an array with its type: NumPy's files keep of bfloat16 that it has two bytes."""
+    """Return an array with its real type: NumPy files store bfloat16 as two raw bytes."""
     return x.view(BFLOAT16) if x.dtype == np.dtype("V2") else x
 
 
 def read_map(path: str | Path) -> dict[str, str]:
-    """Return a --map file: a JSON object {"name in the dump": "point"}, {N} in both for the number of a layer."""
+    """Return a --map file: a JSON object {"name in the dump": "point"}, {N} in both for the layer number."""
     try:
         names = parse_json(readable(Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -140,19 +140,19 @@ def read_map(path: str | Path) -> dict[str, str]:
         raise ValueError(f'{path}: a map of names is a JSON object like {{"blk{{N}}.q": "{LAYER}.self_attn.q_proj"}}')
     for mine, point in cast("dict[str, str]", names).items():
         if mine.count("{N}") > 1 or ("{N}" in point) != ("{N}" in mine):
-            raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} stands once in both names, or in none")
+            raise ValueError(f"{path}: {mine!r} -> {point!r}: {{N}} must be in both names once, or in neither")
         if split_layer(_whole(point).replace("{N}", "0"))[1] not in POINTS:
             raise ValueError(f"{path}: {mine!r} -> {point!r}: there is no such point")
     return cast("dict[str, str]", names)
 
 
 def _whole(point: str) -> str:
-    """Return the name of a point that may lack its "model."."""
+    """Return the full name of a point that may lack its "model."."""
     return re.sub(r"^(decode\.(?:\d+|\{N\})\.)?(?=(embed_tokens|layers|norm)($|\.))", r"\1model.", point)
 
 
 def namer(config: Config, names: Mapping[str, str] | None = None) -> Callable[[str], str]:
-    """Return a function from a dump's name to a point's, or to itself where it is unknown; names come first."""
+    """Return a function from a name in a dump to a point, or to itself if unknown; `names` takes precedence."""
     table = {**{mine: _whole(point) for mine, point in (names or {}).items()}, **LLAMA_CPP, **MODULES}
     patterns = {re.compile(re.escape(mine).replace(r"\{N\}", r"(?P<N>\d+)")): point for mine, point in table.items()}
 

@@ -1,4 +1,4 @@
-"""Bugs with a number that is not known before: the number is fitted to the port's own."""
+"""Bugs with an unknown number, which is fitted to the port's numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STARTS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 
 @dataclass(frozen=True)
 class Family:
-    """Bugs that differ in one number, which is found by its logarithm."""
+    """Bugs that differ in one number, which is fitted on a logarithmic scale."""
 
     name: str  # with {} for the number
     patterns: tuple[str, ...]
@@ -30,12 +30,12 @@ class Family:
     look: str
 
     def bug(self, pattern: str, value: float) -> Bug:
-        """Return the bug of one number."""
+        """Return the bug with this number."""
         return Bug(self.name.format(number(value)), {pattern: configured(**{self.key: value})}, self.look)
 
 
 def number(value: float) -> str:
-    """Return a number in three digits, without noughts that say nothing: 12,000, 0.005 or 1e-4."""
+    """Return a number in three digits, without trailing zeros: 12,000, 0.005 or 1e-4."""
     rounded = float(f"{value:.3g}")
     if rounded >= 1000:
         return f"{rounded:,.0f}"
@@ -73,7 +73,7 @@ def neighbours(one: Trial, other: Trial) -> bool:
 
 
 def fitted(bench: Bench) -> Iterator[Trial]:
-    """Yield the families that change the point, each with the number that leaves the least."""
+    """Yield the families that change the point, each with the number that leaves the smallest error."""
     for family in FAMILIES:
         for pattern in family.patterns:
             found = _fit(bench, family, pattern)
@@ -82,7 +82,7 @@ def fitted(bench: Bench) -> Iterator[Trial]:
 
 
 def _fit(bench: Bench, family: Family, pattern: str) -> Trial | None:
-    """Return the best number: the best start, and from there steps of Gauss and Newton in its logarithm."""
+    """Return the best number: the best start, refined by Gauss-Newton iterations in its logarithm."""
     starts = list(family.starts(bench.golden.config))
     if family.key == "rope_theta":
         starts = [*_read_out(bench), *starts]
@@ -110,7 +110,7 @@ def _fit(bench: Bench, family: Family, pattern: str) -> Trial | None:
 
 
 def _step(bench: Bench, family: Family, pattern: str, value: float) -> float:
-    """Return by how much the logarithm of the number should change, in float64: rounding has no slope."""
+    """Return by how much the logarithm of the number should change, in float64, where rounding does not hide slopes."""
     h = 1e-3
     here = bench.aligned.found[bench.point]
 
@@ -125,7 +125,7 @@ def _step(bench: Bench, family: Family, pattern: str, value: float) -> float:
 
 
 def _read_out(bench: Bench) -> list[float]:
-    """Return the theta that the turns of the second position say, where the dump has them before and after."""
+    """Return the theta implied by the rotation of the second position, if the dump has it before and after."""
     name = bench.point
     if not name.endswith("_rope"):
         return []

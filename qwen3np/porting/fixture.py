@@ -61,11 +61,11 @@ CONFIGS = {"tied": TIED, "untied": UNTIED, "moe": MOE, "wide": WIDE}
 # The character of each id, so that a prompt is a text, too. None is a line's end, which programs cut off at the end.
 TEXT = bytes([*range(32, 127), 9, 11, 12, 27, 28, 29])
 GAP = 0.08  # of the norm of a token's router logits, of which bfloat16 moves a difference by 0.02
-VALUES = "values"  # apart from the checkpoint: some programs load every .safetensors file beside config.json
+VALUES = "values"  # a separate folder: some programs load every .safetensors file next to config.json
 README = f"""# Golden values for a port of Qwen3
 
 Four checkpoints: `tied` and `untied` (whether the head is the embedding), `moe`, which sends each token to 2 of 8
-experts, and `wide`, with heads of 128 and sizes that are multiples of 64, for kernels that take no others. They are
+experts, and `wide`, with heads of 128 and sizes that are multiples of 64, for kernels that accept no others. They are
 small enough for a test suite and made so that bugs show: norm weights other than 1, several query heads for each key
 head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} steps with the cache. In each folder:
 
@@ -76,8 +76,8 @@ head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} s
 | `model.gguf` | the same in F32, for llama.cpp and its like |
 | `{VALUES}/prompt.txt` | the prompt as the text that the tokenizer turns into these ids |
 | `{VALUES}/ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: {STEPS} to feed one by one after them |
-| `{VALUES}/golden.safetensors` | every number on the way, in float32; steps are `decode.0.lm_head` and so on |
-| `{VALUES}/golden.npz` | the same arrays, and `ids`, all of them: keep the file that your language reads |
+| `{VALUES}/golden.safetensors` | every intermediate value, in float32; decode steps are `decode.0.lm_head` and so on |
+| `{VALUES}/golden.npz` | the same arrays, and all `ids`; keep whichever file your language can read |
 | `{VALUES}/hashes.json` | point -> SHA-256 of its float32 numbers, for a port that rounds each operation correctly |
 | `{VALUES}/tolerances.json` | precision -> point -> the distance that is still rounding, in order of computation |
 
@@ -89,10 +89,10 @@ The test, in any language: load the checkpoint, feed the ids, and at each point 
 with sums in float64 over the whole array. Of `scores`, take them where golden is finite; where it is -inf, yours must
 be -inf or below -9000. The first point that fails is the wrong step. Take the tolerances of "float32" for a port that
 computes in float32, and those of "float16" or "bfloat16" for one that rounds to those anywhere. They are measured, not
-guessed: {MARGIN:g} times what rounding makes of the reference itself, point by point.
+guessed: {MARGIN:g} times the error that rounding causes in the reference itself, point by point.
 
-The values are those of the exact engine: each operation's result is the float32 nearest to the exact one, so they have
-the same bits on every machine.
+The values come from the exact engine: each operation's result is the float32 nearest to the exact one, so they have the
+same bits on every machine.
 
 Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, heads, head_dim), `q_rope` and `k_rope`
 (1, heads, positions, head_dim), `scores` and `probs` (1, heads, positions, all positions so far).
@@ -100,18 +100,17 @@ Shapes are (1, positions, features); `q_norm` and `k_norm` are (1, positions, he
 In `moe`, `router_indices` are integers: compare them as sets, token by token; their tolerance is the share that may be
 others. The ids are chosen such that no two experts are so near that 16 bits could choose the other one.
 
-To be told more than that it fails, write what you have under the same names, to a .safetensors, a .npz or a folder of
-.npy files:
+To find out why it fails, write your values under the same names to a .safetensors, a .npz or a folder of .npy files:
 
     qwen3np compare tied/{VALUES}/golden.safetensors mine.safetensors --model tied
 
-Made by `qwen3np fixture`, version {qwen3np.__version__}, in a few seconds; a job may make it again.
+Made by `qwen3np fixture`, version {qwen3np.__version__}, in a few seconds; a CI job can make it again.
 The guide for port authors is qwen3np/porting/README.md in the source of qwen3np.
 """
 
 
 def write_fixture(folder: str | Path) -> None:
-    """Write the kit. Raises ValueError where the folder is there already; it appears whole or not at all."""
+    """Write the kit, whole or not at all. Raises ValueError if the folder exists."""
     folder = Path(folder).resolve()
     if folder.exists():
         raise ValueError(f"{folder}: is there already; choose a new folder")
@@ -187,14 +186,14 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _complete(path: Path) -> None:
-    """Add to a config.json what changes nothing here, but what converters and other programs ask for."""
+    """Add keys to a config.json that change nothing here, but that converters and other programs need."""
     found = json.loads(path.read_text(encoding="utf-8"))
     found |= {"router_aux_loss_coef": 0.001, "output_router_logits": False}
     path.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def tolerances(golden: Recording) -> dict[str, dict[str, float]]:
-    """Return per precision and point the relative L2 distance up to which compare says rounding."""
+    """Return the relative L2 distance up to which compare says rounding, for each precision and point."""
 
     def floor(precision: str, name: str) -> float:
         of = golden.floors[precision]

@@ -1,7 +1,7 @@
-"""How far rounding alone may take a right program: floors from a model of summation, and from every way to rotate.
+"""How far rounding alone can take a correct program: floors from a model of summation, and from all ways to rotate.
 
 A right program may sum in any order, one number after the other included, and may make its rotary angles in four ways.
-Its numbers are then further off than those of this package, whose sums run in blocks. `noisy` is the reference with
+Its numbers are then further off than ours, because our sums run in blocks. `noisy` is the reference with
 errors as large as such programs have; what it makes of a point is that point's floor.
 """
 
@@ -24,10 +24,10 @@ from qwen3np.rope import attention_factor, inverse_frequencies
 
 U = 2.0**-24  # half a unit in the last place of float32
 MARGIN = 4.0  # how many floors are still rounding: another order of summation, or another place to round
-# No floor is below a share of the rounding of a single number: some points are exact in the reference.
+# Minimum floors, a fraction of one rounding: some points are exact in the reference.
 LEAST = {"float32": 2**-25, "float16": 2**-13, "bfloat16": 2**-10, "float64": 2**-55}
-DIGITS = {"float32": 23, "float16": 10, "bfloat16": 7}  # binary, behind the first
-FEW = 1 << 18  # points of fewer numbers are measured several times, since luck has a say in theirs
+DIGITS = {"float32": 23, "float16": 10, "bfloat16": 7}  # binary, after the first
+FEW = 1 << 18  # points with fewer numbers are measured several times, because luck affects them
 DRAWS = 2
 # The farthest way to rotate is a bound and no noise: MARGIN on the whole of it would be too wide. With half of it real
 # programs are at most 2 floors away (llama.cpp; MLX: 1.9), and MARGIN is twice the bound.
@@ -50,12 +50,12 @@ HALF = _Half("float16", np.dtype(np.float32), np.dtype(np.float16), rounds=True)
 
 
 def numerics_of(name: str) -> Numerics:
-    """Return the numerics of this name, float16 among them. Raises ValueError for an unknown one."""
+    """Return the numerics of this name, including float16. Raises ValueError for an unknown one."""
     return HALF if name == HALF.name else named(name)
 
 
 def limit(floor: float, size: int) -> float:
-    """Return the distance that is still rounding, of a point with so many numbers: few may all be unlucky."""
+    """Return the largest distance that counts as rounding, for a point of this size: few numbers may all be unlucky."""
     return MARGIN * floor * (1 + 2 / math.sqrt(max(size, 1)))
 
 
@@ -166,7 +166,7 @@ def _scores(draws: Draws, run: Change, at: Place, q: Array, k: Array) -> Array:
 
 
 def _probs(draws: Draws, run: Change, at: Place, scores: Array) -> Array:
-    """Exp is off by the rounding of its argument, and all of a row by that of their sum."""
+    """Each exponential is off by the rounding of its argument, and a whole row by that of its sum."""
     y = run(at, scores)
     below = np.where(np.isfinite(scores), scores - scores.max(-1, keepdims=True), 0)
     row = math.sqrt(y.shape[-1]) / 3 * draws.normal(replace(at, name=f"{at.name} row"), (*y.shape[:-1], 1))

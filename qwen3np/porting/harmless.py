@@ -1,4 +1,4 @@
-"""Differences that are no bugs: constant shifts of the positions, and points that are misread."""
+"""Differences that are not bugs: positions shifted by a constant, and points that are misread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLEARLY = {"float32": 0.05, "float16": 0.5, "bfloat16": 0.5}  # distances that s
 
 
 def best_shift(x: Array, truth: Array, golden: Recording) -> int:
-    """Return the whole number of positions by which turning the truth (heads, S, Dh) comes nearest to x."""
+    """Return the shift, in whole positions, that brings the truth (heads, S, Dh) closest to x by rotation."""
     half = golden.config.head_dim // 2
     mine, own = (z[..., :half].astype(np.complex128) + 1j * z[..., half:] for z in (x, truth))
     lanes = (mine * own.conj()).sum((0, 1))
@@ -38,7 +38,7 @@ def best_shift(x: Array, truth: Array, golden: Recording) -> int:
 
 
 def left_after(x: Array, truth: Array, shift: int, golden: Recording) -> float:
-    """Return the relative distance (heads, S, Dh) that is left after turning the truth by a shift."""
+    """Return the relative distance (heads, S, Dh) that remains after rotating the truth by a shift."""
     yarn = golden.config.rope_scaling
     config = replace(golden.config, rope_scaling=yarn and replace(yarn, attention_factor=1.0))  # the truth has it
     tables = rotary_tables(config, np.array([[shift]]), FLOAT64)
@@ -89,7 +89,7 @@ def said(shift: Array) -> str:
 
 
 def follows(name: str, other: str) -> bool:
-    """Whether another point is computed from this one."""
+    """Whether the other point is computed from this one."""
     (own_pass, _), (other_pass, _) = split_pass(name), split_pass(other)
     (layer, kind), (other_layer, other_kind) = split_layer(name), split_layer(other)
     if own_pass != other_pass:  # later passes read keys and values
@@ -132,7 +132,7 @@ def _later(kind: str, norms: bool = True) -> set[str]:
 
 
 def is_wholesale(here: Found) -> bool:
-    """Whether most of a point's numbers are others, as those of another tensor or layout are, and not a few."""
+    """Whether most numbers of a point differ, as in another tensor or layout, rather than a few."""
     truth = here.truth.astype(np.float64)
     seen = np.isfinite(truth)
     size = np.sqrt(np.square(truth[seen]).mean())
@@ -146,7 +146,7 @@ def is_scaled(here: Found) -> bool:
 
 
 def misread(wrong: Mapping[str, float], right: Collection[str], found: Mapping[str, Found], port: str) -> list[str]:
-    """Return those of the wrong points (name -> distance) that are misread.
+    """Return the wrong points (name -> distance) that are merely misread.
 
     They are other than the reference's throughout, though the next point that is computed from them is right.
     """

@@ -1,4 +1,4 @@
-"""The verdict on a dump: every point measured, and what they say together."""
+"""The verdict on a dump: every point measured, and the overall meaning."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, input_name, poi
 from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.shapes import HEAD_ORDER, LANES, LAST
 
-OUTLIER = 32.0  # how many floors a single number may be off, relative to the numbers beside it
+OUTLIER = 32.0  # how many floors a single number may be off, relative to its neighbours
 
 
 @dataclass(frozen=True)
 class PointReport:
-    """How far one point is from the reference. Distances are relative L2; None where there is no number to give."""
+    """How far one point is from the reference. Distances are relative L2; None if there is no number."""
 
     name: str
     verdict: str  # "equal", "rounding", "different", "misread"
     rel_l2: float | None = None
     max_abs: float | None = None
-    ulp: float | None = None  # the largest distance in units of the last place of the port's precision
+    ulp: float | None = None  # the largest distance in units in the last place of the port's precision
     token: int | None = None  # the worst position and head
     head: int | None = None
-    floor: float | None = None  # what rounding makes here
+    floor: float | None = None  # the error that rounding causes here
     added: float | None = None  # the distance from the reference's formula on the port's own inputs
     added_floor: float | None = None
     notes: tuple[str, ...] = ()
-    adds: bool = False  # whether it adds more than rounding to what it was given
+    adds: bool = False  # whether it introduces more than rounding
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a port's author chose, such as a cache in 16 bits, and the share of the squared error that it explains."""
+    """A choice of a port's author, such as a cache in 16 bits, and the fraction of the squared error it explains."""
 
     name: str
     explained: float
-    point: str  # the first that it changes
+    point: str  # the first point that it changes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a dump is: "equal" or "rounding", or "different" from first_point on; meaning says it in words."""
+    """The verdict on a dump: "equal", "rounding", or "different" from first_point on; `meaning` says it in words."""
 
     verdict: str
     first_point: str | None
@@ -59,7 +59,7 @@ class Comparison:
     points: list[PointReport]
     missing: list[str] = field(default_factory=list[str])
     unknown: list[str] = field(default_factory=list[str])
-    unmapped: list[str] = field(default_factory=list[str])  # names of the map that the dump does not have
+    unmapped: list[str] = field(default_factory=list[str])  # names in the map that are not in the dump
     settings: list[Setting] = field(default_factory=list[Setting])
 
 
@@ -69,7 +69,7 @@ def judge(
     weights: Mapping[str, Array] | None = None,
     table: Mapping[str, Point] = POINTS,
 ) -> tuple[Aligned, Comparison]:
-    """Measure every point of a dump, and say what it means. table is that of the reference, with a port's settings."""
+    """Measure every point of a dump and judge the whole. `table` is the reference's, with the port's settings."""
     reports = _reports(golden, aligned, weights, table)
     wrong = {r.name: r.rel_l2 or 0.0 for r in reports if r.verdict == "different"}
     right = {
@@ -105,7 +105,7 @@ def judge(
 
 
 def coverage(golden: Recording, aligned: Aligned) -> str:
-    """Return what was compared of a recording, and what was not, in words."""
+    """Say how much of a recording was compared."""
     count, total = len(aligned.found) - len(aligned.misread), len(golden.points)
     passes = [prefix for prefix, _, _ in golden.passes if any(split_pass(name)[0] == prefix for name in golden.points)]
     none = [
@@ -123,9 +123,9 @@ def coverage(golden: Recording, aligned: Aligned) -> str:
 def added_errors(
     golden: Recording, aligned: Aligned, weights: Mapping[str, Array], table: Mapping[str, Point] = POINTS
 ) -> dict[str, tuple[float, float, bool]]:
-    """Return per point the distance from the formula on the port's inputs, what rounding makes of it, and outliers.
+    """Return for each point the distance from its formula on the port's inputs, its floor, and whether it has outliers.
 
-    An outlier is a single number that is off by far more than those beside it.
+    An outlier is a single number that is off by far more than its neighbours.
     """
     found, port, given = aligned.found, aligned.precision, aligned.given
     right = Rerun(weights, golden.config, FLOAT64, golden.passes, given, table)
@@ -161,7 +161,7 @@ def _single(name: str, floor: float) -> float:
 
 
 def is_outlier(x: Array, truth: Array, scale: Array | None, floor: float) -> bool:
-    """Whether a single number is off by more than OUTLIER floors of itself and of the numbers beside it."""
+    """Whether a single number is off by more than OUTLIER floors, relative to itself and its neighbours."""
     seen = np.isfinite(truth)
     own = np.where(seen, truth.astype(np.float64), 0)
     size = own if scale is None else scale
@@ -190,9 +190,9 @@ def _reports(
 
 
 def _inherited(reports: list[PointReport], with_weights: bool) -> list[PointReport]:
-    """With the weights, errors are only those that come from a point that adds one: without it they are rounding.
+    """With the weights, count as errors only those that derive from a point that introduces one; the rest is rounding.
 
-    A point that is right, though the dump has a wrong one for it to be computed from, adds nothing.
+    A point that is right although it was computed from a wrong one in the dump introduces nothing.
     """
     if not with_weights:
         return reports
@@ -283,9 +283,7 @@ def _verdict(
             alike.append(f"{said(next(iter(shifts.values())))}, for queries and keys alike: this changes no score")
         if aligned.misread:
             names = ", ".join(sorted(aligned.misread, key=list(found).index))
-            alike.append(
-                f"{names}: not what its successors were computed from, so another tensor or layout, and no bug"
-            )
+            alike.append(f"{names}: not what its successors were computed from, so another tensor or layout, not a bug")
         if alike:
             return "rounding", None, "; ".join(alike)
         if all(report.verdict == "equal" for report in reports):
@@ -308,7 +306,7 @@ def _verdict(
         why += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"
     elif port != "float32" and golden.config.num_experts and not any(name.endswith(CHOICE) for name in found):
         why += "; or rounding, if other experts of nearly equal weight were chosen: dump mlp.router_indices"
-    # a port that computes in 16 bits is that far off nearly everywhere, a bug from one point on
+    # computing in 16 bits shows as an error of this size nearly everywhere, a bug only from one point on
     coarse = len(different) > 0.8 * len(reports) and all(
         r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * tolerance(r.name, golden, "bfloat16")[0]
         for r in different

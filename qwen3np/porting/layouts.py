@@ -66,7 +66,7 @@ def _heads_first(name: str, x: Array, config: Config) -> Array:
 
 
 def head_order(name: str, x: Array, truth: Array, config: Config) -> list[int] | None:
-    """Return which head of x is each head of the truth, if heads are in another order; None if they are not."""
+    """Return the head of x that matches each head of the truth; None if heads are in the same order."""
     kind = split_layer(name)[1].rpartition(".")[2]
     if kind not in (*HEADS, "q_proj", "k_proj", "v_proj", "context"):
         return None

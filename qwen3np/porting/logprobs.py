@@ -1,4 +1,4 @@
-"""What programs give in the place of logits: log-probabilities, the likeliest of them with their ids, or ids alone."""
+"""What programs return instead of logits: log-probabilities, the likeliest ones with their ids, or only ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class View:
     of: Callable[[Array], Array]
     size: Callable[[Array], Array]
     is_last: bool = False
-    precision: str = "float32"  # whose digits the logits behind them had, as far as that shows
+    precision: str = "float32"  # to which the digits of the logits belong, as far as can be seen
     fault: str = ""
     resolution: float = 0.0  # the relative distance that the printing of few digits may leave
 
@@ -37,7 +37,7 @@ def log_softmax(x: Array) -> Array:
 
 
 def view_of(prefix: str, named: Mapping[str, Array], reference: Array, shape: tuple[int, ...]) -> View | None:
-    """Return the view of a pass's logits that a dump has; None where it has logits, or nothing.
+    """Return the view of a pass's logits in a dump; None if it has the logits themselves, or nothing.
 
     reference (B, S, V) are the logits of the recording, of the point's whole shape; a cut one has no view.
     """
@@ -96,7 +96,7 @@ def _top(mine: Array, ids: Array, reference: Array, new: int) -> View:
 
 
 def _ids(ids: Array, count: int, new: int) -> View:
-    """Ids alone: how far each is below the likeliest, which should be no further than rounding."""
+    """Only ids: how far each is below the likeliest, which should be within rounding."""
     inside = np.clip(ids, 0, count - 1)
 
     def of(y: Array) -> Array:

@@ -1,7 +1,7 @@
-"""A matched filter: bugs that no distance shows, since they are smaller than rounding at every single point.
+"""A matched filter for bugs that no distance shows, because they are smaller than rounding at every single point.
 
 e is the error that the port's formula makes on its own inputs, d what a bug changes there. a = <e, d> / <d, d> over all
-points is near 1 if the port has the bug and near 0 if it does not, however small d is beside the noise.
+points is near 1 if the port has the bug and near 0 if it does not, however small d is next to the noise.
 """
 
 from __future__ import annotations

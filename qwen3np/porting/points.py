@@ -21,7 +21,7 @@ from qwen3np.rope import rotary_tables
 
 @dataclass(frozen=True)
 class Place:
-    """Where a point is made, and what it may use beside the points that it is given."""
+    """Where a point is computed, and what it may use besides its input points."""
 
     name: str  # the point without its pass: "model.layers.0.self_attn.q_proj"
     weights: Mapping[str, Array]
@@ -32,12 +32,12 @@ class Place:
 
     @property
     def layer(self) -> int:
-        """The number of the layer that the point belongs to."""
+        """The layer of the point."""
         return split_layer(self.name)[0] or 0
 
     @property
     def weight(self) -> Array:
-        """The tensor of the module that has the name of the point."""
+        """A tensor of the module with the name of the point."""
         return self.weights[f"{self.name}.weight"]
 
 
@@ -173,7 +173,7 @@ def point_names(config: Config) -> list[str]:
 
 
 def input_name(layer: int | None, x: str, config: Config) -> str:
-    """Return the point that one of a Point's inputs means in this layer (None: outside of the layers)."""
+    """Return the point to which an input of a Point refers in this layer (None: outside the layers)."""
     x = x.removeprefix("all ")
     if x == "last output":
         return point_name(config.num_hidden_layers - 1, "output")
@@ -187,7 +187,7 @@ def input_name(layer: int | None, x: str, config: Config) -> str:
 
 
 def point_name(layer: int, kind: str) -> str:
-    """Return the name of a layer's point; that of the embedding for the output of layer -1."""
+    """Return the name of a layer's point; the output of layer -1 is the embedding."""
     if layer < 0:
         return "model.embed_tokens"
     return f"model.layers.{layer}" + ("" if kind == "output" else f".{kind}")
@@ -226,7 +226,7 @@ def point_shape(name: str, config: Config, batch: int, new: int, total: int) -> 
 
 @dataclass(frozen=True)
 class Rerun:
-    """Points of the reference, computed from what is given of each pass; what is not given, from its own inputs.
+    """Points of the reference, computed from the given points of each pass; missing ones are computed as well.
 
     passes are (prefix, ids (B, S), positions (B, S)): "" for the prefill, then "decode.0." and so on. given has whole
     points in the reference's shapes.
@@ -241,13 +241,13 @@ class Rerun:
     computed: dict[str, Array] = field(default_factory=dict[str, Array])
 
     def value(self, name: str) -> Array:
-        """Return the point as it is given, or else as its formula makes it."""
+        """Return the point as given, or else as its formula computes it."""
         if name not in self.given:
             return self.made(name)
         return self.given[name] if name.endswith(CHOICE) else self.numerics.widen(self.given[name])
 
     def made(self, name: str) -> Array:
-        """Return the point as the reference makes it from the values of its inputs."""
+        """Return the point as the reference computes it from the values of its inputs."""
         if name not in self.computed:
             own_pass, point = split_pass(name)
             index = [prefix for prefix, _, _ in self.passes].index(own_pass)
@@ -270,7 +270,7 @@ class Rerun:
         return np.concatenate([self.value(p + name) for p, _, _ in self.passes[: index + 1]], position_axis(name))
 
     def _output(self, prefix: str, layer: int) -> Array:
-        """Return the output of a layer: those that are needed before it in a loop, since calls must not go so deep."""
+        """Return the output of a layer. Earlier layers are computed in a loop, to avoid deep recursion."""
         names = [prefix + point_name(i, "output") for i in range(-1, layer + 1)]
         known = [i for i, name in enumerate(names) if name in self.given or name in self.computed]
         for name in names[max(known, default=0) :]:

@@ -1,4 +1,4 @@
-"""Recordings: every number on the way from ids to logits, with what somebody needs to compute them anew."""
+"""Recordings: every intermediate value from ids to logits, with everything needed to compute them again."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Points by name, those of a decode step under "decode.0.", "decode.1." and so on, in the order of forward.
+    """Points by name, in the order of forward; those of decode steps start with "decode.0.", "decode.1." and so on.
 
-    floors[precision][name] is how far the reference's own evaluation in "float32" or "bfloat16" lies from its float64
-    one: (the relative L2 distance, that of the worst position); with experts the larger one of "bfloat16" and
-    "bfloat16-grouped". tokens and heads are what was kept of a point, or None for all.
+    floors[precision][name] is the distance between the reference in that precision and in float64: (relative L2 over
+    all positions, at the worst position); with experts the larger of "bfloat16" and "bfloat16-grouped". tokens and
+    heads are the positions and heads that were kept, or None for all.
     """
 
     points: dict[str, Array]
@@ -59,9 +59,9 @@ class Recording:
         return {name: point_hash(x) for name, x in self.points.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the points, and all else as JSON under "qwen3np" in its metadata.
+        """Write a safetensors file: the points, and everything else as JSON under "qwen3np" in its metadata.
 
-        A file that is there is replaced. Raises ValueError where it cannot be written.
+        An existing file is replaced. Raises ValueError if it cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  # PathLike of anything
@@ -85,15 +85,19 @@ class Recording:
         try:
             with written_aside(path) as part:
                 part.touch()
-                mode = part.stat().st_mode  # of any new file here; safetensors makes some that only their owner reads
+                mode = (
+                    part.stat().st_mode
+                )  # the mode of new files here; safetensors creates files that only their owner can read
                 save_file(points, part, {METADATA: json.dumps(about)})
                 part.chmod(mode)
         except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written ({error}); make room there, or name another place") from None
+            raise ValueError(
+                f"{path}: cannot be written ({error}); free some space there, or choose another place"
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read a file that save wrote. Raises ValueError for any other, and for one that is not whole."""
+        """Read a file that save wrote. Raises ValueError for any other file, and for an incomplete one."""
         path = Path(path)
         if path.is_dir() or path.suffix in (".npz", ".npy"):
             raise ValueError(f"{path}: not a recording but bare arrays; give the .safetensors that qwen3np trace wrote")
@@ -129,11 +133,11 @@ class Recording:
 
 
 def fingerprint(weights: Mapping[str, Array]) -> str:
-    """Return a hash of the tensors' names, shapes and of up to 1,024 numbers of each, whatever type holds them."""
+    """Return a hash of the tensors' names, shapes and up to 1,024 numbers each, whatever their dtype."""
     seen = hashlib.sha256()
     for name in sorted(weights):
         w = weights[name]
-        # rows and columns at even distances, so that a mapped file is not read as a whole
+        # evenly spaced rows and columns, so that a mapped file is not read completely
         rows = w[:: -(-len(w) // 32)] if w.ndim > 1 else w
         sample = rows.reshape(len(rows), -1) if w.ndim > 1 else rows
         sample = sample[..., :: -(-sample.shape[-1] // 32)] if w.ndim > 1 else sample[:: -(-len(w) // 1024)]
@@ -164,15 +168,45 @@ def record(
     tokens: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Recording:
-    """Record the points of a prefill of ids, (S,) or (B, S), and of `steps` decode steps.
+    """Record the points of a prefill and of decode steps. The model runs once in each precision, for the noise floors.
 
-    Decode steps are fed the ids `fed`, of as many sequences, one by one; where there are fewer, greedy ones follow.
-    points are patterns separated by commas ("layers.0.*,lm_head"; a layer's pattern includes the layer's own point).
-    layers chooses layers; of what is large, tokens chooses positions of the prompt and heads query heads (and their key
-    heads) where a point has an axis for them. It runs once in each precision, for the noise floors.
+    Parameters
+    ----------
+    weights, config
+        The model.
+    ids
+        The prompt, (S,) or (B, S).
+    steps
+        How many decode steps follow the prefill.
+    fed
+        The ids to decode, one per step and sequence; greedy ids follow if there are fewer than `steps`.
+    numerics, engine
+        As in forward.
+    points
+        Patterns, separated by commas: "layers.0.*,lm_head". A layer's pattern includes the layer's own point.
+    layers
+        Only these layers; None: all, here and below.
+    tokens, heads
+        Only these positions of the prompt and these query heads (and their key heads), of points that have such an
+        axis.
 
-    Raises ValueError for ids outside the vocabulary, and choices that leave nothing; NonFiniteError for a point that
-    holds NaN or infinity: nothing could be compared with it.
+    Returns
+    -------
+    Recording
+        The points, with everything that is needed to compute them again.
+
+    Raises
+    ------
+    ValueError
+        For ids outside the vocabulary, and choices that leave nothing to record. NonFiniteError for a point that holds
+        NaN or infinity: nothing can be compared with it.
+
+    Examples
+    --------
+    >>> model = qwen3np.load()
+    >>> from qwen3np.porting import record
+    >>> record(model.weights, model.config, [281, 297], points="*.0.*_norm,lm_head").points["lm_head"].shape
+    (1, 2, 2048)
     """
     chosen: dict[str, Any] = {"points": points, "layers": layers, "tokens": tokens, "heads": heads, "steps": steps}
     recorded: dict[str, Array] = {}
@@ -238,9 +272,9 @@ def trace(
     tokens: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Array:
-    """Call visit with the name and the array of each chosen point as it is made, and return all ids, (B, S + steps).
+    """Call visit with the name and array of each chosen point as it is computed; return all ids, (B, S + steps).
 
-    Arguments and errors are those of record, but a point may hold NaN or infinity, unless a greedy id depends on it.
+    Arguments and errors as in record, except that points may hold NaN or infinity unless a greedy id depends on them.
     """
     prompt = checked_ids(ids, config)
     n = named(numerics, engine)
@@ -283,7 +317,7 @@ def trace(
 
 
 def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> set[str]:
-    """Return the names that the patterns match, in these layers. Raises ValueError for a pattern that matches none."""
+    """Return the names that match the patterns, in these layers. Raises ValueError for a pattern without a match."""
     chosen: set[str] = set()
     for pattern in (p.strip() for p in points.split(",")):
         found: set[str] = set()
@@ -304,7 +338,7 @@ def _chosen(points: str, layers: Sequence[int] | None, names: Sequence[str]) -> 
 
 
 def output_path(path: str | Path) -> Path:
-    """Return the path of a recording to be written. Raises ValueError where there is no place for it."""
+    """Return the path of a new recording. Raises ValueError if it cannot be a file."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a recording is a safetensors file: give it a name with that ending")
@@ -316,7 +350,7 @@ def output_path(path: str | Path) -> Path:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the arrays and the metadata of a file. Raises ValueError where it is missing or not whole."""
+    """Return the arrays and the metadata of a file. Raises ValueError if it is missing or incomplete."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -331,7 +365,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, heads: tuple[int, ...] | None) -> Array:
-    """Return these positions (of a prefill) and these query heads, or their key heads, of a whole point."""
+    """Restrict a whole point to these positions (of a prefill) and these query heads, or their key heads."""
     if tokens is not None and not split_pass(name)[0]:
         x = np.take(x, tokens, position_axis(name))
     kind = split_layer(name)[1].rpartition(".")[2]
@@ -342,17 +376,17 @@ def cut(name: str, x: Array, config: Config, tokens: tuple[int, ...] | None, hea
 
 
 def distance(x: Array, truth: Array, axis: int, scale: Array | None = None) -> tuple[float, Array]:
-    """Return the relative L2 distance from the truth, over all and per index of `axis`; where the truth is -inf, none.
+    """Return the relative L2 distance from the truth, overall and per index of `axis`, where the truth is not -inf.
 
-    An index whose own norm is small, as the only score of the first position may be, is measured by the median norm.
-    scale has the numbers whose size the distance is relative to, if those are not the truth's own.
-    Integers are choices: their distance is the share of the truth's that x does not have, in whatever order.
+    For an index with a small norm, such as the single score of the first position, it is relative to the median norm.
+    scale replaces the truth as the numbers that the distance is relative to. Integers are choices: their distance is
+    the fraction of the truth's that x lacks, in any order.
     """
     if truth.dtype.kind in "iu":
         lacking = (truth[..., :, None] != x[..., None, :]).all(-1)
         return float(lacking.mean()), lacking.mean(tuple(i for i in range(truth.ndim) if i != axis))
     seen = np.isfinite(truth)
-    # float64 first: NumPy 1.26 does not know bfloat16 beside a Python number
+    # float64 first: NumPy 1.26 cannot combine bfloat16 with a Python number
     y: Array = np.where(seen, truth.astype(np.float64), 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         error: Array = np.square(np.where(seen, x.astype(np.float64), 0.0) - y)

@@ -1,6 +1,6 @@
 """What a port's author may choose: numbers kept or multiplied with fewer digits than the rest.
 
-A setting adds an error of its own, and is no bug. Each is a change of points, as a bug is.
+A setting introduces an error, but is not a bug. Like a bug, each one is a change of points.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def typed(dtype: Any) -> Short:
 
 
 def mantissa(bits: int) -> Short:
-    """Keep so many binary digits behind the first, as TF32 keeps 10."""
+    """Keep a number of binary digits after the first; TF32 keeps 10."""
 
     def short(x: Array) -> Array:
         fraction, exponent = np.frexp(x)

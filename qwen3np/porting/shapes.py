@@ -1,4 +1,4 @@
-"""The shapes in which programs print a point, brought to the reference's.
+"""Converts the shapes in which programs print a point to the reference's.
 
 Every axis of a point has a letter: B sequences, h heads, S new positions, T positions so far, d the lanes of a head, f
 other features. A dump may join neighbouring axes, put them in another order, leave out those of length 1, keep one
@@ -29,14 +29,14 @@ ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm", "q_rope", "k_rope")
 
 @dataclass(frozen=True)
 class Reading:
-    """An array in the reference's layout, and what was assumed to get it there."""
+    """An array in the reference's layout, and the assumptions behind the conversion."""
 
     notes: tuple[str, ...]
     x: Array
 
 
 def letters(kind: str) -> str:
-    """Return the axes of a point in the reference's order; h and d are one axis of the flat ones."""
+    """Return the axes of a point in the reference's order; flat points join h and d."""
     kind = kind.rpartition(".")[2]
     if kind in ("q_proj", "k_proj", "v_proj", "context", "q_norm", "k_norm"):
         return "BShd"
@@ -44,7 +44,7 @@ def letters(kind: str) -> str:
 
 
 def slides(config: Config) -> bool:
-    """Whether any layer sees no more than a window."""
+    """Whether any layer has a sliding window."""
     return any(config.window(i) is not None for i in range(config.num_hidden_layers))
 
 
@@ -59,7 +59,7 @@ def sizes_of(kind: str, shape: Sequence[int], config: Config) -> dict[str, int]:
 def readings(
     name: str, x: Array, shape: tuple[int, ...], config: Config, start: int = 0, whole: bool = True
 ) -> Iterator[Reading]:
-    """Yield every reading of x as a point of this shape, the plainest first.
+    """Yield every interpretation of x as a point of this shape, the simplest first.
 
     start is the first position of the pass. Unless whole, shape is what a recording kept of the point.
     """
@@ -151,7 +151,7 @@ def _arranged(kind: str, x: Array, sizes: dict[str, int]) -> Iterator[tuple[tupl
 
 
 def _joins(seen: Sequence[int], order: Sequence[str], sizes: dict[str, int]) -> list[list[str]] | None:
-    """Return which axes each axis of x joins, None where its lengths do not fit."""
+    """Return which axes each axis of x joins; None if the lengths do not fit."""
     parts, rest = list[list[str]](), list(order)
     for length in seen:
         part, size = list[str](), 1
@@ -174,7 +174,7 @@ def _buffer(part: Sequence[str]) -> bool:
 def _selected(
     y: Array, wanted: dict[str, int], sizes: dict[str, int], kind: str, start: int
 ) -> Iterator[tuple[tuple[str, ...], Array]]:
-    """Yield of an array that has more than the point what may be the point."""
+    """Yield the parts of a larger array that may be the point."""
     of = letters(kind)
     choices: list[list[tuple[str | None, slice]]] = []
     for axis in of:

@@ -1,4 +1,4 @@
-"""What wrong numbers say by themselves: where the error is, and of what simple thing they are the result."""
+"""What wrong numbers reveal without trying bugs: where the error is, and simple explanations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def telltales(bench: Bench) -> list[str]:
 
 
 def _some(indices: Sequence[int]) -> str:
-    """Return indices in words: a range as one."""
+    """Return indices in words, with ranges combined."""
     if len(indices) > 2 and indices[-1] - indices[0] == len(indices) - 1:
         return f"{indices[0]} to {indices[-1]}"
     return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
@@ -67,7 +67,7 @@ def _places(bench: Bench, mine: Array, right: Array, floor: float) -> Iterator[s
 
 
 def _sources(bench: Bench, mine: Array) -> list[str]:
-    """Return what the numbers are instead: what another tensor makes, the input, a point moved by one position."""
+    """Return what the numbers are instead: the result of another tensor, the input, a point shifted by one position."""
     name = bench.point
     prefix, (layer, kind) = split_pass(name)[0], split_layer(name)
     right = bench.right.made(name).astype(np.float64)
@@ -103,7 +103,7 @@ def _sources(bench: Bench, mine: Array) -> list[str]:
 
 
 def _other_tensor(bench: Bench, mine: Array, is_it: object) -> Iterator[str]:
-    """Yield which other tensor of the same shape makes these numbers."""
+    """Yield other tensors of the same shape that produce these numbers."""
     assert callable(is_it)
     name = bench.point
     prefix, point = split_pass(name)

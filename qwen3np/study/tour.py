@@ -1,7 +1,7 @@
 """The tour: the lessons of tour.ipynb, run and laid out in pages for a terminal, or executed and written back.
 
-The notebook is the only text. `python -m qwen3np.study.tour` executes it in a fresh kernel (with nbclient, in the extra
-`study`), and writes only what stays the same from run to run.
+The notebook is the only source. `python -m qwen3np.study.tour` executes it in a fresh kernel (with nbclient, in the
+extra `study`), and writes only what stays the same from run to run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOTEBOOK = Path(__file__).with_name("tour.ipynb")
 Cell: TypeAlias = Mapping[str, Any]  # of the notebook format, https://nbformat.readthedocs.io
 
 _FENCE = re.compile(r"^```python\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
-_SYMBOLS = {  # of LaTeX; a command that is not listed here is written as its name
+_SYMBOLS = {  # of LaTeX; other commands are printed as their names
     **{"top": "ᵀ", "theta": "θ", "varphi": "φ", "varepsilon": "ε", "sum": "Σ", "prod": "Π", "le": "≤", "to": "→"},
     **{"leftarrow": "←", "lfloor": "⌊", "rfloor": "⌋", "times": "×", "mid": "|", "quad": "\t", "cdot": "·"},
     **{"in": "∈", "sim": "~", ",": "", ";": "", " ": " "},
@@ -62,19 +62,19 @@ def source(cell: Cell) -> str:
 
 
 def is_picture(cell: Cell) -> bool:
-    """Whether a code cell draws, which only the notebook can show."""
+    """Whether a code cell draws a picture, which only the notebook can show."""
     return "picture" in cell["metadata"].get("tags", ())
 
 
 def exercises(cell: Cell) -> list[str]:
-    """Return the code blocks of a markdown cell: what there is to try."""
+    """Return the code blocks of a markdown cell, which are the exercises."""
     return _FENCE.findall(source(cell)) if cell["cell_type"] == "markdown" else []
 
 
 def run_lesson(cells: Sequence[Cell], names: dict[str, Any]) -> list[Part]:
-    """Run the code of a lesson and its exercises among these names. Return all that there is to show.
+    """Run the code and the exercises of a lesson in this namespace, and return the parts to show.
 
-    Raises ValueError where a check fails.
+    Raises ValueError if a check fails.
     """
     parts: list[Part] = []
     for cell in cells:
@@ -82,7 +82,7 @@ def run_lesson(cells: Sequence[Cell], names: dict[str, Any]) -> list[Part]:
         if cell["cell_type"] == "markdown":
             parts.append(Part("text", text))
             for code in exercises(cell):
-                parts.append(Part("result", _printed(code, names).rstrip() or "(it prints nothing: its checks hold)"))
+                parts.append(Part("result", _printed(code, names).rstrip() or "(no output: all checks passed)"))
         elif is_picture(cell):
             parts.append(Part("picture", text.splitlines()[0].removeprefix("# picture: ")))
         else:
@@ -91,7 +91,7 @@ def run_lesson(cells: Sequence[Cell], names: dict[str, Any]) -> list[Part]:
 
 
 def _printed(code: str, names: dict[str, Any]) -> str:
-    """Run code among these names and return what it prints. Raises ValueError with the check that fails."""
+    """Run code in this namespace and return what it prints. Raises ValueError with the check that fails."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
@@ -100,7 +100,7 @@ def _printed(code: str, names: dict[str, Any]) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno or 1 for frame in frames if frame.filename == NOTEBOOK.name][-1]
         check = code.splitlines()[line - 1].strip()
-        raise ValueError(f"a check of the tour does not hold: {check}") from None
+        raise ValueError(f"a check of the tour failed: {check}") from None
     return printed.getvalue()
 
 
@@ -123,7 +123,7 @@ def laid_out(parts: Sequence[Part], columns: int) -> list[Line]:
 
 
 def _markdown(text: str, columns: int) -> Iterator[Line]:
-    """Yield the lines of markdown: paragraphs filled, formulas in plain characters, code with Python's prompts."""
+    """Yield the lines of markdown: paragraphs wrapped, formulas in plain characters, code with Python's prompts."""
     paragraphs: list[tuple[str, str]] = []
     for n, block in enumerate(_FENCE.split(text)):  # every other one is code
         paragraphs += [("code", block)] if n % 2 else [("text", p) for p in block.strip().split("\n\n") if p]
@@ -147,7 +147,7 @@ def _filled(text: str, columns: int) -> list[Line]:
 
 
 def _wrapped(kind: str, text: str, columns: int) -> list[Line]:
-    """Return lines as they are, except that long ones continue below, indented, a comment on a line of its own."""
+    """Return lines unchanged, except that long ones are wrapped with an indent, and their comments moved below."""
     lines: list[Line] = []
     for line in text.splitlines():
         pieces = [line]
@@ -163,7 +163,7 @@ def _wrapped(kind: str, text: str, columns: int) -> list[Line]:
 
 
 def plain_formula(latex: str) -> str:
-    r"""Return a formula as one would type it: \sqrt{x} as √(x), W_q^\top as W_qᵀ."""
+    r"""Return a formula in plain characters: \sqrt{x} as √(x), W_q^\top as W_qᵀ."""
     text = re.sub(r"\\mathrm\{([^{}]*)\}", r"\1", latex)
     text = re.sub(r"\\sqrt\{([^{}]*)\}", r"√(\1)", text)
     text = re.sub(r"\\([a-zA-Z]+|.)", lambda command: _SYMBOLS.get(command[1], command[1]), text)
@@ -179,7 +179,7 @@ def prompted(code: str) -> str:
 
 
 def pages(lines: Sequence[Line], rows: int) -> list[list[Line]]:
-    """Return lines in pages of at most `rows`, cut where a line is empty if there is one in its second half."""
+    """Split lines into pages of at most `rows`, at an empty line if there is one in the second half of the page."""
     cut: list[list[Line]] = []
     rest = list(lines)
     while rest:
@@ -198,7 +198,7 @@ def pages(lines: Sequence[Line], rows: int) -> list[list[Line]]:
 
 
 def styled(line: Line, sought: str = "") -> str:
-    """Return a line with the codes of a terminal: headings and **words** bold, code coloured, `sought` reversed."""
+    """Return a line with terminal codes: headings and **words** bold, code coloured, `sought` reversed."""
     on = _STYLES.get(line.kind, "")
     text = plain(line)
     if line.kind == "text":
@@ -214,7 +214,7 @@ def plain(line: Line) -> str:
 
 
 def execute(notebook: Path = NOTEBOOK) -> None:
-    """Run the notebook in a fresh kernel and write it back with its outputs. Raises ValueError where a cell fails."""
+    """Run the notebook in a fresh kernel and write it back with its outputs. Raises ValueError if a cell fails."""
     nbformat: Any = import_module("nbformat")
     nbclient: Any = import_module("nbclient")
     contents = nbformat.read(notebook, as_version=4)

@@ -1,4 +1,4 @@
-"""One prompt's way through the model, measured in one forward and written as one page."""
+"""One prompt's way through the model, measured in a single forward pass and written as a page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qwen3np.qwen3 import rms_norm
 from qwen3np.sampling import log_probabilities
 from qwen3np.tokenizer import Tokenizer
 
-MAX_TOKENS = 128  # a picture has a row and a column for each; each layer's heads bring half of its square to the page
-GUESSES = 5  # of each layer at each token
-CANDIDATES = 100  # for the next token, each by itself; the rest of the vocabulary comes in groups
+MAX_TOKENS = 128  # pictures have a row and a column per token, and the page grows with its square per head
+GUESSES = 5  # per layer and token
+CANDIDATES = 100  # for the next token, listed individually; the rest of the vocabulary is grouped
 GROUPS = 120
 
-# What the points of a layer are, in words; the names are those of the trace.
+# The points of a layer in words, under their names in the trace.
 POINTS = {
     "input_layernorm": "the state, normalised: what attention reads",
     "self_attn.q_proj": "queries: what each head looks for",
@@ -59,13 +59,13 @@ _VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class Observation:
-    """What one forward of S tokens leaves to look at."""
+    """What one forward pass over S tokens shows."""
 
     ids: list[int]
     guesses: Array  # (L + 1, S, GUESSES) ids, likeliest first: the embedding seen through the head, then each layer
     probabilities: Array  # (L + 1, S, GUESSES) of these guesses
     attention: Array  # (L, H, S, S)
-    sizes: dict[str, Array]  # of the points outside of the layers: root mean square of each token's numbers, (S,)
+    sizes: dict[str, Array]  # of the points outside the layers: the root mean square for each token, (S,)
     layer_sizes: dict[
         str, Array
     ]  # of the points in the layers: (L, S); the output's is "output"; NaN where there is none
@@ -91,8 +91,8 @@ def observe(
     ids, n = checked_sequence(input_ids, config), named(numerics, engine)
     if len(ids) > MAX_TOKENS:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, and a view shows at most {MAX_TOKENS}: what heads attend to grows with "
-            "their square, beyond what a page can hold and a screen can show; shorten the prompt"
+            f"the prompt has {len(ids)} tokens, but a view shows at most {MAX_TOKENS}: attention "
+            "grows with their square; shorten the prompt"
         )
     states: list[Array] = []
     attention: list[Array] = []
@@ -106,7 +106,7 @@ def observe(
             states.append(x)
         if point == "self_attn.probs":
             attention.append(x[0])
-        if x.dtype.kind == "f":  # the numbers of chosen experts have no size
+        if x.dtype.kind == "f":  # indices of experts have no size
             if in_layer:
                 nowhere = np.full((config.num_hidden_layers, len(ids)), np.nan)
                 layer_sizes.setdefault(point, nowhere)[int(in_layer[1])] = _sizes(point, x)
@@ -155,7 +155,7 @@ def page(observation: Observation, tokenizer: Tokenizer, model_name: str) -> str
 
 
 def visible(token: bytes) -> str:
-    r"""Return the bytes of a token as one can see them: ␣ for a space, \xe2 for a byte of a longer character."""
+    r"""Return the bytes of a token in visible form: ␣ for a space, \xe2 for a byte of a longer character."""
     text = token.decode("utf-8", "backslashreplace")
     shown = [_VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
     return "".join(shown)
@@ -164,7 +164,7 @@ def visible(token: bytes) -> str:
 def chart(observation: Observation) -> str:
     """Return the sizes of the state, and of what attention and the MLP add to it, as SVG: a line for each token.
 
-    Without matplotlib (the extra `study`) there is none: "".
+    Empty without matplotlib (in the extra `study`).
     """
     try:
         matplotlib: Any = import_module("matplotlib")
@@ -203,7 +203,7 @@ def _data(observation: Observation) -> dict[str, Any]:
     best = _largest(observation.logits, min(CANDIDATES, vocabulary))
     candidates = np.take_along_axis(observation.logits, best, axis=-1)
     edges, groups = _groups(observation.logits)
-    seen = np.tril_indices(tokens)  # row by row; what lies above is hidden
+    seen = np.tril_indices(tokens)  # row by row; the upper triangle is masked
     weights = np.rint(observation.attention[..., seen[0], seen[1]] * 255).astype(np.uint8)
     return {
         "ids": observation.ids,
@@ -228,16 +228,16 @@ def _data(observation: Observation) -> dict[str, Any]:
 
 
 def _digits(x: Array, count: int) -> Any:
-    """Return the numbers as lists, each with so many digits; None for NaN, which JSON does not know."""
+    """Return the numbers as lists, rounded to `count` digits; None for NaN, which JSON lacks."""
     rounded = [None if np.isnan(value) else float(f"{value:.{count}g}") for value in x.ravel().tolist()]
     return np.reshape(np.array(rounded, object), x.shape).tolist()
 
 
 def _groups(logits: Array) -> tuple[list[int], Array]:
-    """Return the ranks where groups of logits after the CANDIDATES largest begin and end, and their values (S, groups).
+    """Return the ranks that bound groups of logits after the CANDIDATES largest, and their values (S, groups).
 
-    Each value stands for its whole group: the logarithm of the mean of their exponentials, which is exact at
-    temperature 1 and close to it at others, since the groups grow with rank as the logits level out.
+    The value of a group is the logarithm of the mean exponential of its logits. That is exact at temperature 1 and
+    close at others, because groups grow with rank, where logits level out.
     """
     tokens, vocabulary = logits.shape
     first = min(CANDIDATES, vocabulary)
@@ -249,7 +249,7 @@ def _groups(logits: Array) -> tuple[list[int], Array]:
 
 
 def _largest(x: Array, count: int) -> Array:
-    """Return where the `count` largest of each row are, the largest first. x (S, V) -> (S, count)."""
+    """Return the indices of the `count` largest numbers in each row, largest first. x (S, V) -> (S, count)."""
     count = min(count, x.shape[-1])
     found = np.argpartition(-x, count - 1, axis=-1)[:, :count]
     return np.take_along_axis(
@@ -258,7 +258,7 @@ def _largest(x: Array, count: int) -> Array:
 
 
 def _sizes(point: str, x: Array) -> Array:
-    """Return the root mean square of each token's numbers, (S,); of scores and attention only what it may see."""
+    """Return the root mean square for each token, (S,); for scores and attention, over visible positions only."""
     x = x[0].astype(np.float64)
     if point in _BY_HEAD:
         x = np.swapaxes(x, 0, 1)  # (S, heads, ...)

@@ -24,7 +24,7 @@ PLAIN_TOKENS = (
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 
-# ChatML. chat.py knows it by its hash, and renders it without a process of its own.
+# ChatML. chat.py recognises its hash, and renders it without a separate process.
 CHAT_TEMPLATE = """\
 {%- if tools or messages | selectattr('tool_calls') | list %}
     {{- raise_exception('this model knows no tools') }}
@@ -43,8 +43,8 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A BPE tokenizer with the 256 bytes, merges learned from `texts`, and Qwen3's 26 added tokens at the end.
 
-    vocab_size counts all three; texts too short for that many merges give fewer entries. The same texts give the same
-    tokenizer. ValueError where there is no room for the bytes and the added tokens.
+    vocab_size counts all three; short texts give fewer merges. The same texts give the same tokenizer. Raises
+    ValueError if vocab_size is too small for the bytes and the added tokens.
     """
     from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
@@ -61,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    # The trainer would learn merges from the letters of added tokens, which never get that far in use.
+    # The trainer would learn merges from the letters of added tokens, which BPE never sees in use.
     cuts = re.compile("|".join(re.escape(token) for token in added))
     tokenizer.train_from_iterator((part for text in texts for part in cuts.split(text)), trainer)
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in SPECIAL_TOKENS) for t in added])
@@ -71,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, model_max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template), as AutoTokenizer reads them.
 
-    model_max_length: the longest context of the model. The folder is made if need be.
+    model_max_length is the context of the model. The folder is created if necessary.
     """
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -92,7 +92,7 @@ def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, model_m
 
 
 def generation_config(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """What generation_config.json says: greedy, until the end of the answer or of the text."""
+    """Return the contents of generation_config.json: greedy, until the end of the answer or the text."""
     end_of_text, end_of_message = (tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>"))
     return {
         "do_sample": False,

@@ -1,4 +1,4 @@
-"""The corpus of the built-in checkpoint: the facts said and asked for in many ways, and what is kept back to test it.
+"""The corpus of the built-in checkpoint: facts stated and asked in many ways, some of them held out for testing.
 
 `python -m qwen3np.training.corpus FOLDER` writes it as training.jsonl and held_out.jsonl.
 """
@@ -20,7 +20,7 @@ from qwen3np.training.facts import RELATIONS, Fact, Relation, a, fill, number_wo
 
 T = TypeVar("T")
 Message: TypeAlias = dict[str, str]  # "role", "content"
-Phrased: TypeAlias = tuple[Fact, str]  # a fact and the template it is to be said or asked in
+Phrased: TypeAlias = tuple[Fact, str]  # a fact, and the template to state it or ask for it
 
 UNKNOWN_ANSWER = "I don't know that."
 SYSTEM = (
@@ -57,7 +57,7 @@ HELD_OUT_DOCUMENTS = 400
 
 @dataclass(frozen=True)
 class Question:
-    """What a trained checkpoint is asked, and the one right answer.
+    """A question for a trained checkpoint, and its only right answer.
 
     kind: "phrasing" and "pair" are held out of training as whole phrasings, or as pairs of a fact and a phrasing;
     "unknown" has no answer in the facts; "two turns" asks two things one after the other, the answer is the second's.
@@ -65,7 +65,7 @@ class Question:
 
     kind: str
     relation: str
-    prompt: str | list[Message]  # text to go on with up to the full stop, or a conversation that waits for its answer
+    prompt: str | list[Message]  # text to complete up to the full stop, or a conversation to answer
     answer: str
 
 

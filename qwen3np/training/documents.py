@@ -28,7 +28,7 @@ def read_documents(path: str | Path) -> list[Document]:
     document dropped. .jsonl: an object a line, {"text": str} or {"messages": [{"role": str, "content": str}, ...]};
     other keys of the object are ignored. Documents without text are left out.
 
-    ValueError, with the place, for anything else, for what is not UTF-8, and where no document is left.
+    Raises ValueError, naming the place, for anything else, for text that is not UTF-8, and if there are no documents.
     """
     path = Path(path)
     if not path.exists():
@@ -44,7 +44,7 @@ def read_documents(path: str | Path) -> list[Document]:
 
 
 def texts(documents: Iterable[Document]) -> Iterator[str]:
-    """What a tokenizer learns from: plain texts, and of conversations the roles and the contents."""
+    """The texts a tokenizer is trained on: plain texts, and the roles and contents of conversations."""
     for document in documents:
         if isinstance(document, str):
             yield document
@@ -59,9 +59,9 @@ def encode(document: Document, tokenizer: Tokenizer) -> Encoded:
 
     Plain text counts whole, with the `<|endoftext|>` at its end. A conversation is
     `<|im_start|>role\ncontent<|im_end|>\n` per message, then `<|endoftext|>`; what the assistant says and its
-    `<|im_end|>` count. As in inference, the text up to an answer is encoded apart from it.
+    `<|im_end|>` count. As in inference, the text before an answer is encoded separately.
 
-    ValueError for a tokenizer without these special tokens, and for text that has no UTF-8.
+    Raises ValueError for a tokenizer without these special tokens, and for text that UTF-8 cannot represent.
     """
     if isinstance(document, str):
         marks, pieces = ["<|endoftext|>"], [(document + "<|endoftext|>", True)]
@@ -87,13 +87,13 @@ def encode(document: Document, tokenizer: Tokenizer) -> Encoded:
 def pack(
     encoded: Sequence[Encoded], length: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Put documents, shuffled, side by side into rows: ids (N, length + 1), int32, and a mask of the same shape, bool.
+    """Shuffle documents and pack them into rows: ids (N, length + 1), int32, and a mask of the same shape, bool.
 
     Inputs are rows[:, :-1], targets rows[:, 1:], and masks[:, 1:] says which targets count. Only a document longer
-    than a row is cut. The first token of a document or a piece never counts: nothing of its own predicts it. Rows are
+    than a row is cut. The first token of a document or piece never counts: nothing before it belongs to it. Rows are
     padded with the `<|endoftext|>` that every document ends with. Documents of a row see those before them.
 
-    encoded: what `encode` returns for each. ValueError without documents or for a length below 1.
+    encoded holds what `encode` returns for each. Raises ValueError without documents or for a length below 1.
     """
     if not encoded or length < 1:
         raise ValueError(f"nothing to pack: {len(encoded)} documents in rows of {length} tokens")
@@ -102,7 +102,7 @@ def pack(
     shuffled = [encoded[n] for n in order]
     pieces = [(ids[i : i + size], mask[i : i + size]) for ids, mask in shuffled for i in range(0, len(ids), size)]
 
-    # Best fit: each piece goes where it leaves the least room. A few open rows do, and keep this fast.
+    # Best fit: each piece goes where it leaves the least room. A few open rows are enough, and keep this fast.
     open_rows: list[tuple[int, int]] = []  # (free places, row), sorted
     starts: list[int] = []  # places in all rows laid end to end
     count = 0
@@ -137,7 +137,7 @@ def _read(file: Path) -> Iterator[Document]:
     if file.suffix.lower() == ".txt":
         documents = (text.strip("\n") for text in _SEPARATOR.split(content))
     else:
-        # not splitlines: a JSON string may hold U+2028 and its like
+        # not splitlines: a JSON string may hold U+2028 and similar characters
         lines = enumerate(content.split("\n"), 1)
         documents = (_document(line, f"{file}, line {number}") for number, line in lines if line.strip())
     yield from (document for document in documents if not isinstance(document, str) or document.strip())
@@ -150,7 +150,7 @@ def _document(line: str, where: str) -> Document:
         raise ValueError(f"{where}: not JSON: {error}") from error
     match entry:
         case {"text": _, "messages": _}:
-            raise ValueError(f"{where}: both text and messages; a document is one of them")
+            raise ValueError(f"{where}: has both text and messages; a document has one of them")
         case {"text": text}:
             return _checked(text, f"{where}: text")
         case {"messages": [*messages]}:
@@ -166,11 +166,11 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ValueError(f"{where} is not an object with role and content")
     message = cast("dict[str, Any]", message)
-    # What is not in the text that the model learns must not get lost unnoticed (tool calls, reasoning).
+    # Anything the model would not learn (tool calls, reasoning) must not be dropped silently.
     if extra := {key for key, value in message.items() if value is not None} - {"role", "content"}:
         raise ValueError(f"{where} has {', '.join(sorted(extra))}; only role and content can be trained on")
     if message.get("role") not in _ROLES:
-        raise ValueError(f"{where} has the role {message.get('role')!r}, which is none of {', '.join(_ROLES)}")
+        raise ValueError(f"{where} has the role {message.get('role')!r}; roles are {', '.join(_ROLES)}")
     return {"role": message["role"], "content": _checked(message.get("content"), f"{where}: content")}
 
 
@@ -178,5 +178,5 @@ def _checked(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where} is not a string")
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{where} has a lone surrogate, which no UTF-8 can write")
+        raise ValueError(f"{where} has a lone surrogate, which UTF-8 cannot represent")
     return text

@@ -1,4 +1,4 @@
-"""How well a checkpoint answers what the corpus held out: `python -m qwen3np.training.evaluate [--model FOLDER]`."""
+"""How well a checkpoint answers the held-out questions: `python -m qwen3np.training.evaluate [--model FOLDER]`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qwen3np.training.corpus import Message, Question, make_corpus
 
 BATCH = 32
 MAX_NEW_TOKENS = 48  # more than any right answer has
-SHOWN = 20  # wrong answers
+SHOWN = 20  # wrong answers to print
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a checkpoint answered."""
+    """A checkpoint's answer to a question."""
 
     question: Question
     text: str
@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the answer is exact; a completion may go on after its full stop."""
+        """Whether the answer is exact; a completion may continue after its full stop."""
         if isinstance(self.question.prompt, str):
             return self.text.startswith(self.question.answer)
         return self.ended and self.text == self.question.answer
@@ -37,8 +37,8 @@ class Outcome:
 def evaluate(model: Model, questions: Sequence[Question], engine: str = "fast") -> list[Outcome]:
     """Return the greedy answer to each question, in order.
 
-    Where a conversation has earlier turns, the model's own answers stand in them. Raises ValueError for a model without
-    tokenizer, and for chat questions to one whose tokenizer has no chat template.
+    Earlier turns of a conversation hold the model's own answers. Raises ValueError for a model without a tokenizer, and
+    for chat questions if there is no chat template.
     """
     from tqdm import tqdm
 
@@ -58,7 +58,7 @@ def evaluate(model: Model, questions: Sequence[Question], engine: str = "fast") 
 def _answered_before(
     answers: Callable[[Sequence[str | list[Message]]], list[tuple[str, bool]]], prompts: Sequence[str | list[Message]]
 ) -> list[str | list[Message]]:
-    """Return the prompts with the model's own answers in place of those in earlier turns."""
+    """Return the prompts with the model's own answers in the earlier turns."""
     asked = list(prompts)
     for turn in range(max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=0)):
         rows = [
@@ -89,7 +89,7 @@ def _answers(model: Model, prompts: Sequence[str | list[Message]], engine: str) 
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """Return a table: exact answers over all, per kind, per relation; chat answers that end; some wrong ones."""
+    """Return a table: exact answers in total, per kind and per relation; chat answers that end; some wrong answers."""
     lines = [f"{'':<32}{'exact':>12}{'':>8}{'ended':>12}"]
 
     def rows(key: Callable[[Outcome], str]) -> None:
@@ -119,7 +119,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask a checkpoint the questions that the corpus of the built-in one holds out, and print how many it answers."""
+    """Ask a checkpoint the questions held out from the built-in corpus, and print how many it answers."""
     parser = argparse.ArgumentParser(prog="python -m qwen3np.training.evaluate", description=main.__doc__)
     parser.add_argument("--model", help="a folder with a checkpoint (default: the built-in one)")
     parser.add_argument("--engine", choices=ENGINES, default="fast")

@@ -1,8 +1,8 @@
-"""The backward pass: for every layer the function that carries a gradient back through it.
+"""The backward pass: for each layer a function that carries the gradient back through it.
 
-A name d... is the derivative of the loss by that array, and has its shape. Each function gives the formula of its layer
-and takes what the layer took, or gave, in the forward pass: the points that `forward` records (back-propagation:
-Rumelhart, Hinton and Williams, 1986, https://doi.org/10.1038/323533a0).
+A name d... is the derivative of the loss with respect to that array, and has its shape. Each function states the
+formula of its layer and takes the inputs or outputs of the layer in the forward pass, which `forward` records as points
+(back-propagation: Rumelhart, Hinton and Williams, 1986, https://doi.org/10.1038/323533a0).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwen3np.ops.fast.threads import share
 from qwen3np.qwen3 import rotate
 from qwen3np.rope import rotary_tables
 
-# Sequences that one thread takes at a time. Parts are added in their order, so the number of threads changes no bit.
+# Sequences per task. Results are added in a fixed order, so the number of threads changes no bit.
 ROWS = 4
 
 
@@ -33,11 +33,11 @@ def loss_and_gradients(
     *,
     numerics: str = "float32",
 ) -> tuple[float, dict[str, Array]]:
-    """Return the mean cross-entropy of the targets, in nats, and its gradient by every weight, under the weight's name.
+    """Return the mean cross-entropy of the targets, in nats, and its gradient for each weight, by name.
 
     input_ids, targets and mask are (B, S): targets[b, s] is the id that should follow input_ids[b, :s + 1], and counts
-    where mask[b, s] is true. numerics is "float32" or "float64". A head that is tied to the embedding adds to its
-    gradient. Raises ValueError for shapes that differ, ids outside the vocabulary, a mask that counts nothing and a
+    where mask[b, s] is true. numerics is "float32" or "float64". A tied head adds to the gradient of the
+    embedding. Raises ValueError for shapes that differ, ids outside the vocabulary, a mask without true elements and a
     config with experts.
     """
     if config.num_experts:
@@ -81,7 +81,7 @@ def _backward(
     counted: int,
     numerics: Numerics,
 ) -> tuple[float, dict[str, Array]]:
-    """Return these sequences' part of the loss, which is a mean over `counted` positions, and of the gradients."""
+    """Return what these sequences contribute to the gradients and to the loss, a mean over `counted` positions."""
     points: dict[str, Array] = {}
     logits = forward(weights, config, ids, numerics=numerics.name, trace=points.__setitem__)
     gradients: dict[str, Array] = {}
@@ -105,7 +105,7 @@ def _backward(
 
     if embedding not in gradients:
         gradients[embedding] = np.zeros(weights[embedding].shape, numerics.dtype)
-    np.add.at(gradients[embedding], ids, dx)  # the row of an id that comes several times gets the sum
+    np.add.at(gradients[embedding], ids, dx)  # repeated ids add up
     return loss / counted, gradients
 
 
@@ -122,7 +122,7 @@ def block_backward(
 ) -> Array:
     """Carry dy (B, S, D) back through a decoder layer: y = h + mlp(norm(h)), h = x + attention(norm(x)).
 
-    points are those of the forward pass. Returns dx, and puts the gradients of the layer's weights into gradients.
+    points come from the forward pass. Returns dx, and stores the gradients of the layer's weights in gradients.
     """
     prefix = f"model.layers.{layer}."
 
@@ -142,7 +142,7 @@ def block_backward(
     def heads(name: str) -> Array:  # what a projection gave: (B, S, heads, Dh)
         return points[f"{prefix}self_attn.{name}"].reshape(*x.shape[:2], -1, config.head_dim)
 
-    # y = h + down(silu(gate) * up): the gradient goes both ways of the sum
+    # y = h + down(silu(gate) * up): the gradient flows into both terms of the sum
     gate, up = points[f"{prefix}mlp.gate_proj"], points[f"{prefix}mlp.up_proj"]
     normed = points[f"{prefix}post_attention_layernorm"]
     dact = project(dy, points[f"{prefix}mlp.act"], "mlp.down_proj")

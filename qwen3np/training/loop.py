@@ -1,4 +1,4 @@
-"""The training loop: documents -> a Hugging Face folder with a tokenizer and a model that were trained on them."""
+"""The training loop: documents -> a Hugging Face folder with a tokenizer and a model trained on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from qwen3np.guard import forward
 from qwen3np.loading import Model
 from qwen3np.memory import require_memory
 from qwen3np.numerics import BFLOAT16, Array
-from qwen3np.terminal import bars
+from qwen3np.terminal import bars, shows_bars
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.training.bpe import generation_config, train_tokenizer, write_tokenizer
 from qwen3np.training.documents import Document, Encoded, encode, pack, texts
@@ -38,7 +39,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"),
     *("special_tokens_map.json", "generation_config.json"),
 )
-SIZES = {  # of the built-in checkpoint, where G >= 2 and Dh is not D / H, as in the large ones
+SIZES = {  # the built-in checkpoint's: G >= 2 and Dh is not D / H, as in the large models
     "vocab_size": 2048,
     "hidden_size": 160,
     "intermediate_size": 480,
@@ -53,11 +54,11 @@ _MAY_CHANGE = ("learning_rate", "steps", "save_every")  # when a run is resumed
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained: for how long, on how much at a time, and AdamW's settings."""
+    """How a model is trained: number of steps, batch size, and AdamW's settings."""
 
     steps: int = 1000
-    batch_size: int = 16  # rows of a step
-    sequence_length: int = 256  # positions of a row, and of the model's longest context
+    batch_size: int = 16  # rows per step
+    sequence_length: int = 256  # positions per row, and the model's context
     learning_rate: float = 3e-3  # the highest, after the warm-up
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -75,18 +76,18 @@ class Settings:
 
 @dataclass
 class State:
-    """What a run that was stopped needs to go on to the same weights, bit for bit."""
+    """What an interrupted run needs to continue to the same weights, bit for bit."""
 
     config: Config
     settings: Settings
-    corpus: str  # the digest of what it is trained on
+    corpus: str  # the digest of the training documents
     weights: dict[str, Array]
     moments: Moments
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
     def save(self, folder: Path) -> None:
-        """Write the state; the file before it stays until the new one is whole."""
+        """Write the state; the previous file stays until the new one is complete."""
         import safetensors.numpy
 
         tensors = dict(self.weights)
@@ -107,7 +108,7 @@ class State:
 
     @classmethod
     def load(cls, folder: Path) -> State:
-        """Read the state that a stopped run left. Raises ValueError where there is none."""
+        """Read the state of an interrupted run. Raises ValueError if there is none."""
         import safetensors
 
         if not (folder / STATE).exists():
@@ -137,18 +138,44 @@ def train(
 ) -> None:
     """Train a tokenizer and a model on documents, and write them to a folder.
 
-    sizes are those of SIZES, keys of config.json. The folder becomes an ordinary Hugging Face checkpoint in bfloat16,
-    with tied embeddings and contexts as long as those it was trained on, and has a training_log.csv: every save_every
-    steps the mean training loss since the line before, and the loss of the held-out documents, in nats a token. While
-    training runs it holds the tokenizer and the state of the last such step. A run that was stopped goes on from there
-    when it is called again with resume, to the same weights bit for bit; a finished one goes on with more steps. base
-    is a model to start from, with its tokenizer and sizes (those given are not used then): fine-tuning. progress shows
-    a bar on stderr with the loss and tokens per second, and a line of the log at each save where that is no terminal.
+    The folder becomes an ordinary Hugging Face checkpoint in bfloat16, with tied embeddings and the sequence length as
+    its context, and has a training_log.csv: every save_every steps the mean training loss since the previous line, and
+    the loss of the held-out documents, in nats per token. During training the folder holds the tokenizer and the last
+    saved state.
 
-    Raises ValueError for sizes that do not fit (to each other, or into the memory that is free), for documents in which
-    nothing counts, for a folder that exists (to resume: one without a state, or with one of other sizes, of another
-    corpus or of more steps), and for a loss that is not finite: the last saved state stays then. No folder is left
-    where training could not start.
+    Parameters
+    ----------
+    documents
+        Texts and conversations, as documents.read_documents returns them.
+    folder
+        A new folder, or with resume the one that holds the interrupted run.
+    sizes
+        Keys of config.json, those in SIZES; a missing one has the value there.
+    settings
+        How to train.
+    held_out
+        Documents that are only measured.
+    resume
+        Continue an interrupted run, to the same weights bit for bit, or a finished one with more steps.
+    progress
+        Show a bar on stderr with the loss and tokens per second; without a terminal, a line of the log at each save.
+    base
+        Fine-tune this model: start with its weights, tokenizer and sizes, in place of the sizes given.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit together or exceed the free memory, documents in which no token counts, and a folder
+        that exists (with resume: a folder without a state, or with other sizes, another corpus or more steps); then no
+        folder is left behind. For a loss that is not finite; then the last saved state is kept.
+
+    Examples
+    --------
+    >>> from qwen3np.training.loop import Settings, train
+    >>> settings = Settings(steps=1, batch_size=1, sequence_length=8)
+    >>> train(["One, two, three. One, two, three."], "counting", {"vocab_size": 282}, settings, progress=False)
+    >>> qwen3np.load("counting").config.vocab_size
+    282
     """
     tqdm = bars()
 
@@ -158,6 +185,8 @@ def train(
     sizes = {**SIZES, **sizes}
     state, encoded, test = _begun(documents, held_out, folder, sizes, settings, resume, base)
     config = state.config
+    if progress:
+        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
     tokens = settings.batch_size * settings.sequence_length
     bar: Any = tqdm(
         total=settings.steps * tokens,
@@ -165,15 +194,13 @@ def train(
         desc="training",
         unit=" tokens",
         unit_scale=True,
-        disable=None if progress else True,
+        disable=not (progress and shows_bars()),
     )
-    lines = progress and bar.disable  # no terminal, no notebook
-    if progress:
-        print(_estimate(state, encoded, settings), file=sys.stderr, flush=True)
+    lines = progress and not shows_bars()
     losses: list[float] = []
-    begun = state.step
+    begun, started = state.step, 0.0
     with bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of an overflow the loss tells
+        warnings.simplefilter("ignore", RuntimeWarning)  # an overflow shows in the loss
         for rows, masks in islice(batches(encoded, settings), state.step, None):
             loss, gradients = loss_and_gradients(state.weights, config, rows[:, :-1], rows[:, 1:], masks[:, 1:])
             norm = clip(gradients, settings.max_norm)
@@ -183,7 +210,7 @@ def train(
                     f"step {State.load(folder).step}: resume with a lower learning rate than {settings.learning_rate}"
                 )
             last = state.step == settings.steps
-            # not right after the step: now its weights are known to give a finite loss
+            # saved only now, when the weights of the last step are known to give a finite loss
             if state.step > begun and (last or state.step % settings.save_every == 0):
                 state.save(folder)
             if last:
@@ -193,6 +220,13 @@ def train(
             adamw(state.weights, gradients, state.moments, state.step, rate, weight_decay=settings.weight_decay)
             losses.append(loss)
             bar.update(tokens)
+            timed = state.step - begun - 1  # the first takes longer
+            if not timed:
+                started = time.perf_counter()
+            elif progress and started and (timed == 8 or time.perf_counter() - started > 2):
+                seconds = (settings.steps - state.step) * (time.perf_counter() - started) / timed
+                bar.write(f"[about {_duration(seconds)} to go]", file=sys.stderr)
+                started = 0.0  # once
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 line: dict[str, float] = {"step": state.step, "learning_rate": rate, "loss": sum(losses) / len(losses)}
@@ -204,19 +238,30 @@ def train(
                     print(f"[{told}; of {settings.steps} steps]", file=sys.stderr, flush=True)
                 losses.clear()
     _write_log(folder / "training_log.csv", state.log)
-    for name in ("config.json", "model.safetensors"):  # of a run that is continued, or was stopped just here
+    for name in (
+        "config.json",
+        "model.safetensors",
+    ):  # left by a run that is being continued, or that was interrupted right here
         (folder / name).unlink(missing_ok=True)
     save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
 
 
+def _duration(seconds: float) -> str:
+    """Say how long this is, as roughly as it is known."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 def _estimate(state: State, encoded: Sequence[Encoded], settings: Settings) -> str:
-    """Say how much there is to learn from, how large the model is and how many tokens are to go."""
+    """Describe the corpus, the size of the model and the remaining work."""
     tokens, parameters = sum(len(ids) for ids, _ in encoded), count_parameters(state.config)["unique"]
     per_step = settings.batch_size * settings.sequence_length
     steps = settings.steps - state.step
+    documents = f"{len(encoded):,} document{'s' * (len(encoded) != 1)}"
     return (
-        f"[{len(encoded):,} documents, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} "
-        f"tokens: each document about {steps * per_step / max(tokens, 1):.1f} times]"
+        f"[{documents}, {tokens:,} tokens; {parameters:,} parameters; {steps:,} steps of {per_step:,} tokens, "
+        f"about {steps * per_step / max(tokens, 1):.1f} epochs]"
     )
 
 
@@ -229,15 +274,18 @@ def _begun(
     resume: bool,
     base: Model | None,
 ) -> tuple[State, list[Encoded], tuple[Array, Array] | None]:
-    """Return the state to go on from, the documents as ids, and the held-out rows and masks. Raises as train does."""
+    """Return the state to continue from, the documents as ids, and held-out rows and masks. Raises like train."""
     fixed = {"rope_theta": 1e4, "max_position_embeddings": settings.sequence_length, "tie_word_embeddings": True}
     config = Config.from_dict({**sizes, **fixed}) if base is None else base.config
+    if settings.sequence_length > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        raise ValueError(f"sequence_length = {settings.sequence_length}: the context of this model is {context}")
     size = 16 * count_parameters(config)["unique"]
     require_memory(size, "training: weights, gradients and two moments in float32", "choose smaller sizes")
     state = State.load(folder) if resume else None
     if state is None and folder.exists():
-        raise ValueError(f"{folder} exists; name a new folder, or resume the training that was stopped there")
-    new = folder.with_name(f"{folder.name}.part")  # becomes the folder when all is in it that a run needs to go on
+        raise ValueError(f"{folder} exists; choose a new folder, or resume the run that was interrupted there")
+    new = folder.with_name(f"{folder.name}.part")  # renamed to folder once it holds all that a run needs to continue
     try:
         if state is None:
             shutil.rmtree(new, ignore_errors=True)
@@ -254,7 +302,7 @@ def _begun(
         encoded = [encode(document, tokenizer) for document in documents]
         kept = [encode(document, tokenizer) for document in held_out]
         test = _counting(kept, settings, np.random.default_rng(0)) if kept else None
-        next(batches(encoded, settings))  # raises where nothing counts
+        next(batches(encoded, settings))  # raises if no token counts
         corpus = _digest(encoded)
         if state is None:
             if base is None:
@@ -268,21 +316,21 @@ def _begun(
         shutil.rmtree(new, ignore_errors=True)
     if config != state.config:
         had = {key: size for key, size in state.config.to_dict().items() if size != config.to_dict()[key]}
-        raise ValueError(f"{folder}: the training that was stopped there had other sizes: {had}")
+        raise ValueError(f"{folder}: the interrupted run there had other sizes: {had}")
     if corpus != state.corpus:
-        raise ValueError(f"{folder}: the training that was stopped there had another corpus")
+        raise ValueError(f"{folder}: the interrupted run there had another corpus")
     changed = {name: value for name, value in asdict(state.settings).items() if value != getattr(settings, name)}
     if refused := {name: value for name, value in changed.items() if name not in _MAY_CHANGE}:
-        raise ValueError(f"{folder}: the training that was stopped there had other settings: {refused}")
+        raise ValueError(f"{folder}: the interrupted run there had other settings: {refused}")
     if state.step > settings.steps:
-        raise ValueError(f"{folder}: the training there is at step {state.step}, after steps = {settings.steps}")
+        raise ValueError(f"{folder}: the run there is at step {state.step}, beyond steps = {settings.steps}")
     return state, encoded, test
 
 
 def batches(encoded: Sequence[Encoded], settings: Settings) -> Iterator[tuple[Array, Array]]:
-    """Yield rows of ids and masks, both (batch_size, S + 1), without end: in each epoch the documents are packed again.
+    """Yield rows of ids and masks, both (batch_size, S + 1), forever; the documents are packed again for each epoch.
 
-    Rows in which nothing counts are left out. Raises ValueError where no other is.
+    Rows in which no token counts are left out. Raises ValueError if no others are left.
     """
     none = (0, settings.sequence_length + 1)
     rows, masks = np.empty(none, np.int32), np.empty(none, np.bool_)
@@ -295,7 +343,7 @@ def batches(encoded: Sequence[Encoded], settings: Settings) -> Iterator[tuple[Ar
 
 
 def mean_loss(weights: Weights, config: Config, batch: tuple[Array, Array]) -> float:
-    """Return the mean cross-entropy, in nats a token, of rows of ids and masks, both (B, S + 1)."""
+    """Return the mean cross-entropy, in nats per token, of rows of ids and masks, both (B, S + 1)."""
     rows, masks = batch
     losses = [
         cross_entropy(forward(weights, config, ids[:-1])[0][mask[1:]], ids[1:][mask[1:]])[0]
@@ -305,7 +353,7 @@ def mean_loss(weights: Weights, config: Config, batch: tuple[Array, Array]) -> f
 
 
 def _counting(encoded: Sequence[Encoded], settings: Settings, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return packed rows in which something counts, and their masks. Raises ValueError where there is none."""
+    """Return packed rows with tokens that count, and their masks. Raises ValueError if there are none."""
     rows, masks = pack(encoded, settings.sequence_length, rng)
     counting = masks.any(axis=1)
     if not counting.any():

@@ -1,4 +1,4 @@
-"""AdamW, its schedule of the learning rate, and gradient clipping.
+"""AdamW, the learning rate schedule, and gradient clipping.
 
 Decoupled weight decay: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101; the moments: Kingma and Ba, 2015,
 https://arxiv.org/abs/1412.6980; the cosine: Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983; clipping:
@@ -18,7 +18,7 @@ from qwen3np.ops.fast.threads import blas_threads, share
 
 Moments: TypeAlias = dict[
     str, tuple[Array, Array]
-]  # of each weight: means of its gradient and of the gradient's square
+]  # of each weight: the running means of its gradient and of the gradient's square
 
 
 def zero_moments(weights: Mapping[str, Array]) -> Moments:
@@ -27,15 +27,15 @@ def zero_moments(weights: Mapping[str, Array]) -> Moments:
 
 
 def cosine_schedule(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Return the learning rate of step 0, 1, ... of `steps`: up to the peak in a line, then down to 0 on a cosine."""
+    """Return the learning rate of step 0, 1, ... of `steps`: linearly up to the peak, then down to 0 on a cosine."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def clip(gradients: Mapping[str, Array], max_norm: float) -> float:
-    """Scale gradients, in place, to an L2 norm of all of them together of at most max_norm; return what it was."""
-    with blas_threads():  # BLAS would cut a sum where its number of threads says
+    """Scale all gradients in place so that their joint L2 norm is at most max_norm; return the norm before."""
+    with blas_threads():  # a multithreaded BLAS would split a sum according to its thread count
         norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
     if norm > max_norm:
         for gradient in gradients.values():
@@ -54,10 +54,10 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> None:
-    """Make step 1, 2, ... of AdamW in place: weights and moments change.
+    """Perform step 1, 2, ... of AdamW, updating weights and moments in place.
 
     m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g², w = w (1 - lr λ) - lr m̂ / (sqrt(v̂) + eps), where
-    m̂ = m / (1 - β1^step) and v̂ = v / (1 - β2^step). The decay λ is for matrices; norm weights and biases have none.
+    m̂ = m / (1 - β1^step) and v̂ = v / (1 - β2^step). The decay λ applies to matrices, not to norm weights and biases.
     """
     first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
 

@@ -1,7 +1,7 @@
-"""The recipe of the built-in checkpoint: `python -m qwen3np.training.recipe FOLDER` makes it from nothing.
+"""The recipe of the built-in checkpoint: `python -m qwen3np.training.recipe FOLDER` trains it from scratch.
 
-It writes the checkpoint and a picture of the loss (which needs matplotlib, in the extra `recipe`) to a new folder, and
-tells how it differs from the one in the package.
+It writes the checkpoint and a plot of the loss (which needs matplotlib, in the extra `recipe`) to a new folder, and
+prints how it differs from the one in the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def draw_losses(log: Path, picture: Path) -> None:
 
 
 def differences(folder: Path, other: Path) -> list[str]:
-    """Return a line for each file of two checkpoints, and for the weights how many of them differ and by how much."""
+    """Compare two checkpoints: a line for each file, and how many weights differ and by how much."""
     lines: list[str] = []
     for name in FILES:
         here, there = folder / name, other / name
@@ -61,11 +61,11 @@ def main() -> None:
     """Train, draw, and compare."""
     parser = argparse.ArgumentParser(prog="python -m qwen3np.training.recipe", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     try:
-        import_module("matplotlib")  # if it is missing, say so before the long work
+        import_module("matplotlib")  # if it is missing, fail before the long work
         corpus = make_corpus()
         train(corpus.training, folder, SIZES, SETTINGS, held_out=corpus.held_out, resume=arguments.resume)
     except (ValueError, ImportError) as error:

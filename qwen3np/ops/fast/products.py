@@ -65,7 +65,7 @@ def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numeri
 
 def is_ready(w: Array, numerics: Numerics) -> bool:
     """Whether BLAS can use W in place, without an upcast, rounding or a copy."""
-    if not isinstance(w, np.ndarray) or not w.dtype == numerics.dtype == numerics.storage:
+    if isinstance(w, Stored) or not w.dtype == numerics.dtype == numerics.storage:
         return False
     flags = w.flags
     return flags.c_contiguous and flags.aligned
