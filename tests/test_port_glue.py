@@ -61,8 +61,8 @@ def test_torch_hooks(config, weights, golden, tmp_path, monkeypatch, capsys, dty
         "model": oracle.model_of(config, weights, dtype).requires_grad_(False),
         "input_ids": oracle.torch.from_numpy(golden.ids[:, :PROMPT]),
     }
-    exec(snippet("dump = {}\nfor name, module"), names)
-    assert f"{dtype} rounding only; 3" in capsys.readouterr().out  # of 123: no scores, no decode step
+    exec(snippet("dump = {}\n\n\ndef kept"), names)
+    assert f"{dtype} rounding only; 27 of 82" in capsys.readouterr().out  # modules make no scores
 
 
 def test_jax_dictionary(golden, tmp_path, monkeypatch):
