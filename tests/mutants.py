@@ -110,8 +110,8 @@ GROUPS = [
         "norm rope numerics golden",
         {
             "mean square: unbiased": ("/ x.shape[-1]\n", "/ max(x.shape[-1] - 1, 1)\n"),
-            "mean square: of the whole array": ("total(x * x) / x.shape[-1]", "total(x * x).mean() / x.shape[-1]"),
-            "total: of all rows": ("axis=-1, keepdims=True)", "axis=None, keepdims=True)"),
+            "mean square: of the whole array": ("np.add.reduce(x * x, axis=-1,", "np.add.reduce(x * x, axis=None,"),
+            "total: of all rows": ("np.add.reduce(x, axis=-1,", "np.add.reduce(x, axis=None,"),
             "power in the dtype of the exponents": (
                 "np.power(base, exponents, dtype=np.float64).astype(exponents.dtype)",
                 "np.power(base, exponents)",
@@ -205,7 +205,7 @@ GROUPS = [
                 "for start, stop, near in ((0, cut, NEAR), (cut, len(w), len(w) - cut)):",
                 "for start, stop, near in ((0, cut, NEAR),):",
             ),
-            "few rows: rows and blocks mixed up": ("np.swapaxes(products, 0, 1).reshape", "products.reshape"),
+            "few rows: rows and blocks mixed up": ("products.swapaxes(0, 1).reshape", "products.reshape"),
             "tiles: the last left out": ("[*range(start, stop, size), stop]", "[*range(start, stop, size)]"),
         },
     ),
@@ -215,8 +215,8 @@ GROUPS = [
         {
             "scores not scaled": ("        scores *= head_dim**-0.5\n", ""),
             "scaled before the first rounding": (
-                "scores = r(_product(rows, np.swapaxes(keys, 1, 2)))",
-                "scores = _product(rows, np.swapaxes(keys, 1, 2))",
+                "scores = r(_product(rows, keys.swapaxes(1, 2)))",
+                "scores = _product(rows, keys.swapaxes(1, 2))",
             ),
             "the mask shows the next position": ("total - last - a + 1)", "total - last - a + 2)"),
             "the mask hides the own position": ("total - last - a + 1)", "total - last - a)"),
@@ -249,10 +249,10 @@ GROUPS = [
                 "np.tile(num.widen(v), (group, 1, 1))",
             ),
             "edited: context not rounded": (
-                "context[b] = num.round(np.swapaxes(mixed, 0, 1))",
-                "context[b] = (np.swapaxes(mixed, 0, 1))",
+                "context[b] = num.round(mixed.swapaxes(0, 1))",
+                "context[b] = (mixed.swapaxes(0, 1))",
             ),
-            "edited: heads and positions mixed up": ("num.round(np.swapaxes(mixed, 0, 1))", "num.round(mixed)"),
+            "edited: heads and positions mixed up": ("num.round(mixed.swapaxes(0, 1))", "num.round(mixed)"),
         },
     ),
     (
@@ -324,10 +324,10 @@ GROUPS = [
         "golden model cache",
         {
             "attention: q/k norm after rotation": (
-                "    q, k, v = (np.swapaxes(x, 1, 2) for x in "
+                "    q, k, v = (x.swapaxes(1, 2) for x in "
                 '(norm("q_norm", q), norm("k_norm", k), heads(v)))  # (B, heads, S, Dh)\n'
                 '    q, k = m.out("q_rope", rotate(q, tables, num)), m.out("k_rope", rotate(k, tables, num))\n',
-                "    q, k, v = (np.swapaxes(heads(x), 1, 2) for x in (q, k, v))\n"
+                "    q, k, v = (heads(x).swapaxes(1, 2) for x in (q, k, v))\n"
                 "    q, k = (np.swapaxes(rotate(y, tables, num), 1, 2) for y in (q, k))\n"
                 '    q, k = (norm(n, y.reshape(*x.shape[:2], -1)) for n, y in (("q_norm", q), ("k_norm", k)))\n'
                 '    q, k = (m.out(n, np.swapaxes(y, 1, 2)) for n, y in (("q_rope", q), ("k_rope", k)))\n',
@@ -523,12 +523,12 @@ GROUPS = [
         "cache finite generate memory",
         {
             "written one position early": (
-                "self.lengths.item(row) + added.shape[1]",
-                "max(self.lengths.item(row) - 1, 0) + added.shape[1]",
+                "self.lengths.item(row) + new.shape[2]",
+                "max(self.lengths.item(row) - 1, 0) + new.shape[2]",
             ),
             "all written where the longest ends": (
-                "self.lengths.item(row) + added.shape[1]",
-                "int(self.lengths.max()) + added.shape[1]",
+                "self.lengths.item(row) + new.shape[2]",
+                "int(self.lengths.max()) + new.shape[2]",
             ),
             "all sequences advance": ("self.lengths[self.rows] += ids.shape[1]", "self.lengths += ids.shape[1]"),
             "ids written from the start": (
@@ -577,7 +577,7 @@ GROUPS = [
                 "    if not cache.lengths.any():\n",
                 '    if "origin" not in cache.notes:\n',
             ),
-            "cache: it cannot be pickled": ('"arrays": []}', '"arrays": self.arrays}'),
+            "cache: it cannot be pickled": ('"arrays": {}}', '"arrays": self.arrays}'),
             "cache: memory of positions set back not counted": (
                 'cache.notes.get("filled", cache.lengths)[cache.rows]',
                 "cache.lengths[cache.rows]",
