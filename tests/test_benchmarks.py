@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 
 import formats
 import numpy as np
 import pytest
+import verdicts
 from compare import tables
 from engine import measure, sizes
 from random_checkpoint import SIZES, write_random_checkpoint
@@ -125,3 +127,15 @@ def test_the_parts_make_up_the_forward(config, weights, rows, position):
     rounding = 0.006 * sum(map(abs, times))  # three digits each
     assert sum(times) == pytest.approx(float(cells[-1][1]), abs=rounding)
     assert sum(row[2] != "" for row in cells) == 7  # q k v, attention, o, gate up, down, head, forward
+
+
+def test_counts_of_verdicts(capsys):
+    """Two models, a wide port of two layers, and a bug: each count runs as its command says."""
+    some = Namespace(first=0, last=2, numerics=None, part="all", layers=1)
+    for count, said in (
+        (verdicts.right, "right ports: 0 alarms of 2"),
+        (verdicts.views, "log-probabilities of right ports: 0 alarms of 16"),
+        (verdicts.bugs, "float32, all: first point right in 2 of 2; 0 called sure"),
+    ):
+        count(some)
+        assert said in capsys.readouterr().out

@@ -44,8 +44,8 @@ def add_dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "mine",
         metavar="MINE",
-        help="a .safetensors, a .npz, a folder of .npy files or from transformers' model_addition_debugger_context; or "
-        "a .json {point: SHA-256} from a port that is exact, too",
+        help="a .safetensors, a .npz, a folder of .npy files or from transformers' model_addition_debugger_context; a "
+        ".txt that llama-eval-callback printed; or a .json {point: SHA-256} from a port that is exact, too",
     )
     parser.add_argument(
         "--map", metavar="FILE", help='names as JSON: {"blk{N}.q": "model.layers.{N}.self_attn.q_proj"}'

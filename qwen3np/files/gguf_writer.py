@@ -195,7 +195,7 @@ def _value(value: Value) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
     if isinstance(value, list):
-        if value and isinstance(value[0], str):
+        if not value or isinstance(value[0], str):  # an empty one is that of merges
             texts = b"".join(_text(str(text)) for text in value)
             return struct.pack("<IIQ", _ARRAY, _FORMS[str], len(value)) + texts
         return struct.pack(f"<IIQ{len(value)}i", _ARRAY, _INT32, len(value), *value)

@@ -14,11 +14,13 @@ from qwen3np.config import Config
 from qwen3np.guard import position_axis
 from qwen3np.numerics import BFLOAT16, Array, named
 from qwen3np.porting.dumps import namer
+from qwen3np.porting.excerpts import SUM, Excerpt, view_of_excerpt
 from qwen3np.porting.floors import LEAST, MARGIN
+from qwen3np.porting.layouts import recognise
 from qwen3np.porting.logprobs import VIEWS, View, view_of
 from qwen3np.porting.points import CHOICE, Rerun, point_names, point_shape, split_layer, split_pass
-from qwen3np.porting.record import HEADS, Recording, distance
-from qwen3np.porting.shapes import COPIES, HEAD_ORDER, LAST, UNMASKED, readings
+from qwen3np.porting.record import Recording, distance
+from qwen3np.porting.shapes import LAST, UNMASKED
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 HIDDEN = -9000.0  # scores below count as -inf: ports mask with -1e4, -1e9 or the lowest number of a type
@@ -75,16 +77,21 @@ def align(
     """
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
-    arrays = {name: as_array(x) for name, x in dump.items()}
+    printed = {name: x for name, x in dump.items() if isinstance(x, Excerpt)}
+    arrays = {name: as_array(x) for name, x in dump.items() if name not in printed}
+    sums = [name for name, x in arrays.items() if name.endswith(SUM) and x.size == 1]
+    printed |= {name.removesuffix(SUM): Excerpt(float(arrays.pop(name).item())) for name in sums}
     arrays = _comparable(golden, arrays, about or {})
     point_of = namer(golden.config, names)
     views = {name: point_of(name) for name in arrays}
     named: dict[str, Array] = {}
-    for name in sorted(arrays, key=lambda name: name != views[name]):  # a plain name goes before a translated one
+    for name in sorted(arrays, key=lambda name: _precedence(name, views[name])):
         named.setdefault(views[name], arrays[name])
     known = {*golden.points, *(split_pass(name)[0] + view for name in golden.points for view in VIEWS)}
+    excerpts = {point_of(name): x for name, x in printed.items()}
     unknown = [name for name in arrays if views[name] not in known]
-    if len(unknown) == len(arrays):
+    unknown += [name for name in printed if point_of(name) not in golden.points]
+    if len(unknown) == len(arrays) + len(printed):
         raise ValueError(f"no name in the dump is a known point: {', '.join(unknown[:5])}; --map gives them names")
 
     found: dict[str, Found] = {}
@@ -97,6 +104,10 @@ def align(
             if here is None:
                 x = named[name]
                 misfits[name] = f"shape {x.shape}, dtype {x.dtype} instead of shape {shapes[name]}"
+        elif here is None and name in excerpts and not name.endswith(CHOICE):
+            here = _printed(name, excerpts[name], golden, shapes[name])
+            if here is None:
+                misfits[name] = f"shape {excerpts[name].shape} instead of {shapes[name]}, or numbers that have no sum"
         if here is not None:
             found[name] = here
     if not found:
@@ -111,7 +122,7 @@ def align(
             logits = np.take(logits, [-1], 1) if LAST in here.notes else logits
             truth = settle(here.part, here.truth, logits, tolerance(gate, golden, port)[1])
             found[name] = replace(here, truth=truth)
-    return Aligned(found, misfits, unknown, _unmapped(names, arrays), shapes, port)
+    return Aligned(found, misfits, unknown, _unmapped(names, {**arrays, **printed}), shapes, port)
 
 
 def as_array(x: Any) -> Array:
@@ -214,7 +225,16 @@ def _in_order(found: dict[str, Found]) -> None:
                     found[one] = replace(found[one], **{part: x})
 
 
-def _unmapped(names: Mapping[str, str] | None, dump: Mapping[str, Array]) -> list[str]:
+def _precedence(name: str, point: str) -> int:
+    """Return the order of names of one point: plain ones, translated ones, and those that only lack their "model.".
+
+    llama.cpp's graph has a `norm` beside `result_norm`, and that is the final norm before its weight.
+    """
+    own_pass, own = split_pass(name)
+    return 0 if name == point else 2 if point == f"{own_pass}model.{own}" else 1
+
+
+def _unmapped(names: Mapping[str, str] | None, dump: Mapping[str, Any]) -> list[str]:
     """Return the names in a map that match nothing in the dump."""
     missing: list[str] = []
     for mine in names or {}:
@@ -265,12 +285,6 @@ def _shapes(golden: Recording) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _start(golden: Recording, name: str) -> int:
-    """Return the first position of a point's pass."""
-    own = split_pass(name)[0]
-    return next(int(positions[0, 0]) for prefix, _, positions in golden.passes if prefix == own)
-
-
 def _viewed(name: str, named: Mapping[str, Array], golden: Recording, shape: tuple[int, ...]) -> Found | None:
     """Return the point of a dump that holds log-probabilities or ids instead of logits."""
     view = view_of(split_pass(name)[0], named, golden.points[name], shape)
@@ -279,6 +293,17 @@ def _viewed(name: str, named: Mapping[str, Array], golden: Recording, shape: tup
     notes = (view.note, *((LAST,) if view.is_last else ()))
     reference = np.take(golden.points[name], [-1], 1) if view.is_last else golden.points[name]
     return Found(notes, view.mine, view.mine, view.of(reference), view.fault, view)
+
+
+def _printed(name: str, excerpt: Excerpt, golden: Recording, shape: tuple[int, ...]) -> Found | None:
+    """Return a point of which a program printed a sum and a few numbers."""
+    seen = view_of_excerpt(name, excerpt, golden.points[name], shape, golden.config)
+    if seen is None:
+        return None
+    view, notes = seen
+    reference = np.take(golden.points[name], [-1], position_axis(name)) if view.is_last else golden.points[name]
+    fault = "" if np.isfinite(view.mine).all() else "numbers are NaN or infinite"
+    return Found((view.note, *notes), view.mine, view.mine, view.of(reference), fault, view)
 
 
 def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...], permuted: bool) -> Found | None:
@@ -316,81 +341,6 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...], permu
         where = tuple(int(i) for i in np.argwhere(broken)[0])
         fault = f"{np.count_nonzero(broken)} numbers are NaN or infinite, first at {where}"
     return Found(notes, whole, part, truth, fault)
-
-
-def recognise(
-    name: str, x: Array, golden: Recording, shape: tuple[int, ...], permuted: bool = True
-) -> tuple[tuple[str, ...], Array, Array, Array] | None:
-    """Return what had to be assumed of x; x in the reference's layout; the part that is compared; the reference's.
-
-    Of the readings that fit the point's whole shape, or the shape of what the recording keeps of it, the one nearest to
-    the reference; None where there is none. A less plain one must be nearer by far: noise alone decides between two
-    wrong ones. Of several sequences that are read alike, the one farthest away.
-    """
-    reference, axis = golden.points[name], position_axis(name)
-    start = _start(golden, name)
-    options = [(reading, True) for reading in readings(name, x, shape, golden.config, start)]
-    if reference.shape != shape:
-        options += [(reading, False) for reading in readings(name, x, reference.shape, golden.config, whole=False)]
-    best: dict[tuple[str, ...], tuple[float, Array, Array, Array]] = {}
-    for reading, is_whole in options:
-        y = reading.x
-        part = golden.cut(name, y) if is_whole and LAST not in reading.notes else y
-        truth = np.take(reference, [-1], axis) if LAST in reading.notes else reference
-        if part.shape != truth.shape:
-            continue
-        away = distance(part, truth, axis)[0]
-        away = away if np.isfinite(away) else np.inf
-        notes = (*reading.notes, *(() if is_whole or LAST in reading.notes else ("cut as the recording",)))
-        is_copy = any(note.endswith(COPIES) for note in notes)
-        if notes not in best or (away > best[notes][0] if is_copy else away < 0.1 * best[notes][0]):
-            best[notes] = away, y, part, truth
-    if not best:
-        return None
-    chosen: tuple[str, ...] | None = None
-    for notes, (away, *_) in best.items():
-        if chosen is None or away < 0.1 * best[chosen][0]:
-            chosen = notes
-    assert chosen is not None
-    away, y, part, truth = best[chosen]
-    notes = tuple(note for note in chosen if note != "cut as the recording")
-    if permuted and away > 0.1 and y.shape == shape and golden.heads is None:
-        order = head_order(name, part, truth, golden.config)
-        if order is not None:
-            y, part = (_permuted(name, z, order, golden.config) for z in (y, part))
-            if distance(part, truth, axis)[0] < 0.01:
-                return (*notes, HEAD_ORDER), y, part, truth
-            y, part = best[chosen][1:3]
-    return notes, y, part, truth
-
-
-def _heads_first(name: str, x: Array, config: Config) -> Array:
-    kind = split_layer(name)[1].rpartition(".")[2]
-    if kind in HEADS:
-        return np.moveaxis(x, HEADS[kind], 0)
-    return np.moveaxis(x.reshape(*x.shape[:2], -1, config.head_dim), 2, 0)
-
-
-def head_order(name: str, x: Array, truth: Array, config: Config) -> list[int] | None:
-    """Return the head of x that matches each head of the truth; None if heads are in the same order."""
-    kind = split_layer(name)[1].rpartition(".")[2]
-    if kind not in (*HEADS, "q_proj", "k_proj", "v_proj", "context"):
-        return None
-    mine, own = (_heads_first(name, z, config).astype(np.float64) for z in (x, truth))
-    mine, own = (np.where(np.isfinite(z), z, 0).reshape(len(z), -1) for z in (mine, own))
-    if len(own) < 2:
-        return None
-    norms = [np.linalg.norm(z, axis=1) + np.finfo(np.float64).tiny for z in (own, mine)]
-    order = np.argmax((own @ mine.T) / np.outer(*norms), 1).tolist()
-    return order if sorted(order) == list(range(len(own))) and order != sorted(order) else None
-
-
-def _permuted(name: str, x: Array, order: list[int], config: Config) -> Array:
-    kind = split_layer(name)[1].rpartition(".")[2]
-    if kind in HEADS:
-        return np.take(x, order, HEADS[kind])
-    heads = x.reshape(*x.shape[:2], -1, config.head_dim)
-    return np.take(heads, order, 2).reshape(x.shape)
 
 
 def _precision(found: Mapping[str, Found]) -> str:

@@ -10,10 +10,10 @@ from itertools import takewhile
 import numpy as np
 
 from qwen3np.guard import position_axis
-from qwen3np.numerics import FLOAT64, Array
+from qwen3np.numerics import FLOAT32, FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, settle, tolerance
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.floors import limit, numerics_of
+from qwen3np.porting.floors import MARGIN, Draws, limit, noisy, numerics_of
 from qwen3np.porting.judge import PointReport
 from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, point_names, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
@@ -128,15 +128,34 @@ class Bench:
 
     def rounding(self, name: str) -> float:
         """Return the squared distance that is still rounding."""
-        size = self.aligned.found[name].part.size
+        here = self.aligned.found[name]
         floor = self.reports[name].added_floor or tolerance(name, self.golden, self.aligned.precision)[0]
-        return limit(floor, size) ** 2
+        return limit(floor, here.part.size) ** 2 + (here.view.resolution**2 if here.view is not None else 0.0)
 
     def own_rounding(self, wrong: Rerun, exact: Rerun, name: str) -> float:
         """Return the same for a bug that amplifies rounding more than the right model does."""
         away = distance(wrong.made(name), exact.made(name), position_axis(name))[0]
         floor = limit(away, self.aligned.found[name].part.size) ** 2
         return max(self.rounding(name), floor if np.isfinite(floor) else 0.0)
+
+    def scatter(self, trial: Trial) -> dict[str, float]:
+        """Return the squared distance, at points that add an error, that float32 rounding makes of these changes.
+
+        A decode step has few numbers, in which perhaps no digit falls to the other side: the prefill's counts, too.
+        """
+        if self.aligned.precision != FLOAT32.name:
+            return {}
+        one = self.wrong(trial.bugs)
+        other = replace(one, table=noisy(Draws(0), one.table), numerics=FLOAT32, computed={})
+
+        def away(name: str) -> float:
+            return distance(other.made(name), one.made(name), position_axis(name))[0] ** 2
+
+        found: dict[str, float] = {}
+        for name in self.adding:
+            plain = split_pass(name)[1]
+            found[name] = max(away(name), found.get(plain, 0.0) or (away(plain) if plain in self.seen else 0.0))
+        return found
 
     def attempt(self, candidates: Iterable[tuple[Bug, ...]]) -> Iterator[Trial]:
         """Try bugs; yield those that make a difference at the point."""
@@ -216,11 +235,14 @@ class Bench:
 
 
 def told_apart(one: Trial, other: Trial, bench: Bench) -> bool:
-    """Whether what the other leaves is more than what the one leaves, by more than noise can make."""
+    """Whether what the other leaves is more than what the one leaves, by more than noise can make.
+
+    Below half a floor it is how a right program rounds its tables that decides, and says nothing of either.
+    """
     for name in one.everywhere.keys() & other.everywhere.keys():
-        here, there = one.everywhere[name], other.everywhere[name]
+        here, there = max(one.everywhere[name], (0.5 / MARGIN) ** 2), other.everywhere[name]
         count = bench.aligned.found[name].part.size
-        if there > 1.3 * here and (there - here) / max(here, 1e-12) * count > 400:
+        if there > 1.3 * here and (there - here) / here * count > 400:
             return True
     return False
 

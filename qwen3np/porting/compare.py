@@ -17,7 +17,12 @@ from qwen3np.porting.record import Recording
 from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.shapes import HEAD_ORDER
 
-EXPLAINED = 0.9  # the smallest fraction of the squared error that a setting must explain
+EXPLAINED = 0.9  # the least share of the squared error that names a setting; the rest may be a bug's
+WHOLE = 0.98  # the share from which on the rest is rounding
+# Less is whole, too, if what is left is no more than OWN times what rounding makes of the setting itself: digits that
+# fall to the other side scatter from step to step. Right settings explain 0.41 to 0.75 of logits after 4 layers, and
+# leave 2.1 times their scatter at most; wrong ones that explain more than SCATTERED are nearly the right one.
+SCATTERED, OWN = 1 / 3, 3.0
 ALIKE = 1e-6  # settings whose fractions differ by less cannot be told apart
 MOST = 4  # settings of one port, and candidates for each
 
@@ -109,7 +114,7 @@ def compared(
     result = Compared(aligned, found, POINTS, {r.name: r for r in found.points}, [])
     if weights is not None and found.verdict == "different":
         result = with_settings(golden, result, weights)
-    views = [here.view for here in aligned.found.values()]
+    views = [here.view is not None and not here.view.resolution for here in aligned.found.values()]
     if result.comparison.verdict == "different" and precision is None and all(views) and aligned.precision == "float32":
         result = _by_probabilities(golden, result, attempt)
     return result
@@ -142,16 +147,19 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
             break
         bench = Bench(golden, aligned, weights, reports, point, table)
         before = set(bench.adding)
-        best: tuple[int, Trial, Comparison] | None = None
+        best: tuple[bool, int, Trial, Comparison] | None = None
         for trial in _nearest(bench):
             _, after = judge(golden, aligned, weights, trial.bugs[0].planted(table))
-            after = replace(after, points=[_settled(r, reports[r.name]) for r in after.points])
+            own = bench.scatter(trial)
+            after = replace(after, points=[_settled(r, reports[r.name], own.get(r.name, 0.0)) for r in after.points])
             adding = {r.name for r in after.points if r.adds}
-            if point not in adding and not adding - before and (best is None or len(adding) < best[0]):
-                best = len(adding), trial, after
+            in_part = point in adding
+            named = not in_part or trial.left <= (1 - EXPLAINED) * bench.error(point)
+            if named and not adding - before and (best is None or (in_part, len(adding)) < best[:2]):
+                best = in_part, len(adding), trial, after
         if best is None:
             break
-        _, trial, now = best
+        _, _, trial, now = best
         table = trial.bugs[0].planted(table)
         found.append((point, trial.bugs[0], 1 - trial.left / max(bench.error(point), TINY)))
         reports = {r.name: r for r in now.points}
@@ -163,7 +171,7 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
 def _nearest(bench: Bench) -> list[Trial]:
     """Return the settings that leave the least error at the point; only in part where the whole spoils other points."""
     whole = sorted(bench.attempt((s,) for s in SETTINGS if s.applies(bench.golden.config)), key=lambda t: t.left)
-    if not whole or whole[0].left > (1 - EXPLAINED) * bench.error(bench.point):
+    if not whole or whole[0].left > (1 - SCATTERED) * bench.error(bench.point):
         return []
     found: list[Trial] = []
     for trial in [t for t in whole if t.left <= 1.01 * whole[0].left + ALIKE * bench.error(bench.point)][:MOST]:
@@ -175,11 +183,13 @@ def _nearest(bench: Bench) -> list[Trial]:
     return found
 
 
-def _settled(now: PointReport, before: PointReport) -> PointReport:
-    """Count what a setting leaves as rounding if the setting explains nearly all of the error."""
+def _settled(now: PointReport, before: PointReport, own: float) -> PointReport:
+    """Take for rounding what a setting leaves, if that is next to nothing, or no more than its own scatter."""
     if not now.adds or not before.adds or now.added is None or before.added is None:
         return now
-    return replace(now, adds=False) if now.added <= (1 - EXPLAINED) ** 0.5 * before.added else now
+    error = before.added**2
+    left = max((1 - WHOLE) * error, min(OWN * own, (1 - SCATTERED) * error))
+    return replace(now, adds=False) if now.added**2 <= left else now
 
 
 def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:

@@ -17,6 +17,7 @@ from qwen3np.porting.fits import FAMILIES, fitted, neighbours
 from qwen3np.porting.matched import matches
 from qwen3np.porting.points import POINTS, split_layer
 from qwen3np.porting.record import Recording
+from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.telltales import telltales
 
 SHOWN = 5  # causes in a report
@@ -121,7 +122,7 @@ def _found(golden: Recording, result: Compared, weights: Mapping[str, Array], mo
     bench = Bench(golden, aligned, weights, result.reports, point, result.table)
     while True:
         known += telltales(bench)
-        trials = _tried(bench, more)
+        trials = _tried(bench, (*more, *SETTINGS) if sentences else more)  # compare tried them at the first point
         own = _causes(bench, trials)
         causes += own[: 1 if sentences else SHOWN]
         sentences.append(_said(bench, trials, own[0] if own else None))

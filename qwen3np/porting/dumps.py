@@ -14,6 +14,7 @@ import numpy as np
 from qwen3np.config import Config
 from qwen3np.files.limits import parse_json, readable
 from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.porting.excerpts import read_excerpts
 from qwen3np.porting.points import CHOICE, POINTS, split_layer
 from qwen3np.porting.record import METADATA, read_safetensors
 
@@ -74,16 +75,20 @@ LLAMA_CPP = {
 }
 
 
-def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
+def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arrays of a safetensors file, an npz, an npy, or a folder of npy or safetensors, and what they say.
+
+    A .txt or .log is what llama-eval-callback printed; an Excerpt stands for each of its arrays.
 
     That is the metadata of a recording ({} for others). In a folder an array has the name of its file, without the
     ending; folders within count as parts of the name. Raises ValueError for what is missing, torn or empty.
     """
     path = Path(path)
     about: dict[str, Any] = {}
-    arrays: dict[str, Array] = {}
-    if path.is_dir():
+    arrays: dict[str, Any] = {}
+    if path.suffix in (".txt", ".log") and path.is_file():
+        arrays |= read_excerpts(path)
+    elif path.is_dir():
         for file in sorted(chain(path.rglob("*.npy"), path.rglob("*.safetensors"))):
             stem = ".".join(file.relative_to(path).with_suffix("").parts)
             found, _ = _read_file(file)
@@ -94,7 +99,7 @@ def read_dump(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     else:
         raise ValueError(f"{path}: no such file or folder")
     if not arrays:
-        hint = "a dump is a .safetensors, a .npz, or a folder of .npy files"
+        hint = "a dump is a .safetensors, a .npz, a folder of .npy files, or a .txt that llama-eval-callback printed"
         if path.is_dir() and any(path.glob("*_debug_tree*.json")):
             hint = "give model_addition_debugger_context use_repr=False, and it writes the numbers too"
         raise ValueError(f"{path}: no arrays in it; {hint}")

@@ -16,6 +16,7 @@ from qwen3np.qwen3 import rotate
 from qwen3np.rope import inverse_frequencies, rotary_tables
 
 FARTHEST = 1 << 16  # constant shifts of the positions that are tried
+SCALED = 0.95  # the least cosine between a point and one that differs by factors
 CLEARLY = {"float32": 0.05, "float16": 0.5, "bfloat16": 0.5}  # distances that successors could not overlook
 
 
@@ -51,7 +52,7 @@ def shifted(found: Mapping[str, Found], golden: Recording, port: str) -> tuple[d
     """
     shifts: dict[str, Array] = {}
     known: dict[int, list[int]] = {}
-    names = [name for name in found if name.endswith("_rope") and not found[name].fault]
+    names = [n for n, here in found.items() if n.endswith("_rope") and not here.fault and here.view is None]
     for name in names:
         here, floor = found[name], tolerance(name, golden, port)[0]
         mine: list[int] = []
@@ -104,9 +105,25 @@ def follows(name: str, other: str) -> bool:
     return other_layer > layer or (other_layer == layer and other_kind in _later(kind))
 
 
-def _later(kind: str) -> set[str]:
+def shows(name: str, other: str, scaled: bool) -> bool:
+    """Whether another point would be wrong if this one were; a norm on the way hides that one is scaled."""
+    if not follows(name, other):
+        return False
+    (layer, kind), (other_layer, other_kind) = split_layer(name), split_layer(other)
+    if not scaled or kind == "model.norm" or split_pass(name)[0] != split_pass(other)[0]:
+        return True
+    if layer == other_layer:
+        return other_kind in _later(kind, norms=False)
+    carried = kind in ("model.embed_tokens", "output") or "output" in _later(kind, norms=False)
+    return carried and other_kind in ("attn_residual", "output")
+
+
+def _later(kind: str, norms: bool = True) -> set[str]:
+    """Return the kinds of the same layer that are computed from this one, also by way of norms or not."""
     later = {kind}
     for other, point in POINTS.items():
+        if not norms and other.endswith("norm"):
+            continue
         inputs = [x.removeprefix("all ") for x in point.inputs]
         inputs += ["mlp.down_proj", "mlp.experts"] if "mlp" in inputs else []
         if any(x in later for x in inputs):
@@ -122,6 +139,12 @@ def is_wholesale(here: Found) -> bool:
     return bool((np.abs(here.part.astype(np.float64)[seen] - truth[seen]) > 0.02 * size).mean() > 0.5)
 
 
+def is_scaled(here: Found) -> bool:
+    """Whether a point is the reference's but for a factor, nearly."""
+    x, truth = (np.where(np.isfinite(here.truth), y, 0).astype(np.float64).ravel() for y in (here.part, here.truth))
+    return bool(x @ truth > SCALED * np.linalg.norm(x) * np.linalg.norm(truth))
+
+
 def misread(wrong: Mapping[str, float], right: Collection[str], found: Mapping[str, Found], port: str) -> list[str]:
     """Return the wrong points (name -> distance) that are merely misread.
 
@@ -132,7 +155,8 @@ def misread(wrong: Mapping[str, float], right: Collection[str], found: Mapping[s
         if name not in found or found[name].fault or name.endswith(CHOICE):
             continue
         if away > CLEARLY[port] and is_wholesale(found[name]):
-            after = next((other for other in found if follows(name, other)), None)
+            scaled = is_scaled(found[name])
+            after = next((other for other in found if shows(name, other, scaled)), None)
             if after in right:
                 names.append(name)
     return names

@@ -17,7 +17,7 @@ NEAR_ONE = 0.02  # how far from 0 the logarithm of the sum of probabilities may 
 
 @dataclass(frozen=True)
 class View:
-    """Numbers derived from logits: mine, and of(logits) for the reference. Distances are relative to size(logits)."""
+    """Numbers made of a point: mine, and of(point) the reference's. size(point) is what distances are relative to."""
 
     note: str
     mine: Array
@@ -26,6 +26,7 @@ class View:
     is_last: bool = False
     precision: str = "float32"  # to which the digits of the logits belong, as far as can be seen
     fault: str = ""
+    resolution: float = 0.0  # the relative distance that the printing of few digits may leave
 
 
 def log_softmax(x: Array) -> Array:

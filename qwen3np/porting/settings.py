@@ -6,7 +6,7 @@ A setting introduces an error, but is not a bug. Like a bug, each one is a chang
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -123,19 +123,14 @@ def short_norm(twice: bool) -> Change:
 
 @dataclass(frozen=True)
 class _Shortened(Mapping[str, Array]):
-    """Weights, of which matrices are kept with fewer digits."""
+    """Weights, of which matrices are kept with fewer digits: made when they are asked for, and not kept."""
 
     weights: Mapping[str, Array]
     short: Short
-    made: dict[str, Array] = field(default_factory=dict[str, Array])
 
     def __getitem__(self, name: str) -> Array:
         w = self.weights[name]
-        if w.ndim < 2:
-            return w
-        if name not in self.made:
-            self.made[name] = self.short(w.astype(np.float32))
-        return self.made[name]
+        return w if w.ndim < 2 else self.short(w.astype(np.float32))
 
     def __iter__(self):
         return iter(self.weights)
@@ -146,10 +141,9 @@ class _Shortened(Mapping[str, Array]):
 
 def weighed(short: Short, with_inputs: Short | None = None) -> Change:
     """Multiply by matrices, and perhaps inputs, that are kept with fewer digits."""
-    kept: dict[int, _Shortened] = {}
 
     def change(run: Change, at: Place, *x: Array) -> Array:
-        weights = kept.setdefault(id(at.weights), _Shortened(at.weights, short))
+        weights = _Shortened(at.weights, short)
         if with_inputs is not None:
             return run(replace(at, weights=weights), *_given(with_inputs, at, x))
         return run(replace(at, weights=weights), *x)
@@ -158,6 +152,7 @@ def weighed(short: Short, with_inputs: Short | None = None) -> Change:
 
 
 PRODUCTS, HEAD = "[ms]*_proj", "lm_head"
+DEQUANTISED = "record from the dequantised weights, and only other errors remain"
 TF32, HALF, BRAIN = mantissa(10), typed(np.float16), typed(BFLOAT16)
 
 
@@ -181,23 +176,29 @@ def _settings() -> list[Bug]:
         look = "inputs of matrix products are rounded: allow_tf32, or its like"
         for attention in (None, inputs(short)):
             found.append(Bug(f"matrix products in {name}", _products(weighed(short, short), attention), look))
+    inner = (PRODUCTS, "mlp.gate", "mlp.experts")
+
+    def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
+        """Return a setting of all matrices, of all but the embedding, and of those within the layers."""
+        change = weighed(short, with_inputs)
+        plain = weighed(short)
+        within: dict[str, Change] = dict.fromkeys(inner, change)
+        without: dict[str, Change] = within | {HEAD: change}
+        whole: dict[str, Change] = without | {"model.embed_tokens": plain}
+        return [Bug(name, changes, look) for changes in (whole, without, within)]
+
     for size in (32, 64, 0):
         name = f"in groups of {size}" if size else "with a scale for each row"
         for scale in (np.float32, np.float16):
             short = blocks(size, 8, scale)
             changes = _products(inputs(short))
             found.append(Bug(f"inputs quantised to 8 bits {name}", changes, "the reference has the same weights"))
-            changes = _products(weighed(short, short))
-            found.append(Bug(f"weights and inputs quantised to 8 bits {name}", changes, "what qwen3.c does"))
-            changes = _products(weighed(short))
-            look = "record from the dequantised weights, and only other errors remain"
-            changes |= {"model.embed_tokens": weighed(short)}
-            found.append(Bug(f"weights quantised to 8 bits {name}", changes, look))
+            found += weights_kept(f"weights quantised to 8 bits {name}", short, None, DEQUANTISED)
+            found += weights_kept(f"weights and inputs quantised to 8 bits {name}", short, short, "as qwen3.c does")
     for name, short in {"bfloat16": BRAIN, "float16": HALF, "float8 (e4m3)": typed(ml_dtypes.float8_e4m3fn)}.items():
-        look = "record from these weights, and only other errors remain"
-        changes = _products(weighed(short)) | {"model.embed_tokens": weighed(short)}
-        found.append(Bug(f"weights in {name}", changes, look))
-    found.append(Bug("weights quantised to 4 bits in groups of 32", _products(weighed(blocks(32, 4))), look))
+        found += weights_kept(f"weights in {name}", short, None, DEQUANTISED)
+    for scale in (np.float32, np.float16):
+        found += weights_kept("weights quantised to 4 bits in groups of 32", blocks(32, 4, scale), None, DEQUANTISED)
     found.append(Bug("probabilities in float16", {"self_attn.probs": results(HALF)}, "softmax gives float16"))
     found.append(Bug("probabilities in bfloat16", {"self_attn.probs": results(BRAIN)}, "softmax gives bfloat16"))
     return found
