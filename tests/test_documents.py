@@ -96,7 +96,7 @@ def test_no_such_path(tmp_path):
         ("[]", "neither"),
         ('{"prompt": "hi"}', "neither"),
         ('{"messages": {}}', "neither"),
-        ('{"text": "a", "messages": []}', "both text and messages"),
+        ('{"text": "a", "messages": []}', "has both text and messages"),
         ('{"text": 3}', "text is not a string"),
         ('{"text": "\\ud800"}', "text has a lone surrogate"),
         ('{"messages": []}', "no message of the assistant"),

@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -157,8 +158,7 @@ def test_a_checkpoint(disk, builtin):
 def test_a_conversation(disk, builtin):
     file = disk.folder / "talk.json"
     conversation = Conversation(builtin, [{"role": "user", "content": "Hello"}])
-    chat = Chat.__new__(Chat)
-    chat.conversation = conversation
+    chat = Chat(conversation, Namespace(stop=[], hide_thinking=False, think=None), {})
     chat.command("save", str(file))
     before = file.read_bytes()
     conversation.messages[0]["content"] = "Hello" * ROOM

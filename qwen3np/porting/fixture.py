@@ -17,12 +17,12 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.files.gguf_writer import write_gguf
+from qwen3np.files.tokenizer_files import byte_level_bpe
 from qwen3np.guard import forward
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.porting.floors import LEAST, MARGIN
 from qwen3np.porting.points import split_pass
 from qwen3np.porting.record import Recording, record
-from qwen3np.tokenizer import byte_level_bpe
 from qwen3np.weights import Weights, init_weights
 
 PROMPT, STEPS = 256, 3

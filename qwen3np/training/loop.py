@@ -238,10 +238,7 @@ def train(
                     print(f"[{told}; of {settings.steps} steps]", file=sys.stderr, flush=True)
                 losses.clear()
     _write_log(folder / "training_log.csv", state.log)
-    for name in (
-        "config.json",
-        "model.safetensors",
-    ):  # left by a run that is being continued, or that was interrupted right here
+    for name in ("config.json", "model.safetensors"):  # left by a run that continues or was interrupted right here
         (folder / name).unlink(missing_ok=True)
     save_checkpoint(folder, config, state.weights, dtype=BFLOAT16)
 
