@@ -265,7 +265,17 @@ def test_numerics_of_one_name_are_one_object():
 ORDER = [
     *("errors", "terminal", "memory", "numerics", "stored", "rules", "config", "cache", "rope", "qwen3"),
     *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "generate", "scoring"),
-    *("files.", "chat", "tokenizer", "gguf_tokenizer", "files.checkpoint", "loading", "embeddings", "conversation"),
+    *(
+        "files.",
+        "chat",
+        "tokenizer",
+        "grammar",
+        "gguf_tokenizer",
+        "files.checkpoint",
+        "loading",
+        "embeddings",
+        "conversation",
+    ),
     *("verify", "published.", "porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
