@@ -75,8 +75,8 @@ class Grammars:
 
 def json_rule(schema: Any) -> str:
     """The part of a Lark grammar that stands for JSON of this schema, without optional white space."""
-    options = {"whitespace_flexible": False, **schema.get("x-guidance", {})} if isinstance(schema, dict) else {}
-    return f"%json {json.dumps({**schema, 'x-guidance': options} if isinstance(schema, dict) else schema)}"
+    compact = {"x-guidance": {"whitespace_flexible": False}}
+    return f"%json {json.dumps({**schema, **compact} if isinstance(schema, dict) else schema)}"
 
 
 class _Follower:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import qwen3np
+from qwen3np.cli import main
 from qwen3np.embeddings import embed
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
 http, httpx, openai, serve = serving.http, serving.httpx, serving.openai, serving.serve
 
+fields = serving.fields
 MODEL = qwen3np.load()
 CAPITAL = "The capital of France is"
 
@@ -312,3 +314,54 @@ def test_the_command_starts_answers_and_stops():
     assert "POST /v1/completions 200" in log
     assert "\x1b" not in log
     assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_fuzzed_requests_get_no_server_error(server):
+    rng = np.random.default_rng(1)
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2.5,
+        1e300,
+        2**70,
+        "",
+        "x",
+        "\u0000<|im_end|>",
+        [],
+        [1],
+        ["x"],
+        {},
+        {"type": "regex"},
+    ]
+    values += [{"type": "json_schema", "json_schema": {"schema": {"x-guidance": 5}}}, [{"role": "user"}], {"self": 1}]
+    values += [[{"role": ["user"], "content": "x"}], [{"role": "user", "content": [{"text": 5}]}], {"1": 3}, [[1, 2]]]
+    names = {
+        "/v1/completions": (fields.COMPLETION, {"prompt": "x"}),
+        "/v1/chat/completions": (fields.CHAT, {"messages": [{"role": "user", "content": "x"}]}),
+        "/v1/embeddings": (fields.EMBEDDINGS, {"input": "x"}),
+        "/v1/rerank": (fields.RERANK, {"query": "x", "documents": ["x"]}),
+        "/tokenize": (fields.TOKENIZE, {}),
+        "/detokenize": (fields.DETOKENIZE, {}),
+    }
+    for _ in range(200):
+        path = str(rng.choice(list(names)))
+        known, body = names[path][0], {**names[path][1], "max_tokens": 1} if "max_tokens" in names[path][0] else {}
+        for name in rng.choice(list(known), rng.integers(0, 4)):
+            body[str(name)] = values[rng.integers(len(values))]
+        if body.get("stream") is not True:
+            found = http.post(server[0] + path, json=body)
+            assert found.status_code in (200, 400, 404), (path, body, found.text)
+
+
+def test_generate_follows_a_schema_file(tmp_path, capsys):
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["yes", "no"]}')
+    main(["generate", "Answer:", "--json-schema", str(file)])
+    assert capsys.readouterr().out in ('"yes"\n', '"no"\n')
+    file.write_text("{")
+    with pytest.raises(SystemExit):
+        main(["generate", "Answer:", "--json-schema", str(file)])
+    assert "not JSON" in capsys.readouterr().err

@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     print(f"serving {service.name} at http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=30,
+        limit_concurrency=1024,
     )
     uvicorn.Server(config).run([listener])

@@ -30,9 +30,10 @@ from qwen3np.serve.chats import chat, prompt_text
 from qwen3np.serve.completions import complete
 from qwen3np.serve.fields import BadRequest, parsed
 from qwen3np.serve.scheduler import Busy
-from qwen3np.serve.service import Gone, Service, failure, reply
+from qwen3np.serve.service import Gone, Service, failure, reply, unless_gone
 
 _OPEN = ("/health",)  # needs no key
+_PATIENCE = 60  # seconds in which a body must arrive
 
 
 def application(service: Service, *, key: str | None = None, hosts: Collection[str] = ()) -> Starlette:
@@ -78,7 +79,11 @@ class _Door:
             # other content types can be sent by any web page, without asking this server first
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise BadRequest("the Content-Type must be application/json", 415)
-            found = parsed(await _body(request), rules)
+            try:
+                body = await asyncio.wait_for(_body(request), _PATIENCE)
+            except asyncio.TimeoutError:
+                raise BadRequest(f"the body took more than {_PATIENCE} s", 408) from None
+            found = parsed(body, rules)
             if found.get("model") not in (None, self.service.name):
                 raise BadRequest(f"model: this server has {self.service.name!r} only", 404, "model")
             return await answer(self.service, request, found)
@@ -114,9 +119,9 @@ class _Door:
         if name not in self.hosts and not _is_address(name):
             raise BadRequest("the Host header is not this server's; --allow-host NAME allows it", 403)
         given = request.headers.get("authorization", "").encode()
-        if self.key is not None and request.url.path not in _OPEN:
-            if not hmac.compare_digest(given, b"Bearer " + self.key.encode()):
-                raise BadRequest("the API key is missing or wrong", 401)
+        wanted = None if self.key is None or request.url.path in _OPEN else b"Bearer " + self.key.encode()
+        if wanted is not None and not hmac.compare_digest(given, wanted):
+            raise BadRequest("the API key is missing or wrong", 401)
 
 
 def _is_address(name: str) -> bool:
@@ -171,7 +176,9 @@ async def _metrics(served: Counter[tuple[str, int]], service: Service, request: 
 async def _embeddings(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
     texts = [fields["input"]] if isinstance(fields["input"], str) else fields["input"]
     options, of = service.scheduler.options, (fields["instruction"], fields["dimensions"])
-    vectors = await service.computed(*(partial(embed, service.model, [text], *of, **options) for text in texts))
+    vectors = await unless_gone(
+        request, service.computed([partial(embed, service.model, [t], *of, **options) for t in texts])
+    )
     data: list[Any] = []
     for n, (vector,) in enumerate(vectors):
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -185,7 +192,7 @@ async def _embeddings(service: Service, request: Request, fields: Mapping[str, A
 async def _rerank(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
     query, documents, options = fields["query"], fields["documents"], service.scheduler.options
     calls = [partial(rerank, service.model, query, [one], fields["instruction"], **options) for one in documents]
-    scores = np.concatenate(await service.computed(*calls))
+    scores = np.concatenate(await unless_gone(request, service.computed(calls)))
     results: list[Any] = []
     for n in np.argsort(-scores, kind="stable")[: fields["top_n"]].tolist():
         result = {"index": n, "relevance_score": float(scores[n])}

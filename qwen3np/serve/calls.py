@@ -104,7 +104,7 @@ def forced(tools: Sequence[Mapping[str, Any]], choice: Any, parallel: bool) -> s
     for n, function in enumerate(functions):
         begin = f'{_OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
         schema = function.get("parameters") or {"type": "object"}
-        rules += [f"call_{n}: {json.dumps(begin)} arguments_{n} {json.dumps('}' + chr(10) + _CLOSE)}"]
+        rules += [f'call_{n}: {json.dumps(begin, ensure_ascii=False)} arguments_{n} "}}\\n{_CLOSE}"']
         rules += [f"arguments_{n}: {json_rule(schema)}"]
     return "\n".join(rules)
 

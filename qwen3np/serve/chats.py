@@ -29,7 +29,7 @@ from qwen3np.serve.service import (
 )
 from qwen3np.tokenizer import Tokenizer
 
-_TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+_TAKEN = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 def prompt_text(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> str:

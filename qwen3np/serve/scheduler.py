@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple, TypeAlias
@@ -86,7 +87,7 @@ class Scheduler:
     def __init__(
         self, model: Model, *, waiting: int, memory: int, numerics: str = "float32", engine: str = "fast"
     ) -> None:
-        """Start the thread. No request is taken while `waiting` jobs queue; caches, running and kept, take at most `memory` bytes."""
+        """Start the thread. With `waiting` jobs in the queue no request is taken; `memory`: bytes for all caches."""
         self.model, self.memory, self.limit = model, memory, waiting
         self.options: dict[str, Any] = {"numerics": numerics, "engine": engine}
         self.counts: Counter[str] = Counter()  # for /metrics
@@ -277,18 +278,24 @@ class Scheduler:
         return self.model.weights, self.model.config, (job.ids + job.new)[:end], self.options["numerics"]
 
     def _end(self, job: Job, event: Event | None) -> None:
-        """Take a job out, keep the beginning of its prompt for later ones, and tell its last event."""
+        """Take a job out, tell its last event, and keep the beginning of its prompt for later ones."""
         self._running.remove(job)
-        if job.cache is not None and not isinstance(event, Exception) and not self._prefixes.holds(job.ids):
-            length = len(job.ids) // PIECE * PIECE
-            taken = self._per_position * (length + sum(other.room for other in self._running))
-            while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
-                pass
-            if taken <= self.memory:
-                self._prefixes.keep(job.cache, job.ids, self._new_cache(length))
-        job.cache = None
         if event is not None:
             job.tell(event)
+        if not isinstance(event, Exception):
+            with suppress(ValueError):  # too little memory is free
+                self._keep(job)
+        job.cache = None
+
+    def _keep(self, job: Job) -> None:
+        length = len(job.ids) // PIECE * PIECE
+        if job.cache is None or self._prefixes.holds(job.ids):
+            return
+        taken = self._per_position * (length + sum(other.room for other in self._running))
+        while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
+            pass
+        if taken <= self.memory:
+            self._prefixes.keep(job.cache, job.ids, self._new_cache(length))
 
 
 def _scored(logprobs: Array, token: int, top: int) -> Token:

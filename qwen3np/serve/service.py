@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -81,7 +81,7 @@ class Service:
         until = time.monotonic() + self.timeout
         return Answers(self.scheduler, [{**request, "until": until} for request in requests])
 
-    async def computed(self, *calls: Any) -> list[Any]:
+    async def computed(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls in the scheduler's thread, between the tokens of answers, and return their results."""
         loop, futures = asyncio.get_running_loop(), [asyncio.get_running_loop().create_future() for _ in calls]
 
@@ -102,7 +102,10 @@ class Service:
             return run
 
         self.scheduler.call(*(task(future, call) for future, call in zip(futures, calls, strict=True)))
-        return list(await asyncio.gather(*futures))
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*futures), self.timeout))
+        except asyncio.TimeoutError:  # before Python 3.11 another class than TimeoutError
+            raise TimeoutError("the time limit of this server was reached") from None
 
 
 def strings(stop: str | list[str] | None) -> list[str]:
