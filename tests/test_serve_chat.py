@@ -81,7 +81,7 @@ def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, too
 
     cuts = sorted(cuts)
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert split(pieces) == split([text])
+    assert split(pieces) == split([text]) == split([*text, ""])
 
 
 @pytest.mark.parametrize(
