@@ -18,7 +18,8 @@ from qwen3np.errors import CheckpointError, ConfigError, ContextOverflowError, N
 from qwen3np.files.checkpoint import read_checkpoint, save_checkpoint
 from qwen3np.generate import generate, steps, stream
 from qwen3np.guard import forward
-from qwen3np.loading import Model, load
+from qwen3np.loading import load
+from qwen3np.model import Model
 from qwen3np.sampling import log_probabilities, processed_logits
 from qwen3np.scoring import score
 from qwen3np.settings import GenerationSettings

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3np.cache import KVCache
 from qwen3np.generate import new_cache
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.tokenizer import Tokenizer
 
 _CALL = re.compile(r"\n?<tool_call>\n?(.*?)\n?</tool_call>", re.DOTALL)

@@ -17,7 +17,7 @@ from qwen3np.errors import ContextOverflowError
 from qwen3np.files.sentence import Pooling
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import checked_sequence, forward, require_finite
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
 from qwen3np.sampling import log_probabilities

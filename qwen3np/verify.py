@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qwen3np.guard import require_finite
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.numerics import Array
 
 BUILTIN = Path(__file__).parent / "published" / "builtin.json"

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, Phase, settings
 from threadpoolctl import threadpool_limits
 
 from qwen3np import Model, forward, load
-from qwen3np.cli import main
 from qwen3np.config import Config
 from qwen3np.files.hub import BUILTIN
 
@@ -47,6 +46,8 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory) -> Path:
     """The golden values that `qwen3np fixture` writes, which takes some seconds; only to be read."""
+    from qwen3np.cli import main  # a bug that breaks the command line fails tests, not the loading of this file
+
     folder = tmp_path_factory.mktemp("kit") / "Satz 雪"
     main(["fixture", "-o", str(folder)])
     return folder

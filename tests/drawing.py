@@ -15,7 +15,7 @@ from qwen3np.ops.fast.products import products
 from qwen3np.weights import init_weights
 
 SEEDS = st.integers(0, 2**32 - 1)
-SMALL = Config(
+SMALL = dict[str, Any](
     vocab_size=64,
     hidden_size=32,
     intermediate_size=48,

@@ -954,8 +954,12 @@ GROUPS = [
                 "(copies[name][n : n + step], tensor[n : n + step])",
                 "(copies[name][n : n + step], tensor[: len(copies[name][n : n + step])])",
             ),
-            "stop ids of config.json alone": ('eos: Any = given.get("eos_token_id")', "eos: Any = None"),
         },
+    ),
+    (
+        "model.py",
+        "loading",
+        {"stop ids of config.json alone": ('eos: Any = given.get("eos_token_id")', "eos: Any = None")},
     ),
     (
         "tokenizer.py",

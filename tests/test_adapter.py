@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ import safetensors.numpy
 from drawing import SMALL, SMALL_IDS
 
 from qwen3np import CheckpointError, forward, init_weights, load, save_checkpoint
+from qwen3np.config import Config
 from qwen3np.files.adapter import LowRank
 from qwen3np.stored import Stored
 
-CONFIG, IDS = replace(SMALL, tie_word_embeddings=True), SMALL_IDS
+CONFIG, IDS = Config(**SMALL, tie_word_embeddings=True), SMALL_IDS
 NAMES = {"self_attn.q_proj": (64, 32), "self_attn.v_proj": (32, 32), "mlp.down_proj": (32, 48)}
 
 

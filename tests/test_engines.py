@@ -269,9 +269,15 @@ ORDER = [
         "files.",
         "chat",
         "tokenizer",
+<<<<<<< HEAD
         "grammar",
         "gguf_tokenizer",
         "files.checkpoint",
+=======
+        "gguf_tokenizer",
+        "files.checkpoint",
+        "model",
+>>>>>>> main
         "loading",
         "embeddings",
         "conversation",
@@ -279,7 +285,7 @@ ORDER = [
     *("verify", "published.", "porting.", "audit.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
-DOWNWARDS = {("config", "files.hf_config"), ("loading", "embeddings")}
+DOWNWARDS = {("config", "files.hf_config"), ("model", "embeddings")}
 
 
 def modules():

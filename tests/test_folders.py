@@ -12,8 +12,9 @@ import safetensors.numpy
 from drawing import SMALL, SMALL_IDS
 
 from qwen3np import CheckpointError, ConfigError, forward, init_weights, load, read_checkpoint, save_checkpoint
+from qwen3np.config import Config
 
-DENSE, IDS = SMALL, SMALL_IDS
+DENSE, IDS = Config(**SMALL), SMALL_IDS
 SPARSE = replace(DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
 WEIGHTS = {config: init_weights(config, 0, trained_like=True) for config in (DENSE, SPARSE)}
 

@@ -65,6 +65,7 @@ PIECES = st.sampled_from(
 )
 
 
+@example("x\n</think>\n\ny\n<tool_call>", True, True, [])
 @given(
     st.lists(PIECES, max_size=9).map("".join), st.booleans(), st.booleans(), st.lists(st.integers(0, 60), max_size=9)
 )

@@ -17,7 +17,8 @@ from qwen3np.config import Config
 from qwen3np.errors import ConfigError
 from qwen3np.files.hub import BUILTIN
 from qwen3np.files.limits import readable
-from qwen3np.loading import DEFAULT_MAX_NEW_TOKENS, Model, load
+from qwen3np.loading import load
+from qwen3np.model import DEFAULT_MAX_NEW_TOKENS, Model
 from qwen3np.numerics import ENGINES, NUMERICS
 from qwen3np.settings import PROGRAM, GenerationSettings, checked
 from qwen3np.terminal import bars

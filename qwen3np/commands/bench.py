@@ -21,7 +21,7 @@ from qwen3np.commands import add_computation, add_model, load_named, table
 from qwen3np.config import Config
 from qwen3np.generate import new_cache, stream
 from qwen3np.guard import forward
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.ops.fast.threads import num_threads
 
 EXAMPLE = "qwen3np bench --model Qwen/Qwen3-0.6B --weights-dtype bfloat16"

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from qwen3np.loading import Model, load
+from qwen3np.loading import load
+from qwen3np.model import Model
 from qwen3np.numerics import ENGINES
 from qwen3np.training.corpus import Message, Question, make_corpus
 

@@ -23,8 +23,8 @@ from qwen3np.config import Config
 from qwen3np.files.checkpoint import save_checkpoint
 from qwen3np.files.writing import written_aside
 from qwen3np.guard import forward
-from qwen3np.loading import Model
 from qwen3np.memory import require_memory
+from qwen3np.model import Model
 from qwen3np.numerics import BFLOAT16, Array
 from qwen3np.terminal import bars, shows_bars
 from qwen3np.tokenizer import Tokenizer
