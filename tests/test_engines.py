@@ -269,15 +269,10 @@ ORDER = [
         "files.",
         "chat",
         "tokenizer",
-<<<<<<< HEAD
+        "gguf_tokenizer",
         "grammar",
-        "gguf_tokenizer",
-        "files.checkpoint",
-=======
-        "gguf_tokenizer",
         "files.checkpoint",
         "model",
->>>>>>> main
         "loading",
         "embeddings",
         "conversation",

@@ -35,7 +35,7 @@ from qwen3np.conversation import escaped
 from qwen3np.files.limits import readable
 from qwen3np.generate import Step, steps
 from qwen3np.grammar import Grammars, Processor
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.sampling import log_probabilities
 from qwen3np.terminal import reasoning_apart, thinking_styled
 from qwen3np.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ import numpy as np
 from qwen3np import guard
 from qwen3np.cache import KVCache
 from qwen3np.errors import ContextOverflowError
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.numerics import Array, named
 from qwen3np.sampling import generators, log_probabilities, sample
 from qwen3np.serve.prefixes import Joined, Prefixes

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from qwen3np.errors import one_line
 from qwen3np.grammar import Grammars, Processor
-from qwen3np.loading import Model
+from qwen3np.model import Model
 from qwen3np.serve.answers import Answers
 from qwen3np.serve.fields import SETTINGS, BadRequest
 from qwen3np.serve.scheduler import Busy, Prompt, Scheduler, Token
