@@ -270,6 +270,7 @@ ORDER = [
         "chat",
         "tokenizer",
         "gguf_tokenizer",
+        "grammar",
         "files.checkpoint",
         "model",
         "loading",

@@ -7,9 +7,10 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,11 +27,15 @@ from qwen3np.commands import (
     generation_options,
     load_model,
     progress_bar,
+    read_text,
     read_texts,
     text,
 )
 from qwen3np.conversation import escaped
+from qwen3np.files.limits import readable
 from qwen3np.generate import Step, steps
+from qwen3np.grammar import Grammars, Processor
+from qwen3np.model import Model
 from qwen3np.sampling import log_probabilities
 from qwen3np.terminal import reasoning_apart, thinking_styled
 from qwen3np.tokenizer import Tokenizer
@@ -54,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     top = "with --json: the N likeliest tokens of each step, before temperature and filters"
     parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help=top)
+    schema = "the answer is JSON that the JSON schema in a file describes (one prompt; needs the extra serve)"
+    parser.add_argument("--json-schema", metavar="FILE", help=schema)
     add_generation(parser)
     add_model(parser)
     add_computation(parser)
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = generation_options(model, arguments)
     if given is not None:
         options["stop_ids"] = tokenizer.turn_ends | {*options["stop_ids"]}
+    if arguments.json_schema is not None:
+        options["logits_processors"] = [_grammar(model, prompts, options["stop_ids"], arguments.json_schema)]
     ends, stop = Ends(tokenizer, options["stop_ids"], arguments.stop), options.get("stop")
     options["stop"] = ends.reached if stop is None else lambda new: stop(new) or ends.reached(new)
     loaded = time.perf_counter()
@@ -129,6 +138,17 @@ def run(arguments: argparse.Namespace) -> None:
         f"[prompt {sum(map(len, prompts))} tokens in {prefilled - loaded:.2f} s; answer {count} tokens, {rate}{ended}]",
         file=sys.stderr,
     )
+
+
+def _grammar(model: Model, prompts: list[list[int]], ends: Collection[int], path: str) -> Processor:
+    """Return the logits processor of the JSON schema in a file."""
+    if len(prompts) != 1:
+        raise ValueError(f"--json-schema is for one prompt, but {len(prompts)} are given")
+    try:
+        schema: Any = json.loads(read_text(path if path == "-" else str(readable(Path(path)))))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return Grammars(model.text, model.config.vocab_size, ends).json_schema(schema)
 
 
 Given: TypeAlias = "tuple[list[dict[str, Any]], list[dict[str, Any]] | None]"

@@ -1,0 +1,218 @@
+"""What all endpoints share: the model with its scheduler, requests as jobs, and the shape of replies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from qwen3np.errors import one_line
+from qwen3np.grammar import Grammars, Processor
+from qwen3np.model import Model
+from qwen3np.serve.answers import Answers
+from qwen3np.serve.fields import SETTINGS, BadRequest
+from qwen3np.serve.scheduler import Busy, Prompt, Scheduler, Token
+from qwen3np.tokenizer import Tokenizer, said_in
+
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The client closed the connection."""
+
+
+class Service:
+    """A model under a name, its scheduler, and the limits of its requests."""
+
+    def __init__(self, model: Model, name: str, scheduler: Scheduler, timeout: float) -> None:
+        """`timeout`: seconds after which a request ends, waiting included."""
+        self.model, self.name, self.scheduler, self.timeout = model, name, scheduler, timeout
+        self.tokenizer, self.started = model.text, int(time.time())
+        self.ends = frozenset(model.generation_defaults().get("stop_ids") or ())
+        self.grammars = Grammars(model.text, model.config.vocab_size, self.ends | model.text.turn_ends)
+
+    def settings(
+        self, fields: Mapping[str, Any], most: int | None, ends: Collection[int] = (), grammar: Processor | None = None
+    ) -> dict[str, Any]:
+        """Return the generation settings of one answer: what the request says, over the checkpoint's defaults."""
+        given = {ours: fields[theirs] for theirs, ours in SETTINGS.items() if fields[theirs] is not None}
+        if "sequence_bias" in given:
+            given["sequence_bias"] = [[[int(i)], bias] for i, bias in given["sequence_bias"].items()]
+        if "seed" in given:
+            given["seed"] %= 2**64
+        if most:
+            given["max_new_tokens"] = most
+        settings: dict[str, Any] = dict(self.model.generation_settings(given))
+        settings["stop_ids"] = {*self.ends, *ends, *(fields["stop_token_ids"] or ())}
+        if stops := strings(fields["stop"]):
+            settings["stop"] = said_in(self.tokenizer, stops)
+        if grammar is not None:
+            settings["logits_processors"] = [grammar]
+        return settings | ({"max_new_tokens": 0} if most == 0 else {})
+
+    def grammar(self, wanted: Mapping[str, Any] | None, after: int | None = None) -> Processor | None:
+        """Return the processor for a response_format: json_object, json_schema, regex or grammar; None for text."""
+        form, kind = wanted or {}, (wanted or {"type": "text"}).get("type")
+        schema = form.get("json_schema")
+        if kind == "json_object":
+            return self.grammars.json_schema({"type": "object"}, after)
+        if kind == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), (dict, bool)):
+            return self.grammars.json_schema(schema["schema"], after)
+        if kind == "regex" and isinstance(form.get("pattern"), str):
+            return self.grammars.regex(form["pattern"], after)
+        if kind == "grammar" and isinstance(form.get("grammar"), str):
+            return self.grammars.lark(form["grammar"], after)
+        if kind != "text":
+            raise BadRequest(
+                'response_format must have a type: text, json_object, json_schema ({"schema": ...}), regex ("pattern") '
+                'or grammar ("grammar")',
+                parameter="response_format",
+            )
+        return None
+
+    def answers(self, requests: Sequence[dict[str, Any]]) -> Answers:
+        """Queue a job for each of these arguments of Scheduler.job."""
+        until = time.monotonic() + self.timeout
+        return Answers(self.scheduler, [{**request, "until": until} for request in requests])
+
+    async def computed(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run calls in the scheduler's thread, between the tokens of answers, and return their results."""
+        loop, futures = asyncio.get_running_loop(), [asyncio.get_running_loop().create_future() for _ in calls]
+
+        def task(future: asyncio.Future[Any], call: Any) -> Any:
+            def settle(result: Any, error: Exception | None) -> None:
+                if not future.done():
+                    future.set_exception(error) if error else future.set_result(result)
+
+            def run() -> None:
+                result, raised = None, None
+                try:
+                    if not future.cancelled():
+                        result = call()
+                except Exception as error:
+                    raised = error
+                loop.call_soon_threadsafe(settle, result, raised)
+
+            return run
+
+        self.scheduler.call(*(task(future, call) for future, call in zip(futures, calls, strict=True)))
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*futures), self.timeout))
+        except asyncio.TimeoutError:  # before Python 3.11 another class than TimeoutError
+            raise TimeoutError("the time limit of this server was reached") from None
+
+
+def strings(stop: str | list[str] | None) -> list[str]:
+    """The stop strings of a request."""
+    return [stop] if isinstance(stop, str) else stop or []
+
+
+def heading(service: Service, kind: str, prefix: str) -> dict[str, Any]:
+    """The fields that every reply and every chunk of an answer starts with."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.name}
+
+
+def usage(answers: Answers, choices: int) -> dict[str, Any]:
+    """The tokens of a request; a prompt with several answers counts once."""
+    prompts = answers.jobs[::choices]
+    prompt, new = sum(len(job.ids) for job in prompts), sum(len(job.new) for job in answers.jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in prompts)},
+    }
+
+
+def prompt_logprobs(event: Prompt, tokenizer: Tokenizer) -> list[Any]:
+    """The log-probabilities of a prompt's tokens but the first, each with the likeliest in its place, as in vLLM."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        return {"logprob": logprob, "decoded_token": data.decode(errors="replace"), "bytes": list(data)}
+
+    return [None, *({str(i): entry(i, lp) for i, lp in [(t.id, t.logprob), *t.top]} for t in event.tokens)]
+
+
+def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response, in ASCII."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def failure(error: Exception) -> tuple[dict[str, Any], int]:
+    """The body and the status of an error, in OpenAI's form."""
+    status, kind = 400, "invalid_request_error"
+    if isinstance(error, BadRequest):
+        status = error.status
+    elif isinstance(error, Busy):
+        status, kind = 429, "rate_limit_error"
+        if "waiting" not in str(error):
+            status, kind = 503, "service_unavailable"
+    elif isinstance(error, TimeoutError):
+        status, kind = 504, "timeout"
+    elif not isinstance(error, ValueError):
+        status, kind = 500, "server_error"
+    message = one_line(error) if status != 500 else "an internal error; the server's log has it"
+    body = {"message": message, "type": kind, "param": getattr(error, "parameter", None), "code": None}
+    return {"error": body}, status
+
+
+class Events(StreamingResponse):
+    """Server-sent events. When the client is gone, its jobs are cancelled."""
+
+    def __init__(self, answers: Answers, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
+        """Send each chunk as it comes, then [DONE]; an error is the last chunk."""
+        self._answers = answers
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                async for chunk in chunks:
+                    yield f"data: {json.dumps(chunk)}\n\n"
+            except (ValueError, Busy, TimeoutError) as error:
+                yield f"data: {json.dumps(failure(error)[0])}\n\n"
+            yield "data: [DONE]\n\n"
+
+        super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
+
+
+async def unless_gone(request: Request, result: Awaitable[T]) -> T:
+    """Await a result; if the client closes its connection before, cancel it and raise Gone."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Gone
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def collected(answers: Answers) -> tuple[list[Prompt], list[list[Token]]]:
+    """Wait for all answers: the event of each prompt, and the tokens of each answer."""
+    prompts: dict[int, Prompt] = {}
+    tokens: list[list[Token]] = [[] for _ in answers.jobs]
+    async for index, event in answers.events():
+        if isinstance(event, Prompt):
+            prompts[index] = event
+        else:
+            tokens[index].append(event)
+    return [prompts[index] for index in range(len(tokens))], tokens

@@ -1,0 +1,168 @@
+"""Reasoning, tool calls and JSON schemas of chats; truth is the text split as a whole, and jsonschema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import qwen3np
+from qwen3np.conversation import tool_calls
+from qwen3np.files.hub import BUILTIN
+from qwen3np.terminal import reasoning_apart
+from qwen3np.tokenizer import Tokenizer
+
+serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
+jsonschema = pytest.importorskip("jsonschema", reason="needs the extra `test`")
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}"
+    "{% endif %}"
+)
+NUMBER = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": NUMBER}} for name in ("add", "negate")]
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "What is 17 + 25?"}], "max_tokens": 120}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A client of the built-in checkpoint with a template that knows tools and reasoning."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUILTIN / name).read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    model = replace(qwen3np.load(), tokenizer=Tokenizer.from_folder(folder))
+    with serving.serve(model) as (address, _), serving.client(address) as found:
+        yield found
+
+
+PIECES = st.sampled_from(
+    [
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "\n",
+        '{"name": "f", "arguments": {"a": 1}}',
+        "<to",
+        "x",
+        " ",
+        "<",
+    ]
+)
+
+
+@example("x\n</think>\n\ny\n<tool_call>", True, True, [])
+@given(
+    st.lists(PIECES, max_size=9).map("".join), st.booleans(), st.booleans(), st.lists(st.integers(0, 60), max_size=9)
+)
+def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, tools, cuts):
+    from qwen3np.serve.calls import Parts
+
+    def split(pieces):
+        parts, found = Parts(inside, tools), {"reasoning_content": "", "content": "", "call": []}
+        for n, piece in enumerate(pieces):
+            for delta in parts.add(piece, last=n == len(pieces) - 1):
+                for name, value in delta.items():
+                    found[name] += [value] if name == "call" else value
+        return found
+
+    cuts = sorted(cuts)
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert split(pieces) == split([text]) == split([*text, ""])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nwhy\n</think>\n\nYes.",
+        "Yes.",
+        'One\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
+        "<tool_call>\nno JSON\n</tool_call>",
+        "<think>\nunfinished",
+        "half <tool_call>{",
+    ],
+)
+def test_parts_are_those_of_the_conversation(text):
+    from qwen3np.serve.calls import Parts
+
+    found = Parts(False, True).add(text, last=True)
+    reasoning, rest = reasoning_apart(text, False)
+    content, calls = tool_calls(rest)
+    assert "".join(part.get("reasoning_content", "") for part in found) == (reasoning or "")
+    assert "".join(part.get("content", "") for part in found) == content
+    assert [part["call"] for part in found if "call" in part] == [call["function"] for call in calls]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "negate"}}])
+def test_a_demanded_tool_is_called_with_valid_arguments(client, choice):
+    options = {**ASK, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    (whole,) = client.chat.completions.create(**options).choices
+    (call,) = whole.message.tool_calls
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    assert call.function.name in (("add", "negate") if choice == "required" else ("negate",))
+    jsonschema.validate(json.loads(call.function.arguments), NUMBER)
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    (streamed,) = [call for choice in deltas for call in choice.delta.tool_calls or []]
+    assert (streamed.index, streamed.function.arguments) == (0, call.function.arguments)
+    assert deltas[-1].finish_reason == "tool_calls"
+    # the result goes back as clients send it, with the arguments as text
+    back = [*ASK["messages"], whole.message.model_dump(exclude_none=True)]
+    back.append({"role": "tool", "tool_call_id": call.id, "content": "42"})
+    assert client.chat.completions.create(**{**ASK, "messages": back}).choices[0].message.role == "assistant"
+
+
+def test_reasoning_is_apart_is_not_said(client):
+    extra = {"chat_template_kwargs": {"enable_thinking": True}}
+    message = client.chat.completions.create(**{**ASK, "max_tokens": 4}, extra_body=extra).choices[0].message
+    assert (message.content, bool(message.reasoning_content)) == ("", True)
+
+
+def test_tools_and_templates_hold_no_special_tokens(client):
+    tool = {"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}
+    with_token = client.chat.completions.create(**{**ASK, "max_tokens": 1}, tools=[tool]).usage.prompt_tokens
+    tool["function"]["description"] = ""
+    without = client.chat.completions.create(**{**ASK, "max_tokens": 1}, tools=[tool]).usage.prompt_tokens
+    assert with_token > without + 1
+
+
+def drawn_schema(rng, depth=0):
+    kind = rng.choice(["integer", "boolean", "enum", "string", "null", "array", "object"][: 5 if depth > 1 else 7])
+    if kind == "enum":
+        return {"enum": [["a", 1, None, "x y"][i] for i in range(rng.integers(1, 5))]}
+    if kind == "integer":
+        return {"type": "integer", "minimum": int(rng.integers(-9, 0)), "maximum": int(rng.integers(1, 99))}
+    if kind == "string":
+        return {"type": "string", "maxLength": int(rng.integers(0, 6))}
+    if kind == "array":
+        return {"type": "array", "items": drawn_schema(rng, depth + 1), "maxItems": int(rng.integers(0, 3))}
+    if kind == "object":
+        names = [f"p{n}" for n in range(rng.integers(0, 3))]
+        parts = {name: drawn_schema(rng, depth + 1) for name in names}
+        return {"type": "object", "properties": parts, "required": names[:1], "additionalProperties": False}
+    return {"type": str(kind)}
+
+
+def test_answers_validate_against_drawn_schemas(client):
+    rng, finished = np.random.default_rng(0), 0
+    for n in range(8):
+        schema = drawn_schema(rng)
+        form = {"type": "json_schema", "json_schema": {"name": "drawn", "schema": schema}}
+        (choice,) = client.chat.completions.create(**ASK, response_format=form, temperature=1.0, seed=n).choices
+        if choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content), schema)
+            finished += 1
+    assert finished >= 7
