@@ -129,6 +129,7 @@ def test_the_parts_make_up_the_forward(config, weights, rows, position):
     assert sum(row[2] != "" for row in cells) == 7  # q k v, attention, o, gate up, down, head, forward
 
 
+@pytest.mark.slow
 def test_counts_of_verdicts(capsys):
     """Two models, a wide port of two layers, and a bug: each count runs as its command says."""
     some = Namespace(first=0, last=2, numerics=None, part="all", layers=1)

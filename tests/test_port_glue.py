@@ -22,7 +22,7 @@ from qwen3np.files.gguf_writer import write_gguf
 from qwen3np.numerics import BFLOAT16
 from qwen3np.porting import Recording, compare, read_dump, record
 from qwen3np.porting.diagnose import diagnose
-from qwen3np.porting.fixture import CONFIGS, TEXT, write_fixture
+from qwen3np.porting.fixture import CONFIGS, TEXT
 
 PORTING = Path(__file__).parents[1] / "qwen3np" / "porting"
 GUIDE = (PORTING / "README.md").read_text(encoding="utf-8")
@@ -228,12 +228,11 @@ def test_sums_alone(config, weights, golden):
 # --- the kit for other programs ---------------------------------------------------------------------------------------
 
 
-def test_kit_for_llama_cpp(tmp_path):
+def test_kit_for_llama_cpp(kit):
     """The text of the prompt gives its ids by the tokenizer, and the GGUF holds the same model."""
     tokenizers = pytest.importorskip("tokenizers")
-    write_fixture(tmp_path / "kit")
     for name, config in CONFIGS.items():
-        folder = tmp_path / "kit" / name
+        folder = kit / name
         ids = json.loads((folder / "values" / "ids.json").read_text())
         text = (folder / "values" / "prompt.txt").read_bytes().decode()
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
