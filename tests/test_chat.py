@@ -212,6 +212,7 @@ def test_templates_that_go_too_far_are_told(template, words):
         render_chat(template, USER)
 
 
+@pytest.mark.slow  # it uses up the 5 s
 @pytest.mark.skipif(sys.platform == "win32", reason="the system limits no processor time")
 def test_a_template_ends_at_its_processor_time():
     with pytest.raises(ValueError, match=r"the chat template takes more than 5 s"):

@@ -40,7 +40,7 @@ def alone(builtin):
     return found
 
 
-@pytest.mark.parametrize("inside", ["1", "3"])
+@pytest.mark.parametrize("inside", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_eight_threads_get_the_ids_of_runs_alone(builtin, alone, inside, monkeypatch):
     monkeypatch.setenv("QWEN3NP_NUM_THREADS", inside)
     together = threading.Barrier(THREADS)

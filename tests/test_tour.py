@@ -127,6 +127,7 @@ def test_cells_and_exercises_hold_again_and_in_any_order(capsys, monkeypatch):
     assert np.linalg.norm(names["my_forward"](ids) - fast) < 1e-6 * np.linalg.norm(fast)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="needs pyright, in the extra test")
 def test_cells_and_exercises_have_sound_types(tmp_path):
     blocks = []
