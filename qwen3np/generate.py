@@ -54,8 +54,8 @@ def generate(
     weights, config
         The model.
     input_ids
-        The whole sequence so far, or a list of sequences: a ragged batch, in which each ends separately and then costs
-        nothing.
+        The whole sequence so far, or a list of sequences, which may differ in length; one that has ended costs nothing
+        more.
     **settings
         See settings.GenerationSettings: max_new_tokens is required, temperature 0 is greedy. Each row draws from its
         own random stream, whatever else is in the batch: row 0 as if alone with this seed, row r as if alone with
@@ -115,8 +115,8 @@ def steps(
 ) -> Iterator[Step]:
     """Yield each new token of each sequence with its logits: the loop behind generate and stream.
 
-    Arguments and errors as in generate; errors come before the first step. `held` is another name of `cache`. After
-    every step it holds each sequence without its newest token.
+    Arguments and errors as in generate; errors come before the first step. `held` is the cache as a positional
+    argument. After every step it holds each sequence without its newest token.
     """
     chosen = checked(settings)
     if len(batch) == 0:

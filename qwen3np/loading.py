@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from qwen3np.stored import put
 from qwen3np.terminal import bars, shows_bars
 from qwen3np.tokenizer import Tokenizer
 from qwen3np.weights import LoadedWeights, Weights
-
-if TYPE_CHECKING:
-    pass
 
 SMALL = 10**9  # bytes: smaller float32 copies are made without a message
 PIECE = 1 << 22  # elements copied at a time: few enough for a smooth bar, too many for its updates to cost anything

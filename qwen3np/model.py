@@ -58,7 +58,8 @@ class ScoreOptions(TypedDict, total=False):
 class Model:
     """A checkpoint in memory: config, weights, tokenizer and generation defaults. It holds no state beyond these.
 
-    Each method calls the function of the same name; `complete`, `score`, `embed`, `rerank` and `trace` take text.
+    forward, generate, stream, score, embed and rerank call the functions of these names; complete, score, embed, rerank
+    and trace take text.
     """
 
     config: Config
@@ -282,8 +283,8 @@ class Model:
 
         Equal to transformers' hidden states, except that transformers applies the final norm to the last one.
         """
-        points = self.trace(text, numerics=numerics, engine=engine, points="model.embed_tokens,model.layers.*")
         names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(self.config.num_hidden_layers))]
+        points = self.trace(text, numerics=numerics, engine=engine, points=",".join(names))
         return np.stack([points[name][0] for name in names])
 
     def attention_maps(self, text: str | Ids, *, numerics: str = "float32", engine: str = "fast") -> Array:

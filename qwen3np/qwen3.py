@@ -12,9 +12,9 @@ Shapes: B batch, S new positions, T attended positions, D hidden, H query heads,
 Dh head_dim, F intermediate, V vocabulary, E experts, k experts for each token.
 
 `num` says where numbers are rounded: R(x) rounds to bfloat16 where transformers does, and is x itself in float32 and
-float64, so it can be ignored on a first reading. `num.ops` are the few operations below this page: linear, attend,
-combine, softmax, silu, mean_square, total and rowwise. ops/plain.py has each of them as its formula; the other engines
-compute the same faster, or exactly.
+float64, so it can be ignored on a first reading. `num.ops` are the few operations below this page: linear, head,
+attend, combine, softmax, silu, mean_square, total and rowwise. ops/plain.py has each of them as its formula; the other
+engines compute the same faster, or exactly.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from qwen3np.numerics import Array
 
 BUILTIN = Path(__file__).parent / "published" / "builtin.json"
 ROWS = Path(__file__).parent / "published" / "Qwen3-0.6B-Base.json"
-COUNT = 32  # ids in the prompt: enough to reach every layer's weights, and every kind of operation
+COUNT = 32  # ids in the prompt: several rows in every product, and a triangle of scores
 # Float32 over 28 layers on two machines: logits around 20 differ by about 2e-4, norms by a factor below 1e-5.
 LOGITS, NORMS = 1e-3, 1e-4
 
@@ -28,7 +28,8 @@ def hashed_ids(model: Model) -> list[int]:
 
 
 def sha256(x: Array) -> str:
-    """Return the SHA-256 of an array's numbers, little-endian and in C order."""
+    """Return the SHA-256 of an array's numbers, little-endian and in C order, with 0 for -0."""
+    x = x + 0 if x.dtype.kind == "f" else x
     return hashlib.sha256(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
@@ -139,6 +140,6 @@ def published_hash() -> str:
 
 def published_rows(name: str | None) -> dict[str, Any] | None:
     """Return the published rows of the model with this name or folder, if any."""
-    if name is not None and ROWS.stem in Path(name).parts:
+    if name is not None and Path(name).name == ROWS.stem:
         return json.loads(ROWS.read_text(encoding="utf-8"))
     return None

@@ -110,7 +110,7 @@ GROUPS = [
         "norm rope numerics golden",
         {
             "mean square: unbiased": ("/ x.shape[-1]\n", "/ max(x.shape[-1] - 1, 1)\n"),
-            "mean square: of the whole array": ("np.add.reduce(x * x, axis=-1,", "np.add.reduce(x * x, axis=None,"),
+            "mean square: of the whole array": ("total(x * x) / x.shape[-1]", "total(x * x).mean() / x.shape[-1]"),
             "total: of all rows": ("np.add.reduce(x, axis=-1,", "np.add.reduce(x, axis=None,"),
             "power in the dtype of the exponents": (
                 "np.power(base, exponents, dtype=np.float64).astype(exponents.dtype)",
@@ -198,8 +198,8 @@ GROUPS = [
             "bias left out of one row": ("if bias is not None:", "if bias is not None and len(rows) > 1:"),
             "bias added after rounding": ("y += num.widen(bias)", "y = num.round(y) + num.widen(bias)"),
             "wide weights not rounded for one row": (
-                "w.dtype == numerics.dtype == numerics.storage",
-                "w.dtype == numerics.dtype",
+                "w.dtype == num.dtype == num.storage",
+                "w.dtype == num.dtype",
             ),
             "few rows: the last outputs left out": (
                 "for start, stop, near in ((0, cut, NEAR), (cut, len(w), len(w) - cut)):",
@@ -228,7 +228,7 @@ GROUPS = [
                 "            np.maximum(largest, before, out=largest)\n",
                 "            pass\n",
             ),
-            "bfloat16: a row in blocks": ("width = reach if numerics.rounds else", "width ="),
+            "bfloat16: a row in blocks": ("width = reach if num.rounds else", "width ="),
             "bfloat16: probabilities not rounded": ("scores = r(scores / sums)", "scores = scores / sums"),
             "blocks: a row's last keys left out": (
                 "for a in range(0, total, width):",
@@ -1153,8 +1153,8 @@ GROUPS = [
             "window one wider": ("past <= at - window)", "past < at - window)"),
             "hidden values matter": ("np.where(p[..., None] == 0, 0, ", "np.where(False, 0, "),
             "scores scaled in float64": (
-                "scores *= np.float32(head_dim**-0.5)",
-                "scores = scores * np.float64(head_dim**-0.5)",
+                "scores *= np.float32(1 / math.sqrt(head_dim))",
+                "scores = scores * np.float64(1 / math.sqrt(head_dim))",
             ),
             "one scratch for all threads": ("class _Scratch(threading.local):", "class _Scratch:"),
         },

@@ -10,7 +10,8 @@ import pytest
 
 from qwen3np.cli import main
 from qwen3np.porting import Recording, record
-from qwen3np.porting.hashes import point_hash, read_hashes
+from qwen3np.porting.hashes import read_hashes
+from qwen3np.verify import sha256
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def recording(builtin):
 def test_a_hash_is_that_of_the_numbers():
     x = np.array([[1.5, -0.0], [0.0, -2.0]], np.float32)
     bytes_in_order = np.array([1.5, 0, 0, -2], "<f4").tobytes()
-    assert point_hash(x) == hashlib.sha256(bytes_in_order).hexdigest() == point_hash(np.asfortranarray(x))
-    assert point_hash(np.arange(3)) == hashlib.sha256(np.arange(3, dtype="<i8").tobytes()).hexdigest()
+    assert sha256(x) == hashlib.sha256(bytes_in_order).hexdigest() == sha256(np.asfortranarray(x))
+    assert sha256(np.arange(3)) == hashlib.sha256(np.arange(3, dtype="<i8").tobytes()).hexdigest()
 
 
 def test_an_exact_recording_keeps_its_hashes(recording, tmp_path):
@@ -47,7 +48,7 @@ def test_one_sequence_alone_and_in_a_batch_have_the_same_hashes(builtin, recordi
     points = {}
     builtin(ids, engine="exact", trace=points.__setitem__)
     for name, x in points.items():
-        assert point_hash(x[1:]) == recording.sha256[name], name
+        assert sha256(x[1:]) == recording.sha256[name], name
 
 
 def test_the_command_compares_hashes(recording, tmp_path, capsys):

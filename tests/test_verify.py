@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
 from qwen3np import NonFiniteError, load
@@ -56,7 +57,8 @@ def test_the_hash_is_of_the_bytes_in_order():
 def test_published_rows_are_told_from_wrong_ones():
     rows = published_rows("Qwen/Qwen3-0.6B-Base")
     assert published_rows("/models/Qwen3-0.6B-Base/") == rows
-    assert published_rows("Qwen/Qwen3-0.6B") is published_rows(None) is None
+    for other in ("Qwen/Qwen3-0.6B", None, "Qwen3-0.6B-Base/finetuned", "Qwen3-0.6B-Base/model-Q4_0.gguf"):
+        assert published_rows(other) is None
     assert len(rows["ids"]) == 18
     norms = np.array(rows["norms"])
     assert norms.shape == (28, 18)
@@ -101,3 +103,18 @@ def test_damaged_weights_are_named(builtin):
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = np.nan
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match=r"^model\.layers\.2\.mlp\.up_proj is NaN"):
         verify(replace(builtin, weights=weights))
+
+
+@pytest.mark.parametrize("change", ["--adapter", "--rope-scaling"])
+def test_a_changed_model_is_not_held_against_the_published_hash(change, capsys, builtin, tmp_path):
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    a, b = np.ones((1, 160), np.float32), np.full((256, 1), 1e-3, np.float32)
+    module = f"base_model.model.{weight.removesuffix('.weight')}"
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "base_model_name_or_path": "built-in", "r": 1, "lora_alpha": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    main(["verify", change, str(tmp_path) if change == "--adapter" else "yarn:4", "--json"])  # ends with status 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sha256"] != published_hash()
+    assert found["published"] is None
+    assert found["numpy"] == np.__version__

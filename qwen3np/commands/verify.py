@@ -29,19 +29,23 @@ def run(arguments: argparse.Namespace) -> None:
     """Print machine, versions, hash and verdict. Exit with status 1 if a published value differs."""
     arguments.weights_dtype = "auto"
     model = load_named(arguments)
-    found = verify(
-        model,
-        published_hash() if arguments.model is None and arguments.rope_scaling is None else None,
-        published_rows(arguments.model),
-    )
+    changes = (arguments.rope_scaling, arguments.adapter, arguments.gguf_file, arguments.revision)
+    changed = any(change is not None for change in changes)  # then it is not the model that was published
+    published = published_hash() if arguments.model is None and not changed else None
+    found = verify(model, published, None if changed else published_rows(arguments.model))
     machine = f"{processor()}, {platform.machine()}, {platform.system()}"
-    versions = f"{version('numpy')}, {blas()}, {num_threads()} threads; Python {platform.python_version()}"
+    versions = {
+        "numpy": version("numpy"),
+        "blas": blas(),
+        "threads": num_threads(),
+        "python": platform.python_version(),
+    }
     if arguments.json:
-        print(json.dumps({"machine": machine, "numpy": versions, **asdict(found), "passed": found.passed}))
+        print(json.dumps({"machine": machine, **versions, **asdict(found), "passed": found.passed}))
     else:
         rows = [
             ("machine", machine),
-            ("NumPy", versions),
+            ("NumPy", "{numpy}, {blas}, {threads} threads; Python {python}".format(**versions)),
             ("exact logits", f"SHA-256 {found.sha256} (float32, {COUNT} positions)"),
             ("published", _against_published(found.sha256, found.published)),
         ]

@@ -18,7 +18,7 @@ def power(base: Any, exponents: Array) -> Array:
 
 
 def cos(x: Array) -> Array:
-    """Return the cosine in the dtype of x, through float64, so that a float32 result is the nearest one."""
+    """Return the cosine in the dtype of x, through float64: a float32 result is nearly always the nearest one."""
     return np.cos(x, dtype=np.float64).astype(x.dtype)
 
 
@@ -34,4 +34,4 @@ def total(x: Array) -> Array:
 
 def mean_square(x: Array) -> Array:
     """Return the mean of the squares over the last axis. (..., N) -> (..., 1)."""
-    return np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
+    return total(x * x) / x.shape[-1]

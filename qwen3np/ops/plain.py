@@ -21,7 +21,7 @@ def softmax(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """X * sigmoid(x) = x / (1 + exp(-x)), elementwise (Elfwing et al., 2017, https://arxiv.org/abs/1702.03118)."""
+    """SiLU: x * sigmoid(x) = x / (1 + exp(-x)), elementwise (Elfwing et al., 2017, https://arxiv.org/abs/1702.03118)."""
     with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, -0
         return x / (1 + np.exp(-x))
 

@@ -1,25 +1,15 @@
 """Points compared by hash alone: for ports that are exact themselves.
 
 An exact recording (engine="exact") has the same bits wherever it is made, so a port that rounds every operation
-correctly needs no golden values, only their SHA-256: of the numbers, little-endian, in C order, with 0 for -0.
+correctly needs no golden values, only their SHA-256 (verify.sha256).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from qwen3np.files.limits import read_json
-from qwen3np.numerics import Array
-
-
-def point_hash(x: Array) -> str:
-    """Return the SHA-256 of a point's numbers; float32 and integers as they are recorded."""
-    x = x + 0 if x.dtype.kind == "f" else x  # -0 becomes 0
-    return hashlib.sha256(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
 def read_hashes(path: Path) -> dict[str, str]:

@@ -21,8 +21,8 @@ from qwen3np.files.writing import written_aside
 from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
 from qwen3np.numerics import FLOAT64, Array, named
 from qwen3np.porting.floors import HALF, noisy_runs
-from qwen3np.porting.hashes import point_hash
 from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
+from qwen3np.verify import sha256
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
 HEADS = {"q_norm": 2, "q_rope": 1, "k_norm": 2, "k_rope": 1, "scores": 1, "probs": 1}  # the axis of the heads
@@ -56,7 +56,7 @@ class Recording:
     @property
     def sha256(self) -> dict[str, str]:
         """The hash of each point; with engine "exact" it is the same wherever the recording is made."""
-        return {name: point_hash(x) for name, x in self.points.items()}
+        return {name: sha256(x) for name, x in self.points.items()}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the points, and everything else as JSON under "qwen3np" in its metadata.
@@ -122,7 +122,7 @@ class Recording:
         names = [p + name for p in ["", *(f"decode.{i}." for i in range(steps))] for name in point_names(config)]
         points = {name: found[name] for name in names if name in found}
         expected: dict[str, str] = about.get("sha256", {})  # recordings of earlier versions have none
-        if damaged := [name for name, x in points.items() if point_hash(x) != expected.get(name, point_hash(x))]:
+        if damaged := [name for name, x in points.items() if sha256(x) != expected.get(name, sha256(x))]:
             raise ValueError(f"{path}: {damaged[0]} has changed since it was recorded; record it again")
         made_by = about.get("fingerprint"), about.get("engine", "fast")
         return cls(points, config, ids, steps, numerics, floors, **cut, fingerprint=made_by[0], engine=made_by[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -122,7 +123,7 @@ def _attend(q: Array, k: Array, v: Array, window: int | None, num: Numerics) -> 
     """Attend in one sequence: q (K, G, S, Dh), k and v (K, T, Dh) -> (K, G, S, Dh)."""
     kv_heads, group, new, _ = q.shape
     length, context = k.shape[1], np.empty(q.shape, np.float32)
-    reach = length if window is None else min(length, window + new - 1)  # keys that a block of queries sees
+    reach = length if window is None else min(length, window + new - 1)  # at most: the keys that all new queries see
     step = max(min(new, BLOCK_SCORES // (group * reach)), 1)
     together = max(min(-(-kv_heads // num_threads()), BLOCK_SCORES // (group * step * reach)), 1)
 
@@ -145,7 +146,7 @@ def _scores(q: Array, k: Array, window: int | None, num: Numerics) -> Array:
     heads, _, new, head_dim = q.shape
     length, then = k.shape[1], num.round if num.rounds else None
     scores = product(q.reshape(heads, -1, head_dim).astype(np.float64), k.astype(np.float64), then)
-    scores *= np.float32(head_dim**-0.5)
+    scores *= np.float32(1 / math.sqrt(head_dim))  # IEEE operations; ** would be the C library's pow
     scores = num.round(scores).reshape(*q.shape[:3], length)
     if new > 1 or (window is not None and length > window):
         at, past = np.arange(length - new, length)[:, None], np.arange(length)

@@ -13,7 +13,8 @@ Handbook of Floating-Point Arithmetic, 2018, https://doi.org/10.1007/978-3-319-7
 
 Flushing subnormal numbers to zero cannot matter in float64: float32 numbers other than 0 are multiples of 2^-149, so
 their products, sums of products, and the terms of the series here stay above 2^-700, while the smallest normal float64
-is 2^-1022. In float32 it would matter, so `require_subnormals` refuses a process that flushes.
+is 2^-1022. In float32 it would matter, so `require_subnormals` refuses to start on a thread that flushes; a new thread
+inherits the setting of the one that starts it.
 """
 
 from __future__ import annotations

@@ -55,14 +55,14 @@ def attend_one(
     q: Array,
     k: Array,
     v: Array,
-    numerics: Numerics = FLOAT32,
-    steps: tuple[Array, Array] | None = None,
+    num: Numerics = FLOAT32,
+    watched: tuple[Array, Array] | None = None,
     window: int | None = None,
 ) -> Array:
     """Return softmax(q kᵀ / sqrt(Dh)) v for one sequence, causal. -> (S, H * Dh).
 
-    q (H, S, Dh) are the queries of the last S of T positions, k and v (K, T, Dh) the keys and values of all. steps, if
-    given, are two arrays (H, S, T), filled with -inf and 0, that get the scores (scaled) and the probabilities. window,
+    q (H, S, Dh) are the queries of the last S of T positions, k and v (K, T, Dh) the keys and values of all. watched,
+    if given, are two arrays (H, S, T), filled with -inf and 0, for the scores (scaled) and the probabilities. window,
     if given, is how many positions, its own the last of them, a query sees.
 
     Scores are made in blocks that stay in the cache, and only those that a query may see. A row longer than a block
@@ -74,13 +74,13 @@ def attend_one(
     group = query_heads // kv_heads
     # the G = H / K queries of a KV head are adjacent, so K and V are never repeated
     q = q.reshape(kv_heads, group, new, head_dim)
-    context = np.empty((new, kv_heads, group, head_dim), numerics.dtype)
-    if steps:
-        steps = steps[0].reshape(*q.shape[:3], total), steps[1].reshape(*q.shape[:3], total)
+    context = np.empty((new, kv_heads, group, head_dim), num.dtype)
+    if watched:
+        watched = watched[0].reshape(*q.shape[:3], total), watched[1].reshape(*q.shape[:3], total)
     most = max(min(new, BLOCK_ROWS // group), 1)  # queries in a block
     reach = total if window is None else min(total, window + most - 1)  # keys that some query of a block sees
     # bfloat16 rounds each probability, so it needs the sum of a whole row before it goes on
-    width = reach if numerics.rounds else min(reach, BLOCK_KEYS)
+    width = reach if num.rounds else min(reach, BLOCK_KEYS)
     step = max(min(most, BLOCK_SCORES // (group * width)), 1)
     together = max(min(-(-kv_heads // threads_for(q.size * reach)), BLOCK_SCORES // (group * step * width)), 1)
 
@@ -89,9 +89,9 @@ def attend_one(
         heads, queries = slice(head, head + together), slice(start, start + step)
         first, end = total - new + start, min(total - new + start + step, total)  # the positions of the queries
         seen = slice(0 if window is None else max(first - window + 1, 0), end)
-        part_steps = steps and (steps[0][heads, :, queries, seen], steps[1][heads, :, queries, seen])
+        part_watched = watched and (watched[0][heads, :, queries, seen], watched[1][heads, :, queries, seen])
         keys, values = k[heads, seen], v[heads, seen]
-        mixed = _attend_block(q[heads, :, queries], keys, values, width, numerics, part_steps, window)
+        mixed = _attend_block(q[heads, :, queries], keys, values, width, num, part_watched, window)
         context[queries, heads] = mixed.transpose(2, 0, 1, 3)
 
     starts = reversed(range(0, new, step))  # the last queries see the most keys, so they start first
@@ -105,20 +105,20 @@ def _attend_block(
     k: Array,
     v: Array,
     width: int,
-    numerics: Numerics,
-    steps: tuple[Array, Array] | None,
+    num: Numerics,
+    watched: tuple[Array, Array] | None,
     window: int | None,
 ) -> Array:
     """Attend with queries q (h, G, s, Dh) at the last s positions of k and v (h, T, Dh), `width` keys at a time.
 
-    Returns context (h, G, s, Dh), and fills steps: scores and probabilities (h, G, s, T).
+    Returns context (h, G, s, Dh), and fills watched: scores and probabilities (h, G, s, T).
     """
     heads, _, last, head_dim = q.shape
     total: int = k.shape[1]
-    r, rows = numerics.round, q.reshape(heads, -1, head_dim)
+    r, rows = num.round, q.reshape(heads, -1, head_dim)
     largest = total_exp = mixed = np.empty(0)  # running values, of the blocks so far
     for a in range(0, total, width):
-        keys, values = numerics.widen(k[:, a : a + width]), numerics.widen(v[:, a : a + width])
+        keys, values = num.widen(k[:, a : a + width]), num.widen(v[:, a : a + width])
         scores = r(_product(rows, keys.swapaxes(1, 2)))  # (h, G * s, width)
         scores *= head_dim**-0.5
         scores = r(scores)
@@ -129,8 +129,8 @@ def _attend_block(
         if window is not None and a < total - window:
             hidden = np.tril(np.ones((last, keys.shape[1]), np.bool_), total - last - a - window)
             np.copyto(in_groups, -np.inf, where=hidden)
-        if steps:
-            steps[0][..., a : a + width] = in_groups
+        if watched:
+            watched[0][..., a : a + width] = in_groups
 
         # a window may hide a whole block from a query: then a finite largest score makes each exp 0
         before, largest = largest, scores.max(axis=-1, keepdims=True, initial=np.finfo(scores.dtype).min)
@@ -139,7 +139,7 @@ def _attend_block(
         scores -= largest
         np.exp(scores, out=scores)
         sums = scores.sum(axis=-1, keepdims=True)
-        if numerics.rounds:
+        if num.rounds:
             scores = r(scores / sums)
         products = _product(scores, values)
         if a:
@@ -147,9 +147,9 @@ def _attend_block(
             sums += total_exp * shrink
             products += mixed * shrink
         total_exp, mixed = sums, products
-    if steps:
-        steps[1][...] = r(softmax(steps[0]))
-    return (r(mixed) if numerics.rounds else mixed / total_exp).reshape(q.shape)
+    if watched:
+        watched[1][...] = r(softmax(watched[0]))
+    return (r(mixed) if num.rounds else mixed / total_exp).reshape(q.shape)
 
 
 def _product(x: Array, m: Array) -> Array:

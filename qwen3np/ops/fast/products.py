@@ -63,9 +63,9 @@ def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numeri
     return found
 
 
-def is_ready(w: Array, numerics: Numerics) -> bool:
+def is_ready(w: Array, num: Numerics) -> bool:
     """Whether BLAS can use W in place, without an upcast, rounding or a copy."""
-    if isinstance(w, Stored) or not w.dtype == numerics.dtype == numerics.storage:
+    if isinstance(w, Stored) or not w.dtype == num.dtype == num.storage:
         return False
     flags = w.flags
     return flags.c_contiguous and flags.aligned
@@ -88,10 +88,10 @@ def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
         return [apply(w) for w in ws]
 
 
-def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> list[Array]:
+def _share_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Array]:
     """Return rows Wᵀ (N, out) for each W, computed in blocks on all threads."""
     count = len(rows)
-    ys = [np.empty((count, len(w)), numerics.dtype) for w in ws]
+    ys = [np.empty((count, len(w)), num.dtype) for w in ws]
 
     def step(w: Array) -> int:
         if count > FEW_ROWS:
@@ -106,7 +106,7 @@ def _share_products(rows: Array, ws: Sequence[Array], numerics: Numerics) -> lis
             near = max(IN_CACHE // (ws[n].shape[1] * NEAR), 1) * NEAR
         for a, b in _pieces(first, last, near):
             # other layouts would not reach BLAS, or give other bits
-            w = np.require(_ready(ws[n][a:b], numerics), None, ["C", "A"])
+            w = np.require(_ready(ws[n][a:b], num), None, ["C", "A"])
             y = ys[n][start:stop, a:b]
             if count <= FEW_ROWS:
                 _few_rows(rows, w, y)
@@ -157,14 +157,14 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _ready(w: Array, numerics: Numerics) -> Array:
-    """Return numerics.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
+def _ready(w: Array, num: Numerics) -> Array:
+    """Return num.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
     stored = isinstance(w, Stored)
-    if not stored and (w.dtype == numerics.dtype or (numerics.rounds and w.dtype != BFLOAT16)):
-        return numerics.widen(w)
-    size = w.size * numerics.dtype.itemsize
+    if not stored and (w.dtype == num.dtype or (num.rounds and w.dtype != BFLOAT16)):
+        return num.widen(w)
+    size = w.size * num.dtype.itemsize
     if _scratch.memory.size < size:
         _scratch.memory = np.empty(size, np.uint8)
-    upcast = _scratch.memory[:size].view(numerics.dtype).reshape(w.shape)
+    upcast = _scratch.memory[:size].view(num.dtype).reshape(w.shape)
     put(w, upcast)
-    return numerics.round(upcast) if stored else upcast
+    return num.round(upcast) if stored else upcast
