@@ -39,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "Weights",
     "count_parameters",
+    "damage",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
     "embed",
     "forward",
     "generate",
@@ -62,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from qwen3np.settings import sampling_parameters
 
         return sampling_parameters
+    if name == "damage":
+        from qwen3np.audit.damage import damage
+
+        return damage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Log-probabilities and quantisation held to account."""

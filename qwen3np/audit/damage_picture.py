@@ -1,0 +1,55 @@
+"""A picture of the damage: shares by kind, shares by layer and kind, and the curve of KL against size."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3np.audit.damage import Damage
+from qwen3np.audit.damage_parts import KINDS, Sources
+from qwen3np.files.writing import written_aside
+
+
+def draw(damage: Damage, path: Path) -> None:
+    """Draw a damage with sources, in the format of the path's suffix. Raises ValueError if matplotlib cannot."""
+    try:
+        figure_class: Any = import_module("matplotlib.figure").Figure
+    except ImportError:
+        raise ValueError('a picture needs matplotlib: pip install "qwen3np[study]"') from None
+    sources = damage.sources
+    if sources is None:
+        raise ValueError("damage: no parts were measured, so there is nothing to draw")
+    figure = figure_class(figsize=(13, 4.5), layout="constrained")
+    kinds, places, curve = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.3))
+
+    names, shares = zip(*[(part.name, 100 * part.share) for part in reversed(sources.kinds)], strict=True)
+    kinds.barh(names, shares)
+    kinds.set(title="by kind", xlabel="share of the KL (%)")
+
+    columns, grid = _grid(sources)
+    image = places.imshow(100 * grid, aspect="auto", cmap="Reds", vmin=0)
+    places.set(title="by layer and kind", ylabel="layer", xticks=range(len(columns)), xticklabels=columns)
+    figure.colorbar(image, ax=places, label="share of the KL (%)")
+
+    curve.plot([mix.bits for mix in sources.curve], [mix.kl for mix in sources.curve], marker="o", markersize=4)
+    curve.set(title="mixes of both models", xlabel="bits per weight", ylabel="mean KL (nats)", ylim=(0, None))
+    for axes in (kinds, curve):
+        axes.grid(alpha=0.3)
+    try:
+        with written_aside(path) as part:
+            figure.savefig(part, format=path.suffix.removeprefix(".").lower() or None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _grid(sources: Sources) -> tuple[list[str], Any]:
+    """Return the kinds inside layers, and the shares (layers, kinds), NaN where there is no such part."""
+    inside = [part for part in sources.parts if part.layer is not None]
+    columns = [kind for kind in KINDS if kind in {part.kind for part in inside}]
+    grid = np.full((1 + max((part.layer or 0 for part in inside), default=0), len(columns)), np.nan)
+    for part in inside:
+        grid[part.layer, columns.index(part.kind)] = part.share
+    return columns, grid
