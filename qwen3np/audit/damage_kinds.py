@@ -43,7 +43,7 @@ def what_if(weights: Weights, kind: str, progress: Callable[[int], object] | Non
     def quantise(name: str) -> None:
         w = weights[name].astype(FLOAT)
         try:
-            found[name] = _quantised(w, kind)  # pyright: ignore[reportArgumentType]
+            found[name] = quantised_matrix(w, kind)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if progress:
@@ -53,7 +53,7 @@ def what_if(weights: Weights, kind: str, progress: Callable[[int], object] | Non
     return found
 
 
-def _quantised(w: Array, kind: str) -> Stored:
+def quantised_matrix(w: Array, kind: str) -> Stored:
     """Return a float32 matrix (out, in) in this kind."""
     if kind == "fp8":
         return _fp8(w)

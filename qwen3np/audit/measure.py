@@ -1,0 +1,188 @@
+"""Teacher forcing: the reference's log-probabilities of the ids in rollouts, plain or under a changed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qwen3np.audit.rollouts import Rollout
+from qwen3np.cache import KVCache
+from qwen3np.config import Config
+from qwen3np.generate import PREFILL_CHUNK
+from qwen3np.guard import forward, require_finite
+from qwen3np.numerics import FLOAT32, Array, Edit, Numerics, named
+from qwen3np.porting.floors import Draws, noisy, numerics_of
+from qwen3np.porting.logprobs import log_softmax
+from qwen3np.porting.points import POINTS, Place, Point, Rerun
+from qwen3np.porting.settings import SETTINGS
+from qwen3np.weights import count_parameters
+
+ROWS = 64  # positions whose logits (V each) are in memory at once
+WORK = 2e11  # parameters times positions of the sample on which changed models run
+FEWEST, MOST = 128, 2048  # positions of that sample
+SCORES = 1 << 24  # numbers of attention scores that are in memory at once
+CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
+
+View = Callable[[Array, Rollout, slice], Array]  # logits (n, V) of these positions of an answer -> log-probabilities
+
+
+def plain_view(logits: Array, rollout: Rollout, rows: slice) -> Array:
+    """Return the log-probabilities of logits."""
+    return log_softmax(logits)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What the reference says about rollouts: arrays over all positions of all answers, one after the other."""
+
+    mine: Array  # (N, 1 + K): the reference's log-probabilities of the ids
+    theirs: Array  # (N, 1 + K): the engine's; NaN where there is none
+    entropy: Array  # (N,)
+    best: Array  # (N,) the likeliest id
+    at: Array  # (N, 2): rollout, and position in the sequence
+
+
+def stacked(arrays: Sequence[Array], fill: float = np.nan) -> Array:
+    """Return arrays (n, k) one below the other, narrower ones filled up on the right."""
+    width = max(a.shape[1] for a in arrays)
+    return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays])
+
+
+def reported(rollouts: Sequence[Rollout]) -> Array:
+    """Return the engine's log-probabilities (N, 1 + K) of all positions."""
+    return stacked([r.logprobs for r in rollouts])
+
+
+def forced(
+    weights: Mapping[str, Array],
+    config: Config,
+    rollouts: Sequence[Rollout],
+    engine: str = "fast",
+    progress: Callable[[int], object] = lambda n: None,
+) -> Forced:
+    """Run every rollout through the reference in float32. progress is called with the number of positions done."""
+    num, mine, entropy, best = named("float32", engine), list[Array](), list[Array](), list[Array]()
+    head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    for rollout in rollouts:
+        ids = np.array([*rollout.prompt, *rollout.ids])
+        cache = KVCache.allocate(config, 1, len(ids), num.storage)
+        states = [
+            forward(weights, config, ids[i : i + PREFILL_CHUNK], cache, engine=engine, head=False)[0]
+            for i in range(0, len(ids), PREFILL_CHUNK)
+        ]
+        states = np.concatenate(states)[len(rollout.prompt) - 1 : -1]
+        for i in range(0, len(states), ROWS):
+            logits = num.ops.head(states[None, i : i + ROWS], head, num)[0]
+            require_finite(logits, weights, config, ids, num.name)
+            logp = log_softmax(logits)
+            mine.append(np.take_along_axis(logp, np.maximum(rollout.found[i : i + ROWS], 0), -1))
+            entropy.append(-(np.exp(logp) * logp).sum(-1))
+            best.append(logp.argmax(-1))
+        progress(len(ids))
+    at = [(n, len(r.prompt) + i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
+    return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.concatenate(best), np.array(at))
+
+
+def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
+    """Return some of the rollouts, evenly spaced and perhaps cut short, on which many changed models can be run."""
+    room = int(np.clip(WORK / count_parameters(config)["active"], FEWEST, MOST))
+    lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
+    count = max(int(len(rollouts) * min(1, room / sum(lengths))), 1)
+    found = list[Rollout]()
+    for n in np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist():
+        r = rollouts[n]
+        keep = min(len(r.ids), max(room - len(r.prompt), ROWS // 4))
+        cut = {"ids": r.ids[:keep], "found": r.found[:keep], "logprobs": r.logprobs[:keep]}
+        found.append(replace(r, **cut))
+        room -= len(r.prompt) + keep
+        if room < ROWS // 4:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The reference, or a changed one: other weights, another config, a bug in its table of points, other numerics."""
+
+    weights: Mapping[str, Array]
+    config: Config
+    table: Mapping[str, Point] = field(default_factory=lambda: POINTS)
+    numerics: Numerics = field(default_factory=lambda: named(FLOAT32.name))
+    stepped: bool = False  # the prompt, then each token by itself, as an engine generates
+    alone: bool = False  # no two rollouts in one batch: later positions of another one would be seen
+    edit: Edit | None = None
+
+    def states(self, rollouts: Sequence[Rollout]) -> Iterator[Array]:
+        """Yield the final hidden states (n, D) from which each answer was chosen."""
+        for group in self._groups(rollouts):
+            starts, width = [len(r.prompt) for r in group], max(len(r.prompt) + len(r.ids) for r in group)
+            ids = np.zeros((len(group), width), np.int64)
+            for row, r in zip(ids, group, strict=True):
+                row[: len(r.prompt) + len(r.ids)] = [*r.prompt, *r.ids]
+            cuts = [0, *(range(starts[0], width) if self.stepped else ()), width]
+            passes = [
+                (f"decode.{a}." if a else "", ids[:, a:b], np.tile(np.arange(a, b), (len(group), 1)))
+                for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+            ]
+            with self.numerics.ops.session(self.weights, self.config, ids.size, width, self.numerics):
+                rerun = Rerun(self.weights, self.config, self.numerics, passes, {}, self.table)
+                x = np.concatenate([rerun.made(f"{prefix}model.norm") for prefix, _, _ in passes], axis=1)
+            yield from (x[b, p - 1 : p - 1 + len(r.ids)] for b, (p, r) in enumerate(zip(starts, group, strict=True)))
+
+    def _groups(self, rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+        group, longest = list[Rollout](), 0
+        for r in rollouts:
+            longest = max(longest, len(r.prompt) + len(r.ids))
+            size = (len(group) + 1) * longest**2 * self.config.num_attention_heads
+            if group and (size > SCORES or self.stepped or self.alone):
+                yield group
+                group, longest = [], len(r.prompt) + len(r.ids)
+            group.append(r)
+        yield group
+
+    def logits(self, states: Array) -> Array:
+        """Return the logits (n, V) of final hidden states (n, D)."""
+        nothing = np.zeros((1, 1), np.int64)
+        at = Place("lm_head", self.weights, self.config, self.numerics, nothing, nothing)
+        return self.table["lm_head"].run(at, self.numerics.widen(states[None]))[0]
+
+    def predicted(
+        self, rollouts: Sequence[Rollout], view: View = plain_view, states: Sequence[Array] | None = None
+    ) -> Array:
+        """Return the log-probabilities (N, 1 + K) that an engine with this model would report."""
+        found = list[Array]()
+        for rollout, x in zip(rollouts, self.states(rollouts) if states is None else states, strict=True):
+            for i in range(0, len(x), ROWS):
+                rows = slice(i, min(i + ROWS, len(x)))
+                logp = view(self.logits(x[rows]), rollout, rows)
+                found.append(np.take_along_axis(logp, np.maximum(rollout.found[rows], 0), -1))
+        return stacked(found)
+
+
+def away(theirs: Array, mine: Array) -> Array:
+    """Return the absolute differences (N, 1 + K); NaN where either is unknown, at most CAP."""
+    with np.errstate(invalid="ignore"):
+        d = np.where(theirs == mine, 0, np.abs(theirs - mine))
+    return np.where(np.isneginf(theirs) & np.isfinite(mine), np.nan, np.minimum(d, CAP))
+
+
+def size(d: Array) -> float:
+    """Return the mean absolute difference: over each position, then over positions. NaN if there is nothing."""
+    with np.errstate(all="ignore"):
+        rows = np.nansum(np.abs(d), -1) / np.sum(~np.isnan(d), -1)
+    return float(np.nanmean(rows)) if np.isfinite(rows).any() else np.nan
+
+
+WEIGHTS_8 = {"fp8 weights": "weights in float8 (e4m3)", "int8 weights": "weights quantised to 8 bits with a scale for each row"}
+
+
+def rounded(variant: Variant) -> dict[str, Variant]:
+    """Return right programs that round as usual: in float32 with sums in the worst order, in 16 bits, 8-bit weights."""
+    found = {"float32": replace(variant, table=noisy(Draws(0), variant.table))}
+    found |= {name: replace(variant, numerics=numerics_of(name)) for name in ("float16", "bfloat16")}
+    for name, setting in WEIGHTS_8.items():
+        bug = next(b for b in SETTINGS if b.name == setting)
+        found[name] = replace(variant, table=bug.planted(variant.table))
+    return found
