@@ -10,6 +10,7 @@ if (
 ) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from qwen3np.audit import audit
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.conversation import Conversation
@@ -38,6 +39,7 @@ __all__ = [
     "NonFiniteError",
     "Tokenizer",
     "Weights",
+    "audit",
     "count_parameters",
     "damage",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
     "embed",

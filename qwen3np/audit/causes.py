@@ -17,6 +17,7 @@ from qwen3np.audit.processed import NEUTRAL, fitted
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
+from qwen3np.porting.compare import per_cent
 from qwen3np.porting.floors import numerics_of
 from qwen3np.tokenizer import Tokenizer
 
@@ -24,7 +25,11 @@ from qwen3np.tokenizer import Tokenizer
 MARGIN = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 SURE = 12.0  # nats of evidence against the plain reference, after about a hundred hypotheses
 APART = 6.0  # nats of evidence between two causes
-SHOWN = 5
+LIKE = 4.0  # standard deviations of the correlation with our own rounding
+NEAR = 0.2  # a cause that explains less is not worth a line
+SHOWN = 3
+FEWEST = 5  # tokens below which nothing is sure
+UNKNOWN = "another checkpoint, or a change that is not in the catalogue"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Cause:
 
     name: str
     kind: str
-    explained: float  # of the squared difference
+    explained: float | None  # of the squared difference
     sure: bool  # what is left is rounding, and no other cause does as well
     look: str
     left: float  # mean absolute difference that remains, nats
@@ -91,21 +96,26 @@ class Court:
     base: Array
     floors: dict[str, float]
     runs: dict[str, Array]  # what each of the usual numerics makes of the sample
+    allowed: tuple[str, ...]  # numerics whose rounding is no difference
     trials: list[Trial] = field(default_factory=list[Trial])
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], weights: Mapping[str, Array], config: Config) -> Court:
+    def of(
+        cls, rollouts: Sequence[Rollout], weights: Mapping[str, Array], config: Config, computed_in: str | None
+    ) -> Court:
         """Run the reference and its roundings."""
+        names = list(MARGIN)
+        allowed = names if computed_in is None else names[: names.index(computed_in) + 1]
         right = Variant(weights, config)
         states = list(right.states(rollouts))
         base = right.predicted(rollouts, states=states)
         runs = {name: v.predicted(rollouts) for name, v in rounded(right).items()}
         floors = {name: size(x - base) for name, x in runs.items()}
-        return cls(rollouts, right, reported(rollouts), states, base, floors, runs)
+        return cls(rollouts, right, reported(rollouts), states, base, floors, runs, tuple(allowed))
 
     def rests(self, left: float, tokens: int) -> str | None:
         """Return the numerics whose rounding covers what is left; None if none does."""
-        return next((name for name in MARGIN if left <= limit(name, self.floors, tokens)), None)
+        return next((name for name in self.allowed if left <= limit(name, self.floors, tokens)), None)
 
     def heard(self, hypothesis: Hypothesis, view: View = plain_view) -> Trial | None:
         """Compare what a hypothesis predicts with what the engine reported."""
@@ -178,10 +188,16 @@ class Court:
         """Whether what is left is rounding of float32; a model with a bug may amplify it."""
         return t.left <= max(limit("float32", self.floors, t.tokens), 1e-4 * t.before)
 
-    def holds_in(self, t: Trial, numerics: str) -> bool:
+    def likeness(self, numerics: str) -> float:
+        """Return the correlation of the difference with what these numerics make of the same tokens."""
+        a, b = (np.nanmean(x - self.base, -1) for x in (self.theirs, self.runs[numerics]))
+        seen = np.isfinite(a) & np.isfinite(b)
+        return float(np.corrcoef(a[seen], b[seen])[0, 1]) if seen.sum() > 2 else 0.0
+
+    def holds_in(self, t: Trial, numerics: str | None) -> bool:
         """Whether a cause also helps where the reference rounds to 16 bits as the engine seems to."""
         variant = t.hypothesis.variant
-        if variant is None:
+        if variant is None or numerics in (None, "float32"):
             return True
         x = replace(variant, numerics=numerics_of(numerics)).predicted(t.hypothesis.rollouts)
         left, before = (size(away(self.theirs, y)) for y in (x, self.runs[numerics]))
@@ -194,34 +210,63 @@ def judged(
     config: Config,
     tokenizer: Tokenizer | None = None,
     others: Mapping[str, Any] = MappingProxyType({}),
+    computed_in: str | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Judgement:
-    """Return why an engine's log-probabilities differ from the reference's, on a sample of rollouts."""
-    court = Court.of(rollouts, weights, config)
+    """Return why an engine's log-probabilities differ from the reference's, on a sample of rollouts.
+
+    computed_in is what the engine is known to compute in, one of MARGIN; otherwise any of them counts as rounding.
+    """
+    court = Court.of(rollouts, weights, config, computed_in)
     d = away(court.theirs, court.base)
     tokens, distance = int((~np.isnan(d)).any(-1).sum()), size(d)
     rest = court.rests(distance, tokens)
     if rest != "float32":
         court.search(tokenizer, others, progress)
-    found = [t for t in sorted(court.trials, key=lambda t: -t.evidence / t.tokens) if court.explains(t)]
-    found = [t for t in found if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens) or "bfloat16")]
+    found = [t for t in sorted(court.trials, key=lambda t: t.left / t.before) if court.explains(t)]
+    found = [t for t in found if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens))]
     result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens)
     if found:
-        best, alike = found[0], list[str]()
-        for t in found[1:]:
-            n = min(t.tokens, best.tokens)
-            if t.hypothesis.name != best.hypothesis.name and n * math.log(max(t.left, 1e-9) / max(best.left, 1e-9)) < APART:
-                alike.append(t.hypothesis.name)
-        cause = _cause(best, not alike, tuple(dict.fromkeys(alike)))
-        verdict = "rounding" if best.hypothesis.kind == h.ROUNDING else "different"
-        return replace(result, verdict=verdict, causes=[cause], sure=cause.sure)
+        cause = _cause(found[0], _alike(found))
+        verdict = "rounding" if found[0].hypothesis.kind == h.ROUNDING else "different"
+        if verdict == "rounding" or rest is None or cause.sure:
+            remains = court.rests(cause.left, tokens)
+            meaning = f"{_named(cause)} explains {per_cent(cause.explained)} of the squared difference"
+            meaning += f"; what is left is rounding of {remains}" if remains else ""
+            return replace(result, verdict=verdict, meaning=meaning, causes=[cause], sure=cause.sure)
     if rest is not None:
-        return replace(result, meaning=rest, sure=rest == "float32")
-    nearest = {t.hypothesis.name: t for t in sorted(court.trials, key=lambda t: -t.explained)[::-1] if t.explained > 0.1}
-    causes = [_cause(t, False) for t in sorted(nearest.values(), key=lambda t: -t.explained)[:SHOWN]]
-    return replace(result, verdict="different", causes=causes, sure=True)
+        likeness = court.likeness(rest)
+        alike = rest == "float32" or likeness * math.sqrt(tokens) > LIKE
+        meaning = f"{distance:.2g} nats is what rounding of {rest} makes of these tokens ({court.floors[rest]:.2g})"
+        if rest != "float32":
+            meaning += f", and {'with' if alike else 'without'} its pattern (correlation {likeness:.2f})"
+        return replace(result, meaning=meaning, sure=alike)
+    largest = computed_in or "bfloat16"
+    meaning = f"{distance / court.floors[largest]:.3g} times what rounding of {largest} makes of these tokens"
+    nearest: dict[str, Trial] = {}
+    for t in sorted(court.trials, key=lambda t: -t.explained):
+        if t.explained > NEAR:
+            nearest.setdefault(t.hypothesis.name, t)
+    causes = [replace(_cause(t, []), sure=False) for t in list(nearest.values())[:SHOWN]]
+    meaning += f"; none of {len(court.trials)} known causes explains it: {UNKNOWN}"
+    unknown = Cause(UNKNOWN, h.CHECKPOINT, None, False, "--other FOLDER tries a checkpoint; porting/README.md finds a bug", distance)
+    return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 
-def _cause(t: Trial, sure: bool, alike: tuple[str, ...] = ()) -> Cause:
+def _alike(found: Sequence[Trial]) -> list[str]:
+    """Return the causes that these tokens cannot tell from the first."""
+    best, alike = found[0], dict[str, None]()
+    for t in found[1:]:
+        apart = min(t.tokens, best.tokens) * math.log(max(t.left, 1e-9) / max(best.left, 1e-9))
+        if t.hypothesis.name != best.hypothesis.name and apart < APART:
+            alike[t.hypothesis.name] = None
+    return list(alike)
+
+
+def _cause(t: Trial, alike: Sequence[str]) -> Cause:
     x = t.hypothesis
-    return Cause(x.name, x.kind, t.explained, sure, x.look, t.left, alike)
+    return Cause(x.name, x.kind, t.explained, not alike, x.look, t.left, tuple(alike))
+
+
+def _named(cause: Cause) -> str:
+    return " or ".join((cause.name, *cause.alike))

@@ -90,14 +90,16 @@ class Fields:
 
 
 def read_rollouts(
-    path: str | Path, tokenizer: Tokenizer | None, vocabulary: int, fields: Fields | None = None
+    source: str | Path | Iterable[Any], tokenizer: Tokenizer | None, vocabulary: int, fields: Fields | None = None
 ) -> list[Rollout]:
-    """Read a file of JSON lines, or with one JSON array or object.
+    """Read a file of JSON lines, or with one JSON array or object; or such objects themselves.
 
-    Raises ValueError, with the line's number, for anything that cannot be used.
+    Raises ValueError, with the number of the line, for anything that cannot be used.
     """
     reader, found, tokens = _Reader(tokenizer, vocabulary, fields or Fields()), list[Rollout](), 0
-    for where, value in _lines(Path(path)):
+    is_file = isinstance(source, str | Path)
+    values = _lines(Path(source)) if is_file else ((f"rollout {n}", x) for n, x in enumerate(source, 1))
+    for where, value in values:
         try:
             some = list(reader.rollouts(value, where))
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
@@ -108,7 +110,7 @@ def read_rollouts(
                 raise ValueError(f"{where}: more than {TOKENS:,} tokens; audit a part of the file")
         found += some
     if not found:
-        raise ValueError(f"{path}: no rollouts")
+        raise ValueError(f"{source}: no rollouts" if is_file else "there are no rollouts")
     return found
 
 

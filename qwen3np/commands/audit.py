@@ -1,0 +1,146 @@
+"""`qwen3np audit`: an engine's log-probabilities held against the reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from qwen3np.audit.causes import MARGIN, Cause
+from qwen3np.audit.report import Audit, Group, audited
+from qwen3np.audit.rollouts import NAMES, Fields, read_rollouts
+from qwen3np.commands import add_model, add_threads, load_named, progress_bar, table
+from qwen3np.errors import one_line
+from qwen3np.loading import load
+from qwen3np.model import Model
+from qwen3np.porting.compare import per_cent
+from qwen3np.study.view import visible
+
+EXAMPLE = "qwen3np audit rollouts.jsonl --model Qwen/Qwen3-0.6B -o report.html"
+HELP = "hold an engine's log-probabilities against the reference; exit status 0 rounding, 1 different, 2 unusable"
+WIDTH = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    rollouts = "JSON lines with ids and log-probabilities, as vLLM, SGLang, TRL, verl, llama.cpp or a server writes them"
+    parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS", help=rollouts)
+    field = f"the key of a field with another name (repeatable); fields: {', '.join(NAMES)}"
+    parser.add_argument("--field", action="append", default=[], metavar="FIELD=KEY", help=field)
+    other = "a checkpoint that the engine may run instead (repeatable)"
+    parser.add_argument("--other", action="append", default=[], metavar="M", help=other)
+    known = "what the engine computes in: larger rounding is then a difference (default: any of them)"
+    parser.add_argument("--computed-in", choices=tuple(MARGIN), help=known)
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write a page, which needs no network")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model(parser)
+    add_threads(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the report and exit with its status."""
+    given = dict(_pair(written) for written in arguments.field)
+    fields = Fields(given)
+    if arguments.rollouts is None:
+        raise ValueError("no rollouts: name a file")
+    arguments.weights_dtype = "auto"
+    model = load_named(arguments)
+    rollouts = read_rollouts(arguments.rollouts, model.tokenizer, model.config.vocab_size, fields)
+    others = {name: load(name) for name in arguments.other}
+    with progress_bar(sum(len(r.prompt) + len(r.ids) for r in rollouts), "audited") as bar:
+        found = audited(
+            rollouts,
+            model,
+            others={name: (m.weights, m.config) for name, m in others.items()},
+            computed_in=arguments.computed_in,
+            fields=fields.used,
+            progress=bar.update,
+        )
+    print(json.dumps(found.as_json()) if arguments.json else summary(found, model, fields))
+    sys.exit(found.verdict == "different")
+
+
+def _pair(written: str) -> tuple[str, str]:
+    name, found, key = written.partition("=")
+    if not (found and key):
+        raise ValueError(f"--field {written}: must be FIELD=KEY, such as logprobs=old_log_probs")
+    return name, key
+
+
+def summary(found: Audit, model: Model, fields: Fields) -> str:
+    """Return the report as text, at most WIDTH columns wide."""
+    j = found.judgement
+    keys = ", ".join(f"{name} from {one_line(key)}" for name, key in fields.used.items())
+    pieces = [
+        _filled(f"{j.verdict}{'' if j.sure else ' (not sure)'}: {j.meaning}"),
+        *([_causes(j.causes)] if j.causes else []),
+        table(_numbers(found)),
+        _floors(found),
+        _groups("position", found.positions, "{:.0f}"),
+        _groups("entropy", found.entropies, "{:.1f}"),
+        _worst(found, model),
+        _filled(f"Read: {keys}. The floors and causes are from {j.sample:,} of these tokens; {j.tried} causes were tried."),
+    ]
+    if fields.unused:
+        pieces.append(_filled(f"Also there: {', '.join(sorted(fields.unused))}; --field logprobs=KEY audits these."))
+    return "\n\n".join(pieces)
+
+
+def _filled(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(one_line(text), WIDTH)
+
+
+def _causes(causes: list[Cause]) -> str:
+    lines = [f"{'explained':>9}  {'left':>8}  cause"]
+    for cause in causes:
+        share = "" if cause.explained is None else per_cent(cause.explained)
+        lines.append(f"{share:>9}  {cause.left:>8.2g}  {one_line(cause.name)}{'' if cause.sure else ' (not sure)'}")
+        lines += [f"{'':21}or {one_line(name)}" for name in cause.alike]
+        lines.append(f"{'':21}{one_line(cause.look)}")
+    return "\n".join(lines)
+
+
+def _numbers(found: Audit) -> list[tuple[str, str]]:
+    q = ", ".join(f"{name} {x:.2g}" for name, x in found.quantiles.items())
+    kl = found.kl
+    rows = [
+        ("compared", f"{found.tokens:,} tokens of {found.rollouts:,} rollouts, in nats"),
+        ("difference", f"mean {found.mean_abs:.3g}, {q}, largest {found.max_abs:.3g}"),
+        ("bias", f"{found.bias:+.2g} (theirs - mine)"),
+        ("ratios", ", ".join(f"{share:.1%} outside {bounds}" for bounds, share in found.outside.items())),
+        ("KL(theirs||mine)", f"k1 {kl['theirs||mine k1']:.2g}, k3 {kl['theirs||mine k3']:.2g}"),
+        ("KL(mine||theirs)", f"k1 {kl['mine||theirs k1']:.2g}, k3 {kl['mine||theirs k3']:.2g}"),
+    ]
+    if found.others_mean_abs is not None:
+        rows.insert(2, ("other likely ids", f"mean {found.others_mean_abs:.3g}"))
+    return rows
+
+
+def _floors(found: Audit) -> str:
+    floors = found.judgement.floors
+    rows = [f"  {name:<14}{x:>9.2g}  {x and found.mean_abs / x:>8.3g} x" for name, x in floors.items()]
+    return "\n".join(["What rounding makes of these tokens, and how far they are from there:", *rows])
+
+
+def _groups(what: str, groups: list[Group], form: str) -> str:
+    lines = [f"{what:>14}  {'tokens':>7}  {'mean':>8}  {'bias':>9}"]
+    for g in groups:
+        span = f"{form.format(g.start)} to {form.format(g.end)}" if g.end < float("inf") else f"above {form.format(g.start)}"
+        lines.append(f"{span:>14}  {g.tokens:>7,}  {g.mean_abs:>8.2g}  {g.bias:>+9.2g}")
+    return "\n".join(lines)
+
+
+def _worst(found: Audit, model: Model) -> str:
+    def shown(ids: list[int]) -> str:
+        if model.tokenizer is None:
+            return " ".join(map(str, ids))
+        return "".join(visible(model.tokenizer.token_bytes(i)) or f"#{i}" for i in ids)
+
+    lines = [f"{'theirs':>8}  {'mine':>8}  {'at':>6}  the tokens that differ most, after ..."]
+    for w in found.worst:
+        text = f"{shown(w.context)} → {shown([w.id])}"
+        lines.append(f"{w.theirs:>8.3f}  {w.mine:>8.3f}  {w.position:>6}  {text[-(WIDTH - 28) :]}")
+    return "\n".join(lines)
