@@ -40,6 +40,7 @@ def forward(
     trace: Trace | None = None,
     edit: Edit | None = None,
     attention_mask: ArrayLike | None = None,
+    routed_experts: ArrayLike | None = None,
 ) -> Array:
     """Compute the logits of the next token after each position.
 
@@ -70,6 +71,10 @@ def forward(
     attention_mask
         For padded ids (B, S): 1 for tokens, 0 for padding, on the left or on the right. Logits at padding are 0. Points
         are recorded with all rows moved to the left.
+    routed_experts
+        (B, S, L, k), or (S, L, k) read as B = 1: the experts of each token in each layer, instead of the router's
+        choice, as an engine recorded them; -1 in all k places leaves the choice to the router. Their weights are still
+        the router's, and dense layers ignore theirs.
 
     Returns
     -------
@@ -91,8 +96,8 @@ def forward(
 
     """
     if attention_mask is not None:
-        if cache is not None:
-            raise ValueError("attention_mask: cannot be combined with a cache, which knows where its sequences end")
+        if cache is not None or routed_experts is not None:
+            raise ValueError("attention_mask: cannot be combined with a cache or routed_experts, which know each position")
         rows = unpadded(input_ids, attention_mask)
         options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
         return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)
@@ -101,6 +106,8 @@ def forward(
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
         raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")
     ids = checked_ids(input_ids, config)
+    if routed_experts is not None:
+        edit = _replayed(routed_experts, config, ids, edit)
     if head and not last_only:
         _require_room(ids.size, config, num)
     last: int = ids.shape[1]
@@ -150,6 +157,33 @@ def _checked_edit(edit: Edit) -> Edit:
         return y.astype(x.dtype, copy=False)
 
     return checked
+
+
+def _replayed(routed: ArrayLike, config: Config, ids: Array, edit: Edit | None) -> Edit:
+    """Return an edit that replaces the router's choices, then applies edit. Raises ValueError for impossible ones."""
+    experts: Array = np.asarray(routed)
+    experts = experts[None] if experts.ndim == 3 else experts
+    shape = (*ids.shape, config.num_hidden_layers, config.num_experts_per_tok)
+    if experts.shape != shape or experts.dtype.kind not in "iu":
+        raise ValueError(f"routed_experts: {experts.dtype} {experts.shape}; expected integers (B, S, L, k) = {shape}")
+    points = {f"model.layers.{n}.mlp.router_indices": n for n in range(shape[2]) if config.is_sparse(n)}
+    chosen = np.sort(experts[:, :, list(points.values())], -1)
+    twice = (chosen[..., 1:] == chosen[..., :-1]).any(-1)
+    outside = (chosen[..., 0] < 0) | (chosen[..., -1] >= config.num_experts)
+    if (bad := np.argwhere((twice | outside) & (chosen != -1).any(-1))).size:
+        row, position, n = bad[0].tolist()
+        raise ValueError(
+            f"routed_experts: {chosen[row, position, n].tolist()} at row {row}, position {position}, layer "
+            f"{[*points.values()][n]}: must be different experts from 0 to {config.num_experts - 1}, or all -1"
+        )
+
+    def replay(name: str, x: Array) -> Array | None:
+        given = experts[:, :, points[name]] if name in points else None
+        x = x if given is None else np.where(given < 0, x, given)
+        edited = None if edit is None else edit(name, x)
+        return x if edited is None else edited
+
+    return replay
 
 
 def checked_sequence(ids: ArrayLike, config: Config) -> list[int]:

@@ -21,7 +21,7 @@ from qwen3np.weights import count_parameters
 
 ROWS = 64  # positions whose logits (V each) are in memory at once
 WORK = 2e11  # parameters times positions of the sample on which changed models run
-FEWEST, MOST = 128, 2048  # positions of that sample
+FEWEST, MOST = 128, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
 CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
 
