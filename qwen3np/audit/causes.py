@@ -12,12 +12,13 @@ import numpy as np
 
 from qwen3np.audit import hypotheses as h
 from qwen3np.audit.hypotheses import Hypothesis
-from qwen3np.audit.measure import Variant, View, away, plain_view, reported, rounded, size
+from qwen3np.audit.measure import Variant, View, away, plain_view, recorded_experts, reported, rounded, size
 from qwen3np.audit.processed import NEUTRAL, fitted
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
 from qwen3np.porting.compare import per_cent
+from qwen3np.porting.bench import TINY
 from qwen3np.porting.floors import numerics_of
 from qwen3np.tokenizer import Tokenizer
 
@@ -77,7 +78,8 @@ class Judgement:
     sure: bool
     tried: int  # hypotheses
     sample: int  # tokens on which they were tried
-    notes: list[str] = field(default_factory=list[str])
+    routing: float | None = None  # share of the squared difference that comes from other experts being chosen
+    routing_of_rounding: float | None = None  # the same of bfloat16's rounding, where the engine's choice is not known
 
 
 def limit(name: str, floors: Mapping[str, float], tokens: int) -> float:
@@ -97,6 +99,7 @@ class Court:
     floors: dict[str, float]
     runs: dict[str, Array]  # what each of the usual numerics makes of the sample
     allowed: tuple[str, ...]  # numerics whose rounding is no difference
+    routing: float | None = None  # share of the squared difference that goes when the engine's experts are replayed
     trials: list[Trial] = field(default_factory=list[Trial])
 
     @classmethod
@@ -106,12 +109,28 @@ class Court:
         """Run the reference and its roundings."""
         names = list(MARGIN)
         allowed = names if computed_in is None else names[: names.index(computed_in) + 1]
-        right = Variant(weights, config)
+        right, theirs, share = Variant(weights, config), reported(rollouts), None
         states = list(right.states(rollouts))
         base = right.predicted(rollouts, states=states)
+        if any(r.experts is not None for r in rollouts):
+            replayed = replace(right, replayed=True)
+            own = list(replayed.states(rollouts))
+            other = replayed.predicted(rollouts, states=own)
+            share = 1 - (size(away(theirs, other)) / max(size(away(theirs, base)), TINY)) ** 2
+            if share > 0:
+                right, states, base = replayed, own, other
         runs = {name: v.predicted(rollouts) for name, v in rounded(right).items()}
         floors = {name: size(x - base) for name, x in runs.items()}
-        return cls(rollouts, right, reported(rollouts), states, base, floors, runs, tuple(allowed))
+        return cls(rollouts, right, theirs, states, base, floors, runs, tuple(allowed), share)
+
+    def routing_of_rounding(self) -> float | None:
+        """Return how much of bfloat16's rounding comes from other experts being chosen; None without experts."""
+        config, weights = self.right.config, self.right.weights
+        if not config.num_experts or self.right.replayed:
+            return None
+        held = [replace(r, experts=recorded_experts(weights, config, r)) for r in self.rollouts]
+        x = replace(self.right, numerics=numerics_of("bfloat16"), replayed=True).predicted(held)
+        return 1 - (size(x - self.base) / max(self.floors["bfloat16"], TINY)) ** 2
 
     def rests(self, left: float, tokens: int) -> str | None:
         """Return the numerics whose rounding covers what is left; None if none does."""
@@ -225,7 +244,9 @@ def judged(
         court.search(tokenizer, others, progress)
     found = [t for t in sorted(court.trials, key=lambda t: t.left / t.before) if court.explains(t)]
     found = [t for t in found if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens))]
-    result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens)
+    result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens, court.routing)
+    if rest != "float32":
+        result = replace(result, routing_of_rounding=court.routing_of_rounding())
     if found:
         cause = _cause(found[0], _alike(found))
         verdict = "rounding" if found[0].hypothesis.kind == h.ROUNDING else "different"

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen3np.audit.damage_kinds import GGUF, quantised_matrix
-from qwen3np.audit.measure import Variant, View
+from qwen3np.audit.measure import Variant, View, shortened
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
@@ -69,10 +69,7 @@ def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
 def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
     """Return the hypothesis of a model that differs when it runs token by token: tried on the start of a few answers."""
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
-    few = [
-        replace(r, ids=r.ids[:SHORTEST], found=r.found[:SHORTEST], logprobs=r.logprobs[:SHORTEST])
-        for r in rollouts[:FEW]
-    ]
+    few = [shortened(r, SHORTEST, variant.config) for r in rollouts[:FEW]]
 
     def predict(view: View) -> Array:
         found = variant.predicted(few, view)
@@ -225,7 +222,7 @@ def prompts(
     look = "compare the ids that the engine saw with those of the file, one by one"
 
     def other(name: str, change: Callable[[Rollout], list[int]]) -> Iterator[Hypothesis]:
-        changed = [replace(r, prompt=change(r) or r.prompt) for r in rollouts]
+        changed = [replace(r, prompt=change(r) or r.prompt, experts=None) for r in rollouts]
         if any(a.prompt != b.prompt for a, b in zip(changed, rollouts, strict=True)):
             yield as_run(name, IDS, look, right, changed)
 

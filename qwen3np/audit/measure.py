@@ -12,10 +12,10 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import forward, require_finite
-from qwen3np.numerics import FLOAT32, Array, Edit, Numerics, named
+from qwen3np.numerics import FLOAT32, Array, Numerics, named
 from qwen3np.porting.floors import Draws, noisy, numerics_of
 from qwen3np.porting.logprobs import log_softmax
-from qwen3np.porting.points import POINTS, Place, Point, Rerun
+from qwen3np.porting.points import CHOICE, POINTS, Place, Point, Rerun, split_layer
 from qwen3np.porting.settings import SETTINGS
 from qwen3np.weights import count_parameters
 
@@ -59,19 +59,27 @@ def forced(
     weights: Mapping[str, Array],
     config: Config,
     rollouts: Sequence[Rollout],
+    *,
     engine: str = "fast",
+    replayed: bool = False,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Forced:
-    """Run every rollout through the reference in float32. progress is called with the number of positions done."""
+    """Run every rollout through the reference in float32, with the experts that the engine chose if replayed.
+
+    progress is called with the number of positions done.
+    """
     num, mine, entropy, best = named("float32", engine), list[Array](), list[Array](), list[Array]()
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     for rollout in rollouts:
         ids = np.array([*rollout.prompt, *rollout.ids])
         cache = KVCache.allocate(config, 1, len(ids), num.storage)
-        states = [
-            forward(weights, config, ids[i : i + PREFILL_CHUNK], cache, engine=engine, head=False)[0]
-            for i in range(0, len(ids), PREFILL_CHUNK)
-        ]
+        experts = experts_of(rollout, config) if replayed else None
+        states = list[Array]()
+        for i in range(0, len(ids), PREFILL_CHUNK):
+            part = slice(i, i + PREFILL_CHUNK)
+            given = None if experts is None else experts[part]
+            x = forward(weights, config, ids[part], cache, engine=engine, head=False, routed_experts=given)
+            states.append(x[0])
         states = np.concatenate(states)[len(rollout.prompt) - 1 : -1]
         for i in range(0, len(states), ROWS):
             logits = num.ops.head(states[None, i : i + ROWS], head, num)[0]
@@ -85,6 +93,46 @@ def forced(
     return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.concatenate(best), np.array(at))
 
 
+def experts_of(rollout: Rollout, config: Config) -> Array | None:
+    """Return the experts that the engine chose (positions, L, k), -1 where it does not say. ValueError for misfits."""
+    if rollout.experts is None:
+        return None
+    layers, k = config.num_hidden_layers, config.num_experts_per_tok
+    if not k:
+        raise ValueError(f"{rollout.where}: routed_experts, but the model has no experts")
+    sparse = [n for n in range(layers) if config.is_sparse(n)]
+    given, count, new = rollout.experts, len(rollout.prompt) + len(rollout.ids), len(rollout.ids)
+    if given.ndim == 1:
+        given = given.reshape(-1, layers, k) if given.size % (layers * k) == 0 else given[None, None]
+    places = {count: 0, count - 1: 0, new: count - new, new - 1: count - new}
+    if len(given) not in places or given.shape[1] not in (layers, len(sparse)) or given.shape[2] != k:
+        raise ValueError(f"{rollout.where}: routed_experts of shape {given.shape}; expected {(count, layers, k)}")
+    found, start = np.full((count, layers, k), -1), places[len(given)]
+    found[start : start + len(given), sparse] = given if given.shape[1] == len(sparse) else given[:, sparse]
+    return found
+
+
+def recorded_experts(weights: Mapping[str, Array], config: Config, rollout: Rollout) -> Array:
+    """Return the experts that the reference chooses (positions, L, k), -1 in dense layers."""
+    ids = [*rollout.prompt, *rollout.ids]
+    found = np.full((len(ids), config.num_hidden_layers, config.num_experts_per_tok), -1)
+
+    def keep(name: str, x: Array) -> None:
+        if name.endswith(CHOICE):
+            found[:, split_layer(name)[0]] = x[0]
+
+    forward(weights, config, ids, head=False, trace=keep)
+    return found
+
+
+def shortened(r: Rollout, count: int, config: Config) -> Rollout:
+    """Return a rollout with the first `count` tokens of its answer."""
+    experts = experts_of(r, config)
+    if experts is not None:
+        experts = experts[: len(r.prompt) + count]
+    return replace(r, ids=r.ids[:count], found=r.found[:count], logprobs=r.logprobs[:count], experts=experts)
+
+
 def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
     """Return some of the rollouts, evenly spaced and perhaps cut short, on which many changed models can be run."""
     room = int(np.clip(WORK / count_parameters(config)["active"], FEWEST, MOST))
@@ -94,8 +142,7 @@ def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
     for n in np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist():
         r = rollouts[n]
         keep = min(len(r.ids), max(room - len(r.prompt), ROWS // 4))
-        cut = {"ids": r.ids[:keep], "found": r.found[:keep], "logprobs": r.logprobs[:keep]}
-        found.append(replace(r, **cut))
+        found.append(shortened(r, keep, config))
         room -= len(r.prompt) + keep
         if room < ROWS // 4:
             break
@@ -112,7 +159,7 @@ class Variant:
     numerics: Numerics = field(default_factory=lambda: named(FLOAT32.name))
     stepped: bool = False  # the prompt, then each token by itself, as an engine generates
     alone: bool = False  # no two rollouts in one batch: later positions of another one would be seen
-    edit: Edit | None = None
+    replayed: bool = False  # with the experts that the rollouts name
 
     def states(self, rollouts: Sequence[Rollout]) -> Iterator[Array]:
         """Yield the final hidden states (n, D) from which each answer was chosen."""
@@ -127,9 +174,24 @@ class Variant:
                 for a, b in zip(cuts[:-1], cuts[1:], strict=True)
             ]
             with self.numerics.ops.session(self.weights, self.config, ids.size, width, self.numerics):
-                rerun = Rerun(self.weights, self.config, self.numerics, passes, {}, self.table)
+                rerun = Rerun(self.weights, self.config, self.numerics, passes, {}, self._table(group, width))
                 x = np.concatenate([rerun.made(f"{prefix}model.norm") for prefix, _, _ in passes], axis=1)
             yield from (x[b, p - 1 : p - 1 + len(r.ids)] for b, (p, r) in enumerate(zip(starts, group, strict=True)))
+
+    def _table(self, group: Sequence[Rollout], width: int) -> Mapping[str, Point]:
+        if not self.replayed:
+            return self.table
+        own = self.table[CHOICE]
+        experts = np.full((len(group), width, self.config.num_hidden_layers, self.config.num_experts_per_tok), -1)
+        for row, r in zip(experts, group, strict=True):
+            if (given := experts_of(r, self.config)) is not None:
+                row[: len(given)] = given
+
+        def choose(at: Place, logits: Array) -> Array:
+            chosen, given = own.run(at, logits), experts[:, at.positions[0], at.layer]
+            return np.where(given < 0, chosen, given)
+
+        return {**self.table, CHOICE: replace(own, run=choose)}
 
     def _groups(self, rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
         group, longest = list[Rollout](), 0

@@ -103,12 +103,13 @@ def audited(
         raise ValueError(
             f"a rollout has {longest:,} positions; the model's context has {model.config.max_position_embeddings:,}"
         )
-    seen = forced(model.weights, model.config, rollouts, engine, progress)
-    if not np.isfinite(seen.theirs).any():
+    if not any(np.isfinite(r.logprobs).any() for r in rollouts):
         raise ValueError("no rollout has a finite log-probability")
     judgement = judged(
         sampled(rollouts, model.config), model.weights, model.config, model.tokenizer, others or {}, computed_in
     )
+    replayed = (judgement.routing or 0) > 0
+    seen = forced(model.weights, model.config, rollouts, engine=engine, replayed=replayed, progress=progress)
     return _measured(rollouts, seen, judgement, fields or {})
 
 

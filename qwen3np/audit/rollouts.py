@@ -6,6 +6,7 @@ are untrusted: every limit below is checked before a value is used.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class Rollout:
     logprobs: Array
     where: str
     messages: Any = None
-    experts: Array | None = None  # (positions, layers, experts per token) as the engine chose them
+    experts: Array | None = None  # (positions, layers, experts per token), or flat, as the engine chose them
 
 
 @dataclass
@@ -186,11 +187,7 @@ class _Reader:
         for n, (token, r) in enumerate(zip(ids, rows, strict=True)):
             here = {token: r.get(token, math.nan)} | r
             found[n, : len(here)], logprobs[n, : len(here)] = list(here), list(here.values())
-        experts = of(row, "routed_experts")
-        experts = None if experts is None else np.asarray(experts)
-        if experts is not None and (experts.ndim != 3 or experts.dtype.kind not in "iu"):
-            raise ValueError("routed_experts: not whole numbers of shape (positions, layers, experts per token)")
-        return Rollout(prompt, ids, found, logprobs, where, messages, experts)
+        return Rollout(prompt, ids, found, logprobs, where, messages, _experts(of(row, "routed_experts")))
 
     def _prompt(self, row: Mapping[str, Any], messages: Any) -> list[int]:
         ids, text = self.fields.of(row, "prompt_ids"), self.fields.of(row, "prompt")
@@ -306,6 +303,16 @@ def _listed(entry: Any) -> list[tuple[Any, float]]:
             return [(entry[0], entry[1])]
         return [pair for one in entry for pair in _listed(one)]
     raise ValueError(f"a log-probability is {_kind(entry)}")
+
+
+def _experts(value: Any) -> Array | None:
+    """Return recorded experts: lists (positions, layers, k), or SGLang's bytes of int32 in base64."""
+    if value is None:
+        return None
+    found = np.frombuffer(base64.b64decode(value, validate=True), "<i4") if isinstance(value, str) else np.array(value)
+    if found.dtype.kind not in "iu" or found.ndim not in (1, 3):
+        raise ValueError("routed_experts: not whole numbers of shape (positions, layers, experts per token)")
+    return found
 
 
 def _number(x: Any) -> float:

@@ -114,6 +114,11 @@ def _numbers(found: Audit) -> list[tuple[str, str]]:
         ("KL(theirs||mine)", f"k1 {kl['theirs||mine k1']:.2g}, k3 {kl['theirs||mine k3']:.2g}"),
         ("KL(mine||theirs)", f"k1 {kl['mine||theirs k1']:.2g}, k3 {kl['mine||theirs k3']:.2g}"),
     ]
+    j = found.judgement
+    if j.routing is not None:
+        rows.append(("other experts", f"{per_cent(max(j.routing, 0))} of the squared difference: gone if theirs are used"))
+    if j.routing_of_rounding is not None:
+        rows.append(("other experts", f"{per_cent(j.routing_of_rounding)} of the squared rounding of bfloat16; theirs are not in the file"))
     if found.others_mean_abs is not None:
         rows.insert(2, ("other likely ids", f"mean {found.others_mean_abs:.3g}"))
     return rows
