@@ -239,12 +239,16 @@ def judged(
     court = Court.of(rollouts, weights, config, computed_in)
     d = away(court.theirs, court.base)
     tokens, distance = int((~np.isnan(d)).any(-1).sum()), size(d)
-    rest = court.rests(distance, tokens)
+    rest, chosen, notes = court.rests(distance, tokens), size(d[:, :1]), list[str]()
+    if rest is None and (own := court.rests(chosen, int((~np.isnan(d[:, 0])).sum()))):
+        rest, distance = own, chosen
+        court.theirs[:, 1:] = np.nan
+        notes.append("the chosen tokens agree, the other ids do not: they are read wrongly, or belong elsewhere")
     if rest != "float32":
         court.search(tokenizer, others, progress)
     found = [t for t in sorted(court.trials, key=lambda t: t.left / t.before) if court.explains(t)]
     found = [t for t in found if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens))]
-    result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens, court.routing)
+    result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens, notes, court.routing)
     if rest != "float32":
         result = replace(result, routing_of_rounding=court.routing_of_rounding())
     if found:

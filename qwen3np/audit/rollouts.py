@@ -91,13 +91,17 @@ class Fields:
 
 
 def read_rollouts(
-    source: str | Path | Iterable[Any], tokenizer: Tokenizer | None, vocabulary: int, fields: Fields | None = None
+    source: str | Path | Iterable[Any],
+    tokenizer: Tokenizer | None,
+    vocabulary: int,
+    fields: Fields | None = None,
+    echoed: bool = False,
 ) -> list[Rollout]:
     """Read a file of JSON lines, or with one JSON array or object; or such objects themselves.
 
-    Raises ValueError, with the number of the line, for anything that cannot be used.
+    With echoed, the prompts' log-probabilities are read as well where they are there. Raises ValueError, with the number of the line, for anything that cannot be used.
     """
-    reader, found, tokens = _Reader(tokenizer, vocabulary, fields or Fields()), list[Rollout](), 0
+    reader, found, tokens = _Reader(tokenizer, vocabulary, fields or Fields(), echoed), list[Rollout](), 0
     is_file = isinstance(source, str | Path)
     values = _lines(Path(source)) if is_file else ((f"rollout {n}", x) for n, x in enumerate(source, 1))
     for where, value in values:
@@ -144,6 +148,7 @@ class _Reader:
     tokenizer: Tokenizer | None
     vocabulary: int
     fields: Fields
+    echoed: bool
     _by_bytes: dict[bytes, int] = field(default_factory=dict[bytes, int])
 
     def rollouts(self, value: Any, where: str) -> Iterator[Rollout]:
@@ -171,9 +176,14 @@ class _Reader:
         ids, prompt = of(row, "ids"), self._prompt(row, messages)
         if ids is None:
             ids = [self._id(entry[0][0]) if entry and entry[0][0] is not None else None for entry in entries]
-            if None in ids:
+            if None in ids:  # half of a character, which servers replace: what follows cannot be known
+                ids = ids[: ids.index(None)]
+            if not ids:
                 raise ValueError(f"no ids of the answer; known names: {', '.join(NAMES['ids'])} (--field ids=NAME)")
+            entries, top = entries[: len(ids)], top and top[: len(ids)]
         ids = self._ids(ids, "the answer")
+        if self.echoed and len(entries) == len(ids) > len(prompt) and ids[: len(prompt)] == prompt:
+            prompt, ids, entries, top = ids[:1], ids[1:], entries[1:], top and top[1:]
         if len(ids) > len(prompt) > 0 and ids[: len(prompt)] == prompt and len(entries) != len(ids):
             ids = ids[len(prompt) :]  # prompt and answer together
         count, whole = len(ids), len(ids) + len(prompt)
@@ -219,21 +229,19 @@ class _Reader:
                 raise ValueError(f"{what}: {one_line(repr(i))[:60]} is not an id from 0 to {self.vocabulary - 1}")
         return ids
 
-    def _id(self, token: Any) -> int:
-        """Return the id of a token: a number, "token_id:N", its text or its bytes."""
+    def _id(self, token: Any) -> int | None:
+        """Return the id of a token: a number, "token_id:N", its text or its bytes; None for an unknown text."""
         if isinstance(token, int):
             return token
-        if isinstance(token, str) and token.removeprefix("token_id:").isdecimal() and len(token) < 30:
-            if token.startswith("token_id:"):
-                return int(token.removeprefix("token_id:"))
+        if isinstance(token, str) and token.startswith("token_id:") and token[9:29].isdecimal():
+            return int(token[9:29])
         tokenizer = self._tokenizer("tokens are texts")
         if not self._by_bytes:
             ids = range(min(tokenizer.vocab_size, self.vocabulary) - 1, -1, -1)
             self._by_bytes.update((tokenizer.token_bytes(i), i) for i in ids)
-        data = bytes(token) if isinstance(token, list) else str(token).encode()
-        if data not in self._by_bytes:
-            raise ValueError(f"{one_line(repr(token))[:60]} is no token of the checkpoint's tokenizer")
-        return self._by_bytes[data]
+        if isinstance(token, str) and token.startswith("bytes:"):  # as OpenAI writes half of a character
+            token = [int(byte, 16) for byte in token[6:].split("\\x")[1:]]
+        return self._by_bytes.get(bytes(token) if isinstance(token, list) else str(token).encode())
 
     def _entries(self, value: Any) -> list[list[tuple[Any, float]]] | None:
         """Return (token or None, log-probability) at each position, the chosen one first."""
@@ -241,9 +249,9 @@ class _Reader:
             content = value.get("content")
             if content is None and isinstance(value.get("token_logprobs"), list):
                 top = value.get("top_logprobs") or [None] * len(value["token_logprobs"])
-                tokens = value.get("tokens") or [None] * len(value["token_logprobs"])
+                tokens = value.get("token_ids") or value.get("tokens") or [None] * len(value["token_logprobs"])
                 return [
-                    [(t, _number(x)), *_listed(more)]
+                    [(t, _number(x)), *((text, _number(y)) for text, y in (more or {}).items())]
                     for t, x, more in zip(tokens, value["token_logprobs"], top, strict=True)
                 ]
             value = content
@@ -264,6 +272,8 @@ class _Reader:
         found = dict[int, float]()
         for name, x in (*entry, *top):
             i = token if name is None else self._id(name)
+            if i is None:
+                continue
             if not 0 <= i < self.vocabulary:
                 raise ValueError(f"a log-probability of id {i}, which the vocabulary does not have")
             found.setdefault(i, x)
@@ -295,7 +305,7 @@ def _listed(entry: Any) -> list[tuple[Any, float]]:
             more = entry.get("top_logprobs") or entry.get("top_probs") or []
             return [(token, _number(x)), *(pair for one in more for pair in _listed(one))]
         pairs = [(k, x["logprob"] if isinstance(x, dict) else x) for k, x in entry.items()]
-        return [(int(k) if k.isdecimal() else k, _number(x)) for k, x in pairs]  # vLLM: {id: {...}}; OpenAI: {text: x}
+        return [(int(k) if k.isdecimal() and len(k) < 20 else k, _number(x)) for k, x in pairs]  # vLLM: {id: {...}}
     if isinstance(entry, list):
         if len(entry) == 3 and isinstance(entry[1], int) and (entry[0] is None or isinstance(entry[0], float)):
             return [(entry[1], _number(entry[0]))]  # SGLang: log-probability, id, text

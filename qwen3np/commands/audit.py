@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from qwen3np.audit.causes import MARGIN, Cause
+from qwen3np.audit.endpoint import ask
 from qwen3np.audit.report import Audit, Group, audited
 from qwen3np.audit.rollouts import NAMES, Fields, read_rollouts
 from qwen3np.commands import add_model, add_threads, load_named, progress_bar, table
@@ -26,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     rollouts = "JSON lines with ids and log-probabilities, as vLLM, SGLang, TRL, verl, llama.cpp or a server writes them"
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS", help=rollouts)
+    url = "instead: ask an OpenAI-compatible server, such as http://127.0.0.1:8000/v1 (key: QWEN3NP_API_KEY)"
+    parser.add_argument("--url", metavar="URL", help=url)
+    parser.add_argument("--served-name", metavar="NAME", help="the name of the model at the server (default: the only one it has)")
     field = f"the key of a field with another name (repeatable); fields: {', '.join(NAMES)}"
     parser.add_argument("--field", action="append", default=[], metavar="FIELD=KEY", help=field)
     other = "a checkpoint that the engine may run instead (repeatable)"
@@ -42,11 +47,23 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the report and exit with its status."""
     given = dict(_pair(written) for written in arguments.field)
     fields = Fields(given)
-    if arguments.rollouts is None:
-        raise ValueError("no rollouts: name a file")
+    if (arguments.rollouts is None) == (arguments.url is None):
+        raise ValueError("give either a file of rollouts or --url")
     arguments.weights_dtype = "auto"
     model = load_named(arguments)
-    rollouts = read_rollouts(arguments.rollouts, model.tokenizer, model.config.vocab_size, fields)
+    vocabulary = model.config.vocab_size
+    if arguments.url is None:
+        rollouts = read_rollouts(arguments.rollouts, model.tokenizer, vocabulary, fields)
+    else:
+        rollouts = ask(
+            arguments.url,
+            arguments.served_name,
+            model.text,
+            vocabulary,
+            key=os.environ.get("QWEN3NP_API_KEY"),
+            context=model.config.max_position_embeddings,
+            say=lambda text: print(f"[{text}]", file=sys.stderr),
+        )
     others = {name: load(name) for name in arguments.other}
     with progress_bar(sum(len(r.prompt) + len(r.ids) for r in rollouts), "audited") as bar:
         found = audited(
@@ -74,6 +91,7 @@ def summary(found: Audit, model: Model, fields: Fields) -> str:
     keys = ", ".join(f"{name} from {one_line(key)}" for name, key in fields.used.items())
     pieces = [
         _filled(f"{j.verdict}{'' if j.sure else ' (not sure)'}: {j.meaning}"),
+        *map(_filled, j.notes),
         *([_causes(j.causes)] if j.causes else []),
         table(_numbers(found)),
         _floors(found),
