@@ -78,6 +78,7 @@ class Judgement:
     sure: bool
     tried: int  # hypotheses
     sample: int  # tokens on which they were tried
+    notes: list[str] = field(default_factory=list[str])
     routing: float | None = None  # share of the squared difference that comes from other experts being chosen
     routing_of_rounding: float | None = None  # the same of bfloat16's rounding, where the engine's choice is not known
 
