@@ -91,7 +91,9 @@ CASES = {
     "fp8 weights": Case("fp8 (e4m3), a scale for each row", weights=scaled_e4m3((-1,))),
     "fp8 weights, bfloat16": Case("fp8 (e4m3), a scale for each row", "bfloat16", scaled_e4m3((-1,))),
     "temperature 0.7": Case("processed by temperature 0.7", settings=Settings(temperature=0.7)),
-    "temperature 0.6, top-p 0.95": Case("temperature 0.6 and top_p 0.95", settings=Settings(temperature=0.6, top_p=0.95)),
+    "temperature 0.6, top-p 0.95": Case(
+        "temperature 0.6 and top_p 0.95", settings=Settings(temperature=0.6, top_p=0.95)
+    ),
     "top-k 20": Case("processed by top_k 20", settings=Settings(top_k=20)),
     "repetition penalty 1.1": Case("repetition_penalty 1.1", settings=Settings(repetition_penalty=1.1)),
     "temperature 0.7, bfloat16": Case("processed by temperature 0.7", "bfloat16", settings=Settings(temperature=0.7)),
@@ -119,9 +121,17 @@ CASES = {
     "gate and up swapped": bug("gate and up swapped", "gate and up swapped"),
     "gelu": bug("gelu", "GELU instead of SiLU"),
     "final norm missing": bug("final norm missing", "norm: left out", *ALL),
-    "experts not normalised": Case("weights not normalised", plant=planted.FAMILY_BUGS["weights not normalised"][1], models=("moe",)),
-    "logits as weights": Case("router logits as weights", plant=planted.FAMILY_BUGS["logits as weights"][1], models=("moe",)),
-    "gelu in experts": Case("GELU instead of SiLU", plant=planted.both(planted.FAMILY_BUGS["gelu in experts"][1], planted.BUGS["gelu"][0]), models=("moe",)),
+    "experts not normalised": Case(
+        "weights not normalised", plant=planted.FAMILY_BUGS["weights not normalised"][1], models=("moe",)
+    ),
+    "logits as weights": Case(
+        "router logits as weights", plant=planted.FAMILY_BUGS["logits as weights"][1], models=("moe",)
+    ),
+    "gelu in experts": Case(
+        "GELU instead of SiLU",
+        plant=planted.both(planted.FAMILY_BUGS["gelu in experts"][1], planted.BUGS["gelu"][0]),
+        models=("moe",),
+    ),
 }
 
 
@@ -132,9 +142,7 @@ class ShortCache(DynamicCache):
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Shorten what is stored."""
-        k, v = (
-            torch.from_numpy(self.short(x.float().numpy())).to(x.dtype) for x in (key_states, value_states)
-        )
+        k, v = (torch.from_numpy(self.short(x.float().numpy())).to(x.dtype) for x in (key_states, value_states))
         return super().update(k, v, *args, **kwargs)
 
 
@@ -151,16 +159,22 @@ def prompts(model: Model, rng: np.random.Generator, rows: int) -> list[list[int]
     if model.tokenizer is None:
         return draw_ids(rng, model.config, rows, PROMPT).tolist()
     ids = model.generate(
-        [[int(i)] for i in rng.integers(300, 2000, rows)], max_new_tokens=PROMPT - 1, temperature=1.0, seed=int(rng.integers(1000)), stop_ids=()
+        [[int(i)] for i in rng.integers(300, 2000, rows)],
+        max_new_tokens=PROMPT - 1,
+        temperature=1.0,
+        seed=int(rng.integers(1000)),
+        stop_ids=(),
     )[0]
-    return [[int(i) for i in row][: PROMPT] for row in ids]
+    return [[int(i) for i in row][:PROMPT] for row in ids]
 
 
 def generated(model: Model, case: Case, seed: int, rows: int = ROWS, new: int = NEW) -> list[Rollout]:
     """Let transformers generate, token by token with a cache, and report log-probabilities as the engine would."""
     rng, config = np.random.default_rng(seed), model.config
     weights = {
-        name: case.weights(np.asarray(w, np.float32)) if case.weights and w.ndim == 2 and not name.endswith("mlp.gate.weight") else w
+        name: case.weights(np.asarray(w, np.float32))
+        if case.weights and w.ndim == 2 and not name.endswith("mlp.gate.weight")
+        else w
         for name, w in model.weights.items()
     }
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -176,7 +190,9 @@ def generated(model: Model, case: Case, seed: int, rows: int = ROWS, new: int = 
             cache.short = case.short
         part, answers, reports = np.array(seen), [[] for _ in seen], [[] for _ in seen]
         for step in range(new):
-            logits = oracle.array(engine(torch.from_numpy(part), past_key_values=cache, use_cache=True).logits.float())[:, -1]
+            logits = oracle.array(engine(torch.from_numpy(part), past_key_values=cache, use_cache=True).logits.float())[
+                :, -1
+            ]
             for row, (x, answer, report) in enumerate(zip(logits, answers, reports, strict=True)):
                 so_far = Rollout(seen[row], answer, np.zeros((0, 1)), np.zeros((0, 1)), "")
                 logp = case.settings.view(x[None], so_far, slice(step, step + 1))[0]
@@ -300,7 +316,16 @@ def timed(arguments: argparse.Namespace) -> None:
         rollouts.append(Rollout(prompt, ids, np.array(ids)[:, None], rng.normal(-12, 1, (new, 1)), ""))
     start = time.perf_counter()
     found = audited(rollouts, model)
-    print(json.dumps({"seconds": round(time.perf_counter() - start, 1), "tokens": found.tokens, "tried": found.judgement.tried, "sample": found.judgement.sample}))
+    print(
+        json.dumps(
+            {
+                "seconds": round(time.perf_counter() - start, 1),
+                "tokens": found.tokens,
+                "tried": found.judgement.tried,
+                "sample": found.judgement.sample,
+            }
+        )
+    )
 
 
 def main() -> None:

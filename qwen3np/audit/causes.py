@@ -17,8 +17,8 @@ from qwen3np.audit.processed import NEUTRAL, fitted
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
-from qwen3np.porting.compare import per_cent
 from qwen3np.porting.bench import TINY
+from qwen3np.porting.compare import per_cent
 from qwen3np.porting.floors import numerics_of
 from qwen3np.tokenizer import Tokenizer
 
@@ -27,6 +27,8 @@ MARGIN = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 SURE = 12.0  # nats of evidence against the plain reference, after about a hundred hypotheses
 APART = 6.0  # nats of evidence between two causes
 LIKE = 4.0  # standard deviations of the correlation with our own rounding
+LEADERS = 4  # causes for which rounding is measured anew, as it is with them
+AMPLIFIED = 1.5  # how many times that rounding may be left
 NEAR = 0.2  # a cause that explains less is not worth a line
 SHOWN = 3
 FEWEST = 5  # tokens below which nothing is sure
@@ -46,7 +48,7 @@ class Cause:
     alike: tuple[str, ...] = ()  # causes that these tokens cannot tell from it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """What remains of the difference under a hypothesis, on the same numbers as before."""
 
@@ -102,6 +104,7 @@ class Court:
     allowed: tuple[str, ...]  # numerics whose rounding is no difference
     routing: float | None = None  # share of the squared difference that goes when the engine's experts are replayed
     trials: list[Trial] = field(default_factory=list[Trial])
+    amplified: list[Trial] = field(default_factory=list[Trial])  # trials under which what is left is rounding, too
 
     @classmethod
     def of(
@@ -157,10 +160,32 @@ class Court:
 
     def explains(self, t: Trial) -> bool:
         """Whether what is left is rounding, and there is evidence for the cause."""
-        small = t.left < 1e-3 * t.before  # a model with a bug may amplify rounding
-        return t.evidence >= SURE and (small or self.rests(t.left, t.tokens) is not None)
+        if t.evidence < SURE:
+            return False
+        return self.nothing_left(t) or self.rests(t.left, t.tokens) is not None or t in self.amplified
 
-    def families(self, tokenizer: Tokenizer | None, others: Mapping[str, Any], view: View) -> Iterator[Iterable[Hypothesis]]:
+    def nothing_left(self, t: Trial) -> bool:
+        """Whether what is left is rounding of float32; a model with a bug may amplify it."""
+        return t.left <= max(limit("float32", self.floors, t.tokens), 1e-4 * t.before)
+
+    def remainder(self, t: Trial) -> str:
+        """Say what is left with a cause."""
+        name = self.rests(t.left, t.tokens) or ("float32" if self.nothing_left(t) else None)
+        return f"rounding of {name or self.allowed[-1]}" + ("" if name else ", which it amplifies")
+
+    def amplify(self) -> None:
+        """Find causes that make rounding larger than it is in the reference: a cache in 8 bits turns it into steps."""
+        best = sorted((t for t in self.trials if t.explained > NEAR), key=lambda t: t.left / t.before)[:LEADERS]
+        for t in best:
+            variant, name = t.hypothesis.variant, self.allowed[-1]
+            if variant is not None and not self.explains(t):
+                rounded = replace(variant, numerics=numerics_of(name)).predicted(t.hypothesis.rollouts)
+                if t.left <= AMPLIFIED * size(rounded - t.values):
+                    self.amplified.append(t)
+
+    def families(
+        self, tokenizer: Tokenizer | None, others: Mapping[str, Any], view: View
+    ) -> Iterator[Iterable[Hypothesis]]:
         """Yield the hypotheses, kind by kind, the cheapest first."""
         right, rollouts = self.right, self.rollouts
         if view is plain_view:
@@ -181,7 +206,12 @@ class Court:
             view, look = settings.view, "ask the engine for raw log-probabilities (vLLM: logprobs_mode=raw_logprobs)"
             name = f"processed by {settings}"
             self.heard(
-                Hypothesis(name, h.PROCESSED, look, lambda view: self.right.predicted(self.rollouts, settings.view, self.states))
+                Hypothesis(
+                    name,
+                    h.PROCESSED,
+                    look,
+                    lambda view: self.right.predicted(self.rollouts, settings.view, self.states),
+                )
             )
             if self.exact():
                 return
@@ -204,20 +234,16 @@ class Court:
         """Whether a hypothesis explains all but rounding of float32."""
         return any(t.evidence >= 2 * SURE and self.nothing_left(t) for t in self.trials)
 
-    def nothing_left(self, t: Trial) -> bool:
-        """Whether what is left is rounding of float32; a model with a bug may amplify it."""
-        return t.left <= max(limit("float32", self.floors, t.tokens), 1e-4 * t.before)
-
     def likeness(self, numerics: str) -> float:
         """Return the correlation of the difference with what these numerics make of the same tokens."""
         a, b = (np.nanmean(x - self.base, -1) for x in (self.theirs, self.runs[numerics]))
         seen = np.isfinite(a) & np.isfinite(b)
         return float(np.corrcoef(a[seen], b[seen])[0, 1]) if seen.sum() > 2 else 0.0
 
-    def holds_in(self, t: Trial, numerics: str | None) -> bool:
+    def holds_in(self, t: Trial, numerics: str) -> bool:
         """Whether a cause also helps where the reference rounds to 16 bits as the engine seems to."""
         variant = t.hypothesis.variant
-        if variant is None or numerics in (None, "float32"):
+        if variant is None or numerics == "float32":
             return True
         x = replace(variant, numerics=numerics_of(numerics)).predicted(t.hypothesis.rollouts)
         left, before = (size(away(self.theirs, y)) for y in (x, self.runs[numerics]))
@@ -247,8 +273,13 @@ def judged(
         notes.append("the chosen tokens agree, the other ids do not: they are read wrongly, or belong elsewhere")
     if rest != "float32":
         court.search(tokenizer, others, progress)
+        court.amplify()
     found = [t for t in sorted(court.trials, key=lambda t: t.left / t.before) if court.explains(t)]
-    found = [t for t in found if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens))]
+    found = [
+        t
+        for t in found
+        if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens) or court.allowed[-1])
+    ]
     result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens, notes, court.routing)
     if rest != "float32":
         result = replace(result, routing_of_rounding=court.routing_of_rounding())
@@ -256,9 +287,8 @@ def judged(
         cause = _cause(found[0], _alike(found))
         verdict = "rounding" if found[0].hypothesis.kind == h.ROUNDING else "different"
         if verdict == "rounding" or rest is None or cause.sure:
-            remains = court.rests(cause.left, tokens)
-            meaning = f"{_named(cause)} explains {per_cent(cause.explained)} of the squared difference"
-            meaning += f"; what is left is rounding of {remains}" if remains else ""
+            meaning = f"{_named(cause)} explains {per_cent(found[0].explained)} of the squared difference"
+            meaning += f"; what is left is {court.remainder(found[0])}"
             return replace(result, verdict=verdict, meaning=meaning, causes=[cause], sure=cause.sure)
     if rest is not None:
         likeness = court.likeness(rest)
@@ -275,7 +305,9 @@ def judged(
             nearest.setdefault(t.hypothesis.name, t)
     causes = [replace(_cause(t, []), sure=False) for t in list(nearest.values())[:SHOWN]]
     meaning += f"; none of {len(court.trials)} known causes explains it: {UNKNOWN}"
-    unknown = Cause(UNKNOWN, h.CHECKPOINT, None, False, "--other FOLDER tries a checkpoint; porting/README.md finds a bug", distance)
+    unknown = Cause(
+        UNKNOWN, h.CHECKPOINT, None, False, "--other FOLDER tries a checkpoint; porting/README.md finds a bug", distance
+    )
     return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 

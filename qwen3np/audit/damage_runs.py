@@ -20,7 +20,7 @@ from qwen3np.audit.damage_kinds import short_caches
 from qwen3np.config import Config
 from qwen3np.guard import require_unchanged
 from qwen3np.model import Model
-from qwen3np.numerics import Array, Numerics, named
+from qwen3np.numerics import Array, Numerics
 from qwen3np.ops.fast.threads import ELEMENT, share
 from qwen3np.qwen3 import Scope, block, rms_norm
 from qwen3np.rope import rotary_tables

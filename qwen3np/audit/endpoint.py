@@ -81,7 +81,9 @@ def ask(
         where = f"{base}{path}, prompt {n + 1}"
         if status != 200:
             raise ValueError(f"{where}: status {status}: {_reason(data)}")
-        found += _read(data, {"prompt_ids": ids} if way < 2 else {"messages": body["messages"]}, where, tokenizer, vocabulary)
+        found += _read(
+            data, {"prompt_ids": ids} if way < 2 else {"messages": body["messages"]}, where, tokenizer, vocabulary
+        )
         progress(1)
     return found
 

@@ -235,7 +235,9 @@ def prompts(
     if tokenizer is None:
         return
     for name, edit in TEMPLATES.items():
-        yield from other(f"another chat template: {name}", lambda r, edit=edit: tokenizer.encode(edit(tokenizer.decode(r.prompt))))
+        yield from other(
+            f"another chat template: {name}", lambda r, edit=edit: tokenizer.encode(edit(tokenizer.decode(r.prompt)))
+        )
 
 
 EMPTY, ASSISTANT = "<think>\n\n</think>\n\n", "<|im_start|>assistant\n"
@@ -302,4 +304,3 @@ def units(base: Array) -> Iterator[Hypothesis]:
         "probabilities": np.exp,
     }.items():
         yield Hypothesis(f"other units: {name}", PROCESSED, look, lambda view, f=f: f(base))
-

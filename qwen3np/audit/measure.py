@@ -237,7 +237,10 @@ def size(d: Array) -> float:
     return float(np.nanmean(rows)) if np.isfinite(rows).any() else np.nan
 
 
-WEIGHTS_8 = {"fp8 weights": "weights in float8 (e4m3)", "int8 weights": "weights quantised to 8 bits with a scale for each row"}
+WEIGHTS_8 = {
+    "fp8 weights": "weights in float8 (e4m3)",
+    "int8 weights": "weights quantised to 8 bits with a scale for each row",
+}
 
 
 def rounded(variant: Variant) -> dict[str, Variant]:

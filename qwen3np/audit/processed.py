@@ -1,5 +1,6 @@
 """Log-probabilities after sampling's settings: which temperature, filter and penalties an engine applied before it
-reported them. Each setting is fitted to the numbers."""
+reported them. Each setting is fitted to the numbers.
+"""
 
 from __future__ import annotations
 
@@ -163,6 +164,11 @@ def _refined(fit: _Fit, settings: Settings, error: float) -> tuple[float, Settin
     return error, settings
 
 
+def _cost(found: tuple[float, Settings]) -> float:
+    """Return an error that each setting makes GAIN times larger."""
+    return found[0] * GAIN ** len(found[1].changed)
+
+
 def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
     """Return the settings that explain what the engine reported best; NEUTRAL if none helps. logits: (n, V) each.
 
@@ -194,10 +200,9 @@ def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
         # a filter hides the temperature, which changes what it keeps: both together
         temperatures = (settings.temperature,) if "temperature" in settings.changed else TEMPERATURES[4:13]
         tried += [fit.with_filters(replace(settings, temperature=t)) for t in temperatures]
-        leaders = sorted(tried, key=lambda t: t[0])[:3]
-        least, best = min((_refined(fit, one, e) for e, one in leaders), key=lambda t: t[0])
+        leaders = sorted(tried, key=_cost)[:3]
+        least, best = min((_refined(fit, one, e) for e, one in leaders), key=_cost)
         if not least * GAIN < error:
             break
         settings, error = best, least
     return settings
-

@@ -40,14 +40,14 @@ class Worst:
     position: int
     id: int
     theirs: float
-    mine: float
+    ours: float
     entropy: float
     context: list[int]  # the ids before it
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A verdict, its causes, and the numbers behind them. Differences are theirs - mine, in nats, of chosen tokens."""
+    """A verdict, its causes, and the numbers behind them. Differences are theirs - ours, in nats, of chosen tokens."""
 
     judgement: Judgement
     rollouts: int
@@ -144,24 +144,24 @@ def _measured(rollouts: Sequence[Rollout], seen: Forced, judgement: Judgement, f
 
 
 def _outside(d: Array, low: float, high: float) -> float:
-    """Return the share of the importance ratios exp(mine - theirs) outside of these bounds."""
+    """Return the share of the importance ratios exp(ours - theirs) outside of these bounds."""
     ratio = np.exp(-d)
     return float(((ratio < low) | (ratio > high)).mean())
 
 
 def divergences(d: Array) -> dict[str, float]:
-    """Return estimates of KL from tokens that the engine drew, d = theirs - mine (Schulman, 2020).
+    """Return estimates of KL from tokens that the engine drew, d = theirs - ours (Schulman, 2020).
 
-    With r = exp(-d), KL(theirs || mine) is the mean of k1 = d or of k3 = r - 1 + d, which is never negative; weighted by
-    r the same tokens estimate KL(mine || theirs): k1 = -r d, k3 = 1 - r - r d.
+    With r = exp(-d), KL(theirs || ours) is the mean of k1 = d or of k3 = r - 1 + d, which is never negative; weighted by
+    r the same tokens estimate KL(ours || theirs): k1 = -r d, k3 = 1 - r - r d.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         r = np.exp(np.clip(-d, None, 50))
     terms = {
-        "theirs||mine k1": d,
-        "theirs||mine k3": np.expm1(np.clip(-d, None, 50)) + d,
-        "mine||theirs k1": -r * d,
-        "mine||theirs k3": 1 - r - r * d,
+        "theirs||ours k1": d,
+        "theirs||ours k3": np.expm1(np.clip(-d, None, 50)) + d,
+        "ours||theirs k1": -r * d,
+        "ours||theirs k3": 1 - r - r * d,
     }
     return {name: float(x.mean()) for name, x in terms.items()}
 

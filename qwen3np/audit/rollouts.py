@@ -30,7 +30,15 @@ IMPOSSIBLE = -9000.0  # OpenAI-style servers write -9999 where a token is not am
 NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt_ids": ("prompt_ids", "prompt_token_ids", "prompts", "input_ids", "prompt_tokens"),
     "ids": (
-        *("ids", "completion_ids", "output_ids", "response_ids", "responses", "output_token_ids", "completion_token_ids"),
+        *(
+            "ids",
+            "completion_ids",
+            "output_ids",
+            "response_ids",
+            "responses",
+            "output_token_ids",
+            "completion_token_ids",
+        ),
         *("token_ids", "tokens"),
     ),
     "logprobs": (
@@ -221,7 +229,9 @@ class _Reader:
 
     def _ids(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not ids:
-            raise ValueError(f"the ids of {what} are {_kind(ids)}, not a list of ids" if ids != [] else f"{what} is empty")
+            raise ValueError(
+                f"the ids of {what} are {_kind(ids)}, not a list of ids" if ids != [] else f"{what} is empty"
+            )
         if len(ids) > TOKENS:
             raise ValueError(f"{what} has {len(ids):,} ids; at most {TOKENS:,} are read")
         for i in ids:
@@ -268,7 +278,9 @@ class _Reader:
         if len(entry) == self.vocabulary and all(t is None for t, _ in entry):
             return {i: x for i, (_, x) in enumerate(entry)}  # of the whole vocabulary
         if len(entry) + len(top) > TOP:
-            raise ValueError(f"{len(entry) + len(top)} log-probabilities at one position: neither a few nor the vocabulary")
+            raise ValueError(
+                f"{len(entry) + len(top)} log-probabilities at one position: neither a few nor the vocabulary"
+            )
         found = dict[int, float]()
         for name, x in (*entry, *top):
             i = token if name is None else self._id(name)

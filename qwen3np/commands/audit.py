@@ -10,10 +10,12 @@ from pathlib import Path
 
 from qwen3np.audit.causes import MARGIN, Cause
 from qwen3np.audit.endpoint import ask
+from qwen3np.audit.page import page
 from qwen3np.audit.report import Audit, Group, audited
 from qwen3np.audit.rollouts import NAMES, Fields, read_rollouts
 from qwen3np.commands import add_model, add_threads, load_named, progress_bar, table
 from qwen3np.errors import one_line
+from qwen3np.files.writing import written_aside
 from qwen3np.loading import load
 from qwen3np.model import Model
 from qwen3np.porting.compare import per_cent
@@ -26,11 +28,15 @@ WIDTH = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    rollouts = "JSON lines with ids and log-probabilities, as vLLM, SGLang, TRL, verl, llama.cpp or a server writes them"
+    rollouts = (
+        "JSON lines with ids and log-probabilities, as vLLM, SGLang, TRL, verl, llama.cpp or a server writes them"
+    )
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS", help=rollouts)
     url = "instead: ask an OpenAI-compatible server, such as http://127.0.0.1:8000/v1 (key: QWEN3NP_API_KEY)"
     parser.add_argument("--url", metavar="URL", help=url)
-    parser.add_argument("--served-name", metavar="NAME", help="the name of the model at the server (default: the only one it has)")
+    parser.add_argument(
+        "--served-name", metavar="NAME", help="the name of the model at the server (default: the only one it has)"
+    )
     field = f"the key of a field with another name (repeatable); fields: {', '.join(NAMES)}"
     parser.add_argument("--field", action="append", default=[], metavar="FIELD=KEY", help=field)
     other = "a checkpoint that the engine may run instead (repeatable)"
@@ -47,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the report and exit with its status."""
     given = dict(_pair(written) for written in arguments.field)
     fields = Fields(given)
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
+        raise ValueError(f"{arguments.out}: must be a file in a folder that exists")
     if (arguments.rollouts is None) == (arguments.url is None):
         raise ValueError("give either a file of rollouts or --url")
     arguments.weights_dtype = "auto"
@@ -74,6 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
             fields=fields.used,
             progress=bar.update,
         )
+    if arguments.out:
+        with written_aside(arguments.out) as part:
+            part.write_bytes(page(found, model, arguments.model or "the small built-in checkpoint").encode())
+        print(f"[{arguments.out}: open it in a browser]", file=sys.stderr)
     print(json.dumps(found.as_json()) if arguments.json else summary(found, model, fields))
     sys.exit(found.verdict == "different")
 
@@ -98,7 +110,9 @@ def summary(found: Audit, model: Model, fields: Fields) -> str:
         _groups("position", found.positions, "{:.0f}"),
         _groups("entropy", found.entropies, "{:.1f}"),
         _worst(found, model),
-        _filled(f"Read: {keys}. The floors and causes are from {j.sample:,} of these tokens; {j.tried} causes were tried."),
+        _filled(
+            f"Read: {keys}. The floors and causes are from {j.sample:,} of these tokens; {j.tried} causes were tried."
+        ),
     ]
     if fields.unused:
         pieces.append(_filled(f"Also there: {', '.join(sorted(fields.unused))}; --field logprobs=KEY audits these."))
@@ -127,16 +141,23 @@ def _numbers(found: Audit) -> list[tuple[str, str]]:
     rows = [
         ("compared", f"{found.tokens:,} tokens of {found.rollouts:,} rollouts, in nats"),
         ("difference", f"mean {found.mean_abs:.3g}, {q}, largest {found.max_abs:.3g}"),
-        ("bias", f"{found.bias:+.2g} (theirs - mine)"),
+        ("bias", f"{found.bias:+.2g} (theirs - ours)"),
         ("ratios", ", ".join(f"{share:.1%} outside {bounds}" for bounds, share in found.outside.items())),
-        ("KL(theirs||mine)", f"k1 {kl['theirs||mine k1']:.2g}, k3 {kl['theirs||mine k3']:.2g}"),
-        ("KL(mine||theirs)", f"k1 {kl['mine||theirs k1']:.2g}, k3 {kl['mine||theirs k3']:.2g}"),
+        ("KL(theirs||ours)", f"k1 {kl['theirs||ours k1']:.2g}, k3 {kl['theirs||ours k3']:.2g}"),
+        ("KL(ours||theirs)", f"k1 {kl['ours||theirs k1']:.2g}, k3 {kl['ours||theirs k3']:.2g}"),
     ]
     j = found.judgement
     if j.routing is not None:
-        rows.append(("other experts", f"{per_cent(max(j.routing, 0))} of the squared difference: gone if theirs are used"))
+        rows.append(
+            ("other experts", f"{per_cent(max(j.routing, 0))} of the squared difference: gone if theirs are used")
+        )
     if j.routing_of_rounding is not None:
-        rows.append(("other experts", f"{per_cent(j.routing_of_rounding)} of the squared rounding of bfloat16; theirs are not in the file"))
+        rows.append(
+            (
+                "other experts",
+                f"{per_cent(j.routing_of_rounding)} of the squared rounding of bfloat16; theirs are not in the file",
+            )
+        )
     if found.others_mean_abs is not None:
         rows.insert(2, ("other likely ids", f"mean {found.others_mean_abs:.3g}"))
     return rows
@@ -144,14 +165,26 @@ def _numbers(found: Audit) -> list[tuple[str, str]]:
 
 def _floors(found: Audit) -> str:
     floors = found.judgement.floors
-    rows = [f"  {name:<14}{x:>9.2g}  {x and found.mean_abs / x:>8.3g} x" for name, x in floors.items()]
+    rows = [f"  {name:<14}{x:>9.2g}  {_times(found.mean_abs, x):>10}" for name, x in floors.items()]
     return "\n".join(["What rounding makes of these tokens, and how far they are from there:", *rows])
+
+
+def _times(x: float, floor: float) -> str:
+    """Return how many floors a difference is, in three digits."""
+    if not floor:
+        return "-"
+    ratio = x / floor
+    return f"{ratio:,.0f} x" if ratio >= 100 else f"{ratio:.3g} x" if ratio >= 0.001 else "< 0.001 x"
 
 
 def _groups(what: str, groups: list[Group], form: str) -> str:
     lines = [f"{what:>14}  {'tokens':>7}  {'mean':>8}  {'bias':>9}"]
     for g in groups:
-        span = f"{form.format(g.start)} to {form.format(g.end)}" if g.end < float("inf") else f"above {form.format(g.start)}"
+        span = (
+            f"{form.format(g.start)} to {form.format(g.end)}"
+            if g.end < float("inf")
+            else f"above {form.format(g.start)}"
+        )
         lines.append(f"{span:>14}  {g.tokens:>7,}  {g.mean_abs:>8.2g}  {g.bias:>+9.2g}")
     return "\n".join(lines)
 
@@ -162,8 +195,8 @@ def _worst(found: Audit, model: Model) -> str:
             return " ".join(map(str, ids))
         return "".join(visible(model.tokenizer.token_bytes(i)) or f"#{i}" for i in ids)
 
-    lines = [f"{'theirs':>8}  {'mine':>8}  {'at':>6}  the tokens that differ most, after ..."]
+    lines = [f"{'theirs':>8}  {'ours':>8}  {'at':>6}  the tokens that differ most, after ..."]
     for w in found.worst:
         text = f"{shown(w.context)} → {shown([w.id])}"
-        lines.append(f"{w.theirs:>8.3f}  {w.mine:>8.3f}  {w.position:>6}  {text[-(WIDTH - 28) :]}")
+        lines.append(f"{w.theirs:>8.3f}  {w.ours:>8.3f}  {w.position:>6}  {text[-(WIDTH - 28) :]}")
     return "\n".join(lines)
