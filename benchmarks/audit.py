@@ -35,7 +35,7 @@ from qwen3np.audit.processed import Settings
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.porting.settings import blocks
 
-PROMPT, NEW, ROWS, TOP = 24, 40, 12, 20
+PROMPT, NEW, ROWS, TOP = 24, 32, 8, 20
 DENSE = Config(
     vocab_size=512,
     hidden_size=96,

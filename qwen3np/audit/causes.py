@@ -195,7 +195,7 @@ class Court:
         yield h.prompts(right, rollouts, right.config, tokenizer)
         yield h.bugs(right, rollouts)
         yield h.quantised(right, rollouts)
-        yield h.settings(right, rollouts)
+        yield h.settings(right, rollouts, self.rests(size(away(self.theirs, self.base)), len(self.base)) is None)
         yield h.fits(right, rollouts, self.theirs, view)
 
     def search(self, tokenizer: Tokenizer | None, others: Mapping[str, Any], progress: Callable[[int], object]) -> None:

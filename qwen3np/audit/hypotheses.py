@@ -25,8 +25,8 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING, QUANTISED, CACHE, BUG = "rounding", "quantised weights", "KV cache", "bug"
 IDS, SHIFT, PROCESSED, CHECKPOINT, ROUTING = "other ids", "shifted", "processed", "another checkpoint", "routing"
 STEPPED = ("attention: causal mask", "attention: a position does not see itself")  # see more in one pass than in steps
-FEW = 3  # rollouts that run token by token
-SHORTEST = 24  # tokens of each
+FEW = 2  # rollouts that run token by token
+SHORTEST = 16  # tokens of each
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,18 @@ def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Seque
     return Hypothesis(name, kind, look, predict)
 
 
-def settings(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
-    """Yield what an author may choose: caches, norms and products in fewer digits."""
+def settings(right: Variant, rollouts: Sequence[Rollout], rounds: bool) -> Iterator[Hypothesis]:
+    """Yield what an author may choose: caches and products in few digits; where it `rounds`, norms and more in 16 bits.
+
+    Where the difference is rounding anyway, only the former would change the verdict.
+    """
     for setting in SETTINGS:
         if setting.name.startswith("weights"):
             continue
         short = any(word in setting.name for word in ("8 bits", "4 bits", "float8"))
         kind = ROUNDING if not short else CACHE if setting.name.startswith("KV cache") else QUANTISED
+        if kind == ROUNDING and not rounds:
+            continue
         yield as_run(setting.name, kind, setting.look, replace(right, table=setting.planted(right.table)), rollouts)
         if kind == CACHE:  # the prompt often attends to keys and values that are not shortened yet
             late = replace(right, table=replace(setting, decode=True).planted(right.table))
@@ -120,6 +125,7 @@ def formats() -> dict[str, tuple[Short, Short | None]]:
     found["weights in int8, a scale for each row"] = blocks(0, 8), None
     found["weights and inputs in int8, a scale for each row and token"] = blocks(0, 8), blocks(0, 8)
     found["weights in 8 bits in groups of 32 (Q8_0)"] = _q8_0, None
+    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = _q8_0, blocks(32, 8)
     for size in (64, 128):
         found[f"weights in 8 bits in groups of {size}"] = blocks(size, 8), None
     for size in (32, 64, 128):
