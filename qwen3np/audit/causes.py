@@ -284,12 +284,12 @@ def judged(
     if rest != "float32":
         result = replace(result, routing_of_rounding=court.routing_of_rounding())
     if found:
-        cause = _cause(found[0], _alike(found))
-        verdict = "rounding" if found[0].hypothesis.kind == h.ROUNDING else "different"
-        if verdict == "rounding" or rest is None or cause.sure:
-            meaning = f"{_named(cause)} explains {per_cent(found[0].explained)} of the squared difference"
-            meaning += f"; what is left is {court.remainder(found[0])}"
-            return replace(result, verdict=verdict, meaning=meaning, causes=[cause], sure=cause.sure)
+        contenders = _contenders(found)
+        verdicts = {"rounding" if t.hypothesis.kind == h.ROUNDING else "different" for t in contenders}
+        cause = _cause(found[0], [t.hypothesis.name for t in contenders])
+        meaning = f"{_named(cause)} explains {per_cent(found[0].explained)} of the squared difference"
+        meaning += f"; what is left is {court.remainder(found[0])}"
+        return replace(result, verdict=max(verdicts), meaning=meaning, causes=[cause], sure=len(verdicts) == 1)
     if rest is not None:
         likeness = court.likeness(rest)
         alike = rest == "float32" or likeness * math.sqrt(tokens) > LIKE
@@ -303,7 +303,7 @@ def judged(
     for t in sorted(court.trials, key=lambda t: -t.explained):
         if t.explained > NEAR:
             nearest.setdefault(t.hypothesis.name, t)
-    causes = [replace(_cause(t, []), sure=False) for t in list(nearest.values())[:SHOWN]]
+    causes = [replace(_cause(t), sure=False) for t in list(nearest.values())[:SHOWN]]
     meaning += f"; none of {len(court.trials)} known causes explains it: {UNKNOWN}"
     unknown = Cause(
         UNKNOWN, h.CHECKPOINT, None, False, "--other FOLDER tries a checkpoint; porting/README.md finds a bug", distance
@@ -311,19 +311,20 @@ def judged(
     return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 
-def _alike(found: Sequence[Trial]) -> list[str]:
-    """Return the causes that these tokens cannot tell from the first."""
-    best, alike = found[0], dict[str, None]()
-    for t in found[1:]:
-        apart = min(t.tokens, best.tokens) * math.log(max(t.left, 1e-9) / max(best.left, 1e-9))
-        if t.hypothesis.name != best.hypothesis.name and apart < APART:
-            alike[t.hypothesis.name] = None
-    return list(alike)
+def _contenders(found: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that these tokens cannot tell from the first, which is one of them."""
+    best = found[0]
+
+    def apart(t: Trial) -> float:
+        return min(t.tokens, best.tokens) * math.log(max(t.left, 1e-9) / max(best.left, 1e-9))
+
+    return [t for t in found if apart(t) < APART]
 
 
-def _cause(t: Trial, alike: Sequence[str]) -> Cause:
+def _cause(t: Trial, names: Sequence[str] = ()) -> Cause:
     x = t.hypothesis
-    return Cause(x.name, x.kind, t.explained, not alike, x.look, t.left, tuple(alike))
+    alike = tuple(dict.fromkeys(name for name in names if name != x.name))
+    return Cause(x.name, x.kind, t.explained, not alike, x.look, t.left, alike)
 
 
 def _named(cause: Cause) -> str:

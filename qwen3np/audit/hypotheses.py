@@ -20,13 +20,14 @@ from qwen3np.porting.changes import Bug, Change
 from qwen3np.porting.fits import FAMILIES, number
 from qwen3np.porting.settings import HEAD, PRODUCTS, SETTINGS, Short, blocks, typed, weighed
 from qwen3np.tokenizer import Tokenizer
+from qwen3np.weights import count_parameters
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING, QUANTISED, CACHE, BUG = "rounding", "quantised weights", "KV cache", "bug"
 IDS, SHIFT, PROCESSED, CHECKPOINT, ROUTING = "other ids", "shifted", "processed", "another checkpoint", "routing"
 STEPPED = ("attention: causal mask", "attention: a position does not see itself")  # see more in one pass than in steps
-FEW = 2  # rollouts that run token by token
-SHORTEST = 16  # tokens of each
+STEPS = 32  # tokens that run one by one, of at most two answers; in large models STEPS // 4
+LARGE = 1e8  # parameters: of larger models fewer formats are tried
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,16 @@ def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
             yield as_run(f"rotary: YaRN with factor {factor:g}", BUG, look, variant, rollouts)
 
 
+def is_large(config: Config) -> bool:
+    """Whether a run of this model takes so long that fewer are made."""
+    return count_parameters(config)["active"] > LARGE
+
+
 def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
     """Return the hypothesis of a model that differs when it runs token by token: tried on the start of a few answers."""
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
-    few = [shortened(r, SHORTEST, variant.config) for r in rollouts[:FEW]]
+    steps, count = (STEPS // 4, 1) if is_large(variant.config) else (STEPS // 2, 2)
+    few = [shortened(r, steps, variant.config) for r in rollouts[:count]]
 
     def predict(view: View) -> Array:
         found = variant.predicted(few, view)
@@ -103,13 +110,27 @@ def settings(right: Variant, rollouts: Sequence[Rollout], rounds: bool) -> Itera
 def quantised(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
     """Yield weights in fewer bits: in the layers, there and in the head, or in all matrices."""
     look = "name the file that the engine loads with --model, or add --other FILE: only rounding should remain"
+    large = is_large(right.config)
     for name, (short, given) in formats().items():
+        if large and not name.startswith(COMMON):
+            continue
         within: dict[str, Change] = dict.fromkeys((PRODUCTS, "mlp.experts"), weighed(short, given))
         heads: dict[str, Change] = within | {HEAD: weighed(short, given)}
         whole: dict[str, Change] = heads | {"model.embed_tokens": weighed(short)}
-        for points in (whole, within) if right.config.tie_word_embeddings else (whole, heads, within):
+        places = (whole, within) if right.config.tie_word_embeddings else (whole, heads, within)
+        for points in places[-1:] if large else places:
             bug = Bug(name, points, look)
             yield as_run(name, QUANTISED, look, replace(right, table=bug.planted(right.table)), rollouts)
+
+
+COMMON = (  # formats that are tried on large models, in the layers alone
+    "weights in fp8 (e4m3), a scale",
+    "weights and inputs in fp8 (e4m3), a scale for each row",
+    "weights in int8",
+    "weights and inputs in int8",
+    "weights in 8 bits in groups of 32",
+    "weights in 4 bits in groups of 128",
+)
 
 
 def formats() -> dict[str, tuple[Short, Short | None]]:

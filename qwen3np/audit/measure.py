@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,9 +21,10 @@ from qwen3np.porting.settings import SETTINGS
 from qwen3np.weights import count_parameters
 
 ROWS = 64  # positions whose logits (V each) are in memory at once
-WORK = 2e11  # parameters times positions of the sample on which changed models run
-FEWEST, MOST = 128, 1024  # positions of that sample
+WORK = 5e10  # parameters times positions of the sample on which changed models run
+FEWEST, MOST = 96, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
+SHORTEST = 16  # tokens of an answer in it, if it has as many
 CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
 
 View = Callable[[Array, Rollout, slice], Array]  # logits (n, V) of these positions of an answer -> log-probabilities
@@ -134,17 +136,19 @@ def shortened(r: Rollout, count: int, config: Config) -> Rollout:
 
 
 def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
-    """Return some of the rollouts, evenly spaced and perhaps cut short, on which many changed models can be run."""
+    """Return some of the rollouts, evenly spaced and perhaps cut short, on which many changed models can be run.
+
+    For a large model it is only the start of the answer to the shortest prompt.
+    """
     room = int(np.clip(WORK / count_parameters(config)["active"], FEWEST, MOST))
-    lengths = [len(r.prompt) + len(r.ids) for r in rollouts]
-    count = max(int(len(rollouts) * min(1, room / sum(lengths))), 1)
+    count = int(len(rollouts) * min(1, room / sum(len(r.prompt) + len(r.ids) for r in rollouts)))
+    places = np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist()
     found = list[Rollout]()
-    for n in np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist():
-        r = rollouts[n]
-        keep = min(len(r.ids), max(room - len(r.prompt), ROWS // 4))
+    for r in [rollouts[n] for n in places] or [min(rollouts, key=lambda r: len(r.prompt))]:
+        keep = min(len(r.ids), max(room - len(r.prompt), SHORTEST))
         found.append(shortened(r, keep, config))
         room -= len(r.prompt) + keep
-        if room < ROWS // 4:
+        if room < SHORTEST:
             break
     return found
 
@@ -171,7 +175,7 @@ class Variant:
             cuts = [0, *(range(starts[0], width) if self.stepped else ()), width]
             passes = [
                 (f"decode.{a}." if a else "", ids[:, a:b], np.tile(np.arange(a, b), (len(group), 1)))
-                for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+                for a, b in pairwise(cuts)
             ]
             with self.numerics.ops.session(self.weights, self.config, ids.size, width, self.numerics):
                 rerun = Rerun(self.weights, self.config, self.numerics, passes, {}, self._table(group, width))

@@ -23,6 +23,7 @@ from qwen3np.tokenizer import Tokenizer
 
 LINE = 1 << 26  # bytes of one line
 TOKENS = 1 << 20  # of all rollouts, prompts included
+NUMBERS = 1 << 25  # log-probabilities, with as many at every position as at the fullest
 TOP = 1 << 8  # likeliest tokens at a position; a list of the whole vocabulary has its own form
 IMPOSSIBLE = -9000.0  # OpenAI-style servers write -9999 where a token is not among those they list
 
@@ -109,7 +110,8 @@ def read_rollouts(
 
     With echoed, the prompts' log-probabilities are read as well where they are there. Raises ValueError, with the number of the line, for anything that cannot be used.
     """
-    reader, found, tokens = _Reader(tokenizer, vocabulary, fields or Fields(), echoed), list[Rollout](), 0
+    reader, found = _Reader(tokenizer, vocabulary, fields or Fields(), echoed), list[Rollout]()
+    tokens = answers = width = 0
     is_file = isinstance(source, str | Path)
     values = _lines(Path(source)) if is_file else ((f"rollout {n}", x) for n, x in enumerate(source, 1))
     for where, value in values:
@@ -121,10 +123,17 @@ def read_rollouts(
             tokens += len(rollout.prompt) + len(rollout.ids)
             if tokens > TOKENS:
                 raise ValueError(f"{where}: more than {TOKENS:,} tokens; audit a part of the file")
+            answers, width = answers + len(rollout.ids), max(width, rollout.found.shape[1])
+            _check_numbers(answers, width, f"{where}: ")
         found += some
     if not found:
         raise ValueError(f"{source}: no rollouts" if is_file else "there are no rollouts")
     return found
+
+
+def _check_numbers(tokens: int, width: int, where: str = "") -> None:
+    if tokens * width > NUMBERS:
+        raise ValueError(f"{where}{tokens:,} tokens with up to {width:,} log-probabilities each are too many; audit a part")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -201,6 +210,7 @@ class _Reader:
             kept = _last([[(None, float(x))] for x in mask], count, whole, "mask")
             rows = [r if k[0][1] else {} for r, k in zip(rows, kept, strict=True)]
         width = max([1, *map(len, rows)])
+        _check_numbers(count, width)
         found, logprobs = np.full((count, width), -1), np.full((count, width), np.nan)
         for n, (token, r) in enumerate(zip(ids, rows, strict=True)):
             here = {token: r.get(token, math.nan)} | r

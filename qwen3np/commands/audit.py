@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from qwen3np.audit.causes import MARGIN, Cause
@@ -23,7 +25,7 @@ from qwen3np.study.view import visible
 
 EXAMPLE = "qwen3np audit rollouts.jsonl --model Qwen/Qwen3-0.6B -o report.html"
 HELP = "hold an engine's log-probabilities against the reference; exit status 0 rounding, 1 different, 2 unusable"
-WIDTH = 80
+WIDTH, INDENT = 80, " " * 21
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,28 +121,27 @@ def summary(found: Audit, model: Model, fields: Fields) -> str:
     return "\n\n".join(pieces)
 
 
-def _filled(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(one_line(text), WIDTH)
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(one_line(text), WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def _causes(causes: list[Cause]) -> str:
     lines = [f"{'explained':>9}  {'left':>8}  cause"]
     for cause in causes:
         share = "" if cause.explained is None else per_cent(cause.explained)
-        lines.append(f"{share:>9}  {cause.left:>8.2g}  {one_line(cause.name)}{'' if cause.sure else ' (not sure)'}")
-        lines += [f"{'':21}or {one_line(name)}" for name in cause.alike]
-        lines.append(f"{'':21}{one_line(cause.look)}")
+        names = " or ".join((cause.name, *cause.alike)) + ("" if cause.sure else " (not sure)")
+        lines.append(f"{share:>9}  {cause.left:>8.2g}  {_filled(names, INDENT).lstrip()}")
+        lines.append(_filled(f"-> {cause.look}", INDENT))
     return "\n".join(lines)
 
 
 def _numbers(found: Audit) -> list[tuple[str, str]]:
-    q = ", ".join(f"{name} {x:.2g}" for name, x in found.quantiles.items())
+    q = ", ".join(f"{name} below {x:.2g}" for name, x in found.quantiles.items())
     kl = found.kl
     rows = [
         ("compared", f"{found.tokens:,} tokens of {found.rollouts:,} rollouts, in nats"),
-        ("difference", f"mean {found.mean_abs:.3g}, {q}, largest {found.max_abs:.3g}"),
+        ("difference", f"mean {found.mean_abs:.3g}, largest {found.max_abs:.3g}"),
+        ("of the tokens", q),
         ("bias", f"{found.bias:+.2g} (theirs - ours)"),
         ("ratios", ", ".join(f"{share:.1%} outside {bounds}" for bounds, share in found.outside.items())),
         ("KL(theirs||ours)", f"k1 {kl['theirs||ours k1']:.2g}, k3 {kl['theirs||ours k3']:.2g}"),
