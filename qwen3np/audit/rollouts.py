@@ -267,13 +267,12 @@ class _Reader:
         """Return (token or None, log-probability) at each position, the chosen one first."""
         if isinstance(value, dict):  # OpenAI: chat, then completions
             content = value.get("content")
-            if content is None and isinstance(value.get("token_logprobs"), list):
-                top = value.get("top_logprobs") or [None] * len(value["token_logprobs"])
-                tokens = value.get("token_ids") or value.get("tokens") or [None] * len(value["token_logprobs"])
-                return [
-                    [(t, _number(x)), *((text, _number(y)) for text, y in (more or {}).items())]
-                    for t, x, more in zip(tokens, value["token_logprobs"], top, strict=True)
-                ]
+            numbers = value.get("token_logprobs")
+            if content is None and isinstance(numbers, list):
+                tokens, top = (value.get(key) or [None] * len(numbers) for key in ("token_ids", "top_logprobs"))
+                if not value.get("token_ids") and value.get("tokens"):
+                    tokens = value["tokens"]
+                return [[(t, _number(x)), *_by_text(y)] for t, x, y in zip(tokens, numbers, top, strict=True)]
             value = content
         if value is None:
             return None
@@ -312,6 +311,13 @@ def _answers(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if isinstance(inner, list) and inner and all(isinstance(x, dict) for x in inner):
             rows = [row | own for row in rows for one in inner for own in _answers(one)]
     yield from rows
+
+
+def _by_text(top: Any) -> list[tuple[Any, float]]:
+    """Return the pairs of an object whose keys are the texts of tokens, perhaps digits."""
+    if not isinstance(top, dict | type(None)):
+        raise ValueError(f"top_logprobs has {_kind(top)} at a position, not an object")
+    return [(text, _number(x)) for text, x in (top or {}).items()]
 
 
 def _listed(entry: Any) -> list[tuple[Any, float]]:
