@@ -17,6 +17,9 @@ from qwen3np.settings import Progress
 from qwen3np.terminal import counted
 from qwen3np.weights import LoadedWeights
 
+RANKED_WINDOW = 256  # tokens of a window on which the parts are measured, at most
+WORK = 16 * 10**10  # tokens times weights for which each part is measured, unless otherwise asked
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -40,7 +43,7 @@ def damage(
     *,
     kv: str | None = None,
     window: int = WINDOW,
-    ranked: int = 1,
+    ranked: int | None = None,
     progress: Progress | bool | None = True,
 ) -> Damage:
     """Compare the predictions of a quantised model with those of the model it was made from.
@@ -59,7 +62,8 @@ def damage(
     window
         Tokens seen at once; the second half of each window is scored, as llama-perplexity does.
     ranked
-        On how many windows, evenly spread, each part is measured. 0 leaves the parts out.
+        On how many windows, evenly spread and cut to 256 tokens, each part is measured; 0 leaves the parts out. None:
+        on one for models of 0.6 billion parameters or more, and on more for smaller ones.
     progress
         Called with the number of layers passed; True shows a bar.
 
@@ -88,13 +92,15 @@ def damage(
     if not 4 <= window <= context:
         raise ValueError(f"damage: window {window} must be from 4 to {context}, the context")
     ids = windows(checked_sequence(input_ids, reference.config), window)
+    if ranked is None:
+        ranked = max(WORK // (RANKED_WINDOW * sum(w.size for w in reference.weights.values())), 1)
     num = named("float32")
     if isinstance(model, str):
         model = replace(reference, weights=LoadedWeights(what_if(reference.weights, model)))
     pair = Pair.of(reference, model, kv)
     parts = parts_of(pair) if ranked else []
     layers, kinds = grouped(parts, pair)
-    some = ids[np.unique(np.linspace(0, len(ids) - 1, min(ranked, len(ids))).astype(int))]
+    some = ids[np.linspace(0, len(ids) - 1, min(ranked, len(ids))).astype(int), :RANKED_WINDOW]
     depth = reference.config.num_hidden_layers
     work = 2 * depth * len(ids) + len(some) * passes([*parts, *layers, *kinds], depth) * bool(parts)
     with (

@@ -215,7 +215,7 @@ def _swapped(
 
 
 def _choices(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return for each budget the parts that are worth it: those that save the most for each byte, as long as they fit."""
+    """Return for each budget the parts that save the most for each byte, as long as they fit."""
     worth = sorted(
         (part for part in parts if part.extra > 0 and part.share > 0), key=lambda part: -part.share / part.extra
     )

@@ -10,6 +10,7 @@ overlapping, whatever is left at the end unused; the first half of each window i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,16 +21,16 @@ from qwen3np.audit.damage_kinds import short_caches
 from qwen3np.config import Config
 from qwen3np.guard import require_unchanged
 from qwen3np.model import Model
-from qwen3np.numerics import Array, Numerics, named
+from qwen3np.numerics import Array, Numerics
 from qwen3np.ops.fast.threads import ELEMENT, share
 from qwen3np.qwen3 import Scope, block, rms_norm
 from qwen3np.rope import rotary_tables
 from qwen3np.sampling import log_probabilities
 from qwen3np.settings import Progress
-from qwen3np.stored import Stored
+from qwen3np.stored import FLOAT
 
 WINDOW = 512  # tokens, as in llama-perplexity
-POSITIONS = 4096  # tokens computed at once
+POSITIONS = 2048  # tokens computed at once
 LOGITS = 1 << 26  # logits in memory at once
 Tensors = Mapping[str, Any]  # arrays under their names, and functions under the names of the points that they change
 
@@ -113,8 +114,7 @@ class Runner:
 
     def states(self, model: Tensors, x: Array, first: int = 0) -> Array:
         """Return what the head is given at the scored positions, (A, W * scored, D)."""
-        for x in self.layers(model, x, first):
-            pass
+        [x] = deque(self.layers(model, x, first), maxlen=1)
         x = rms_norm(x[:, scored(x.shape[1])], model["model.norm.weight"], self.config.rms_norm_eps, self.num)
         return x.reshape(-1, len(self.ids) * x.shape[1], x.shape[2])
 
@@ -134,7 +134,7 @@ class Judge:
     num: Numerics
 
     def figures(self, states: Array, head: Array) -> Array:
-        """Return for states (A, N, D) of others before their head: KL, flip, log p and log q of the token, (A, N, 4)."""
+        """Return KL, flip, log p and log q of the token, (A, N, 4), for states (A, N, D) of others before a head."""
         others, count, _ = states.shape
         found = np.empty((others, count, 4))
         step = max(LOGITS // (len(head) * (others + 1)), 1)
@@ -156,8 +156,9 @@ class Judge:
 
 
 def decoded(model: Tensors, prefix: str) -> Tensors:
-    """Return the tensors under a prefix, with stored formats decoded: they are used many times."""
-    return {name: np.asarray(x) if isinstance(x, Stored) else x for name, x in model.items() if name.startswith(prefix)}
+    """Return the tensors under a prefix in float32, since they are used many times."""
+    inside = {name: x for name, x in model.items() if name.startswith(prefix)}
+    return {name: x if callable(x) else np.asarray(x, FLOAT) for name, x in inside.items()}
 
 
 @dataclass(frozen=True)
