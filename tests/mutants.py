@@ -1159,6 +1159,60 @@ GROUPS = [
             "one scratch for all threads": ("class _Scratch(threading.local):", "class _Scratch:"),
         },
     ),
+    (
+        "audit/damage_kinds.py",
+        "damage",
+        {
+            "routers quantised": ("if w.ndim == 2 and not is_router(name)", "if w.ndim == 2"),
+            "zero point of int8": ("np.full((1, out), 128, np.uint8)", "np.full((1, out), 127, np.uint8)"),
+            "fp8 scale from the mean": ("np.abs(blocks).max((1, 3)) / FLOAT", "np.abs(blocks).mean((1, 3)) / FLOAT"),
+            "large keys are NaN in fp8": ('np.clip(x, -448, 448) if kind == "fp8" else x', "x"),
+            "blocks across heads": ("by_head(short, x, config.head_dim)", "short(x)"),
+        },
+    ),
+    (
+        "audit/damage_runs.py",
+        "damage",
+        {
+            "whole windows scored": ("slice(window // 2, window - 1)", "slice(0, window - 1)"),
+            "KL of the model to the reference": (
+                "np.exp(ours) * (ours - theirs)",
+                "np.exp(theirs) * (theirs - ours)",
+            ),
+            "tokens predict themselves": ("self.ids[:, 1:][:, scored(", "self.ids[:, scored("),
+            "tied head counted twice": (
+                'if not callable(w) and not (self.tied and t == "lm_head.weight")',
+                "if not callable(w)",
+            ),
+            "another rope is no matter": ("        if ours != theirs:\n", "        if False:\n"),
+        },
+    ),
+    (
+        "audit/damage_parts.py",
+        "damage",
+        {
+            "the layer twice": ("for view in views]), n + 1)", "for view in views]), n)"),
+            "saved is what is left": ("saved = kl - left_out[part.tensors]", "saved = left_out[part.tensors]"),
+            "share without what is saved": ("(alone[part.tensors] + saved) / 2 / kl", "alone[part.tensors] / kl"),
+            "moved scales unnoticed": ("moved = _error(", "moved = 0 * _error("),
+            "worth without bytes": ("key=lambda part: -part.share / part.extra", "key=lambda part: -part.share"),
+            "budget never spent": ("left -= part.extra", "left -= 0"),
+            "each expert a part": ('".experts.*.", name)', '".experts.0.", name)'),
+        },
+    ),
+    (
+        "audit/damage_activations.py",
+        "damage",
+        {
+            "negative numbers ignored": ("sizes = np.abs(x)", "sizes = x.copy()"),
+            "place in the window": ("start + int(place[", "int(place["),
+        },
+    ),
+    (
+        "audit/damage.py",
+        "damage",
+        {"parts on the first windows": ("np.linspace(0, len(ids) - 1, min(", "np.linspace(0, ranked - 1, min(")},
+    ),
 ]
 
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from qwen3np.audit.damage_kinds import what_if
 from qwen3np.audit.damage_parts import Sources, grouped, parts_of, passes, sources
-from qwen3np.audit.damage_runs import WINDOW, Pair, Runner, Totals, totals, windows
-from qwen3np.guard import checked_sequence
+from qwen3np.audit.damage_runs import Pair, Runner, Totals, totals, windows
 from qwen3np.model import Model
 from qwen3np.numerics import named
 from qwen3np.settings import Progress
@@ -42,7 +41,7 @@ def damage(
     input_ids: Sequence[int],
     *,
     kv: str | None = None,
-    window: int = WINDOW,
+    window: int | None = None,
     ranked: int | None = None,
     progress: Progress | bool | None = True,
 ) -> Damage:
@@ -60,7 +59,8 @@ def damage(
     kv
         Keep the model's keys and values as float16, q8_0 or fp8.
     window
-        Tokens seen at once; the second half of each window is scored, as llama-perplexity does.
+        Tokens seen at once; the second half of each window is scored, as llama-perplexity does. None: 512, or the
+        context if that is shorter.
     ranked
         On how many windows, evenly spread and cut to 256 tokens, each part is measured; 0 leaves the parts out. None:
         on one for models of 0.6 billion parameters or more, and on more for smaller ones.
@@ -84,14 +84,11 @@ def damage(
     --------
     >>> model = qwen3np.load(weights_dtype="mapped")
     >>> ids = model.text.encode("The capital of France is Paris. The opposite of hot is cold.")
-    >>> found = qwen3np.damage(model, "q8_0", ids)
-    >>> round(found.totals.kl, 3), found.sources.parts[0].name
-    (0.001, 'model.embed_tokens')
+    >>> found = qwen3np.damage(model, "q4_0", ids)
+    >>> round(found.totals.kl, 4), found.sources.parts[0].name
+    (0.0038, 'model.embed_tokens')
     """
-    context = reference.config.max_position_embeddings
-    if not 4 <= window <= context:
-        raise ValueError(f"damage: window {window} must be from 4 to {context}, the context")
-    ids = windows(checked_sequence(input_ids, reference.config), window)
+    ids = windows(input_ids, reference.config, window)
     if ranked is None:
         ranked = max(WORK // (RANKED_WINDOW * sum(w.size for w in reference.weights.values())), 1)
     num = named("float32")

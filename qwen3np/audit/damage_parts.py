@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -129,8 +129,6 @@ def _part(
 
 def _squares(ours: Array, theirs: Array) -> Array:
     """Return the sums of (theirs - ours)² and ours²."""
-    if ours is theirs:
-        return np.array([0.0, 1.0])
     found, step = np.zeros(2), max(_PIECE * len(ours) // max(ours.size, 1), 1)
     for n in range(0, len(ours), step):
         x, y = (w[n : n + step].astype(FLOAT) for w in (ours, theirs))
@@ -140,7 +138,7 @@ def _squares(ours: Array, theirs: Array) -> Array:
 
 def _error(squares: dict[str, Array], tensors: Sequence[str]) -> float:
     """Return the relative L2 distance of these tensors."""
-    difference, whole = sum(squares[t] for t in tensors)
+    difference, whole = np.sum([squares[t] for t in tensors], axis=0)
     return float(np.sqrt(difference / whole)) if whole else float(difference > 0)
 
 
@@ -184,7 +182,7 @@ def sources(
     parts = measured(parts)
     curve = [Mix((), *pair.size(pair.model), kl)]
     for kept in _choices(parts):
-        view = ChainMap({t: pair.reference[t] for part in kept for t in part.tensors}, pair.model)  # type: ignore[arg-type]
+        view = {**pair.model, **{t: pair.reference[t] for part in kept for t in part.tensors}}
         curve.append(Mix(tuple(part.name for part in kept), *pair.size(view), _kl(runner, judge, view)))
     return Sources(len(judge.targets), kl, parts, measured(layers), measured(kinds), tuple(curve))
 
@@ -205,12 +203,12 @@ def _swapped(
         ours, theirs = (decoded(model, f"model.layers.{n}.") for model in (base, other))
         for start in range(0, len(here), side):
             some = here[start : start + side]
-            views = [ChainMap({t: theirs[t] for t in tensors}, ours) for tensors in some]  # type: ignore[arg-type]
+            views = [{**ours, **{t: theirs[t] for t in tensors}} for tensors in some]
             states = runner.states(base, np.concatenate([runner.layer(view, n, x) for view in views]), n + 1)
             found |= zip(some, judge.figures(states, head)[..., 0].mean(1).tolist(), strict=True)
     for tensors, layer in everything.items():
         if layer is None:
-            found[tensors] = _kl(runner, judge, ChainMap({t: other[t] for t in tensors}, base))  # type: ignore[arg-type]
+            found[tensors] = _kl(runner, judge, {**base, **{t: other[t] for t in tensors}})
     return found
 
 
