@@ -3,9 +3,9 @@
     python benchmarks/damage.py truth FOLDER --what-if q4_0 [--file TEXT] [--tokens 2048] [--window 512] [--ranked 1]
     python benchmarks/damage.py llama FOLDER --bin DIR --file TEXT [--what-if q4_0] [--window 128]
 
-`truth` ranks the parts as `damage` does, on a few hundred tokens, and then on all of them, which takes an hour or more at
-the 0.6B size; without --file the ids are random. If FOLDER does not exist, it gets a random checkpoint (--size) whose
-matrices quantise unequally well. Random weights are a poor judge: what tells tensors apart in them is what we put there.
+`truth` ranks the parts as `damage` does, on a few hundred tokens, and then on all, which takes an hour or more at
+the 0.6B size; without --file the ids are random. If FOLDER does not exist, it gets a random checkpoint (--size)
+whose matrices quantise unequally well. Random weights are a poor judge: what tells them apart is what we put there.
 
 `llama` quantises FOLDER with llama.cpp's llama-quantize and compares with its llama-perplexity (both in --bin), on the
 quantised file itself and on the same numbers written as F32: on quantised files llama.cpp rounds its activations, too.
@@ -30,7 +30,7 @@ import qwen3np
 from qwen3np import Model, init_weights, load, save_checkpoint
 from qwen3np.audit.damage_kinds import KINDS, what_if
 from qwen3np.audit.damage_parts import Sources, grouped, parts_of, sources
-from qwen3np.audit.damage_runs import Pair, Runner, windows
+from qwen3np.audit.damage_runs import Pair, Runner, scored, windows
 from qwen3np.commands.bench import machine
 from qwen3np.files.gguf_writer import write_gguf
 from qwen3np.files.limits import read_json
@@ -113,7 +113,10 @@ def llama(model: Model, tools: Path, text: Path, kind: str, window: int) -> str:
         def perplexity(file: Path, *arguments: object) -> str:
             where = ("-m", file, "-f", text, "-c", window, "-b", window, "-ub", window)
             exact = ("-t", 1, "-ctk", "f32", "-ctv", "f32", "-fa", "off")  # nothing else in 16 bits
-            return run("llama-perplexity", *where, *exact, "--kl-divergence-base", base, *arguments)
+            while True:  # some runs end before their last lines are written
+                printed = run("llama-perplexity", *where, *exact, "--kl-divergence-base", base, *arguments)
+                if re.search(r"Final estimate|Same top p:", printed):
+                    return printed
 
         tokenizer = read_json(model.text.folder / "tokenizer.json")
         write_gguf(files["reference"], model.config, model.weights, tokenizer, kind="F32")
@@ -124,14 +127,40 @@ def llama(model: Model, tools: Path, text: Path, kind: str, window: int) -> str:
         printed = {name: perplexity(files[name], "--kl-divergence") for name in ("quantised", "numbers")}
         ids = model.text.encode(text.read_text(encoding="utf-8"))
         t = qwen3np.damage(model, quantised, ids, window=window, ranked=0).totals
-    rows = [["perplexity of the reference", f"{t.perplexity_reference:.4f}", before[1] if before else "?", ""]]
+        kl = as_llama_stores(model, quantised, ids, window)
+    short = {"kl": kl.mean(), "kl_median": np.median(kl), "kl_99": np.quantile(kl, 0.99), "kl_max": kl.max()}
+    rows = [["perplexity of the reference", f"{t.perplexity_reference:.4f}", "", before[1] if before else "?", ""]]
     for figure, pattern in PRINTED.items():
         ours = f"{getattr(t, figure):.6f}" if hasattr(t, figure) else f"{100 * (1 - t.flips):.3f}"
         theirs = [
             match[1] if (match := re.search(pattern, printed[name])) else "?" for name in ("numbers", "quantised")
         ]
-        rows.append([figure, ours, *theirs])
-    return markdown([f"{t.tokens:,} predictions, {kind}", "qwen3np", "llama.cpp, same numbers", "its own file"], rows)
+        rows.append([figure, ours, f"{short[figure]:.6f}" if figure in short else "", *theirs])
+    return markdown(
+        [f"{t.tokens:,} predictions, {kind}", "qwen3np", "from 16 bits", "llama.cpp, same numbers", "its own file"],
+        rows,
+    )
+
+
+def as_llama_stores(model: Model, quantised: Model, ids: list[int], window: int) -> np.ndarray:
+    """Return the KL of each prediction as llama-perplexity computes it: from log-probabilities in 16 bits.
+
+    A row's codes, 0 to 65,535, reach from its largest log-probability to its smallest, or to 16 below the largest;
+    what is below e^-16 does not count.
+    """
+    found: list[np.ndarray] = []
+    for one in windows(ids, model.config, window):
+        before, after = (
+            qwen3np.forward(each.weights, each.config, one)[0, scored(window)] for each in (model, quantised)
+        )
+        top = before.max(-1, keepdims=True)
+        low = np.maximum(before.min(-1, keepdims=True), top - 16)
+        step = (top - low) / np.float32(65535)
+        total = np.log(np.exp(before - top).sum(-1, keepdims=True, dtype=float)).astype(np.float32)
+        stored = step * np.rint(np.maximum(before - low, 0) / step) + (low - top - total)
+        terms = np.exp(stored) * (stored - qwen3np.log_probabilities(after))
+        found.append(np.where(stored > -16, terms, 0).sum(-1))
+    return np.concatenate(found)
 
 
 def main() -> None:
@@ -151,9 +180,10 @@ def main() -> None:
         print(f"[making {a.folder}]", file=sys.stderr)
         write_uneven_checkpoint(a.folder, a.size)
     model = load(a.folder, weights_dtype="mapped")
+    window = min(a.window, model.config.max_position_embeddings)
     print(machine())
     if a.what == "llama":
-        print(llama(model, a.bin, a.file, a.what_if, a.window))
+        print(llama(model, a.bin, a.file, a.what_if, window))
         return
     rng = np.random.default_rng(0)
     ids = (
@@ -161,7 +191,7 @@ def main() -> None:
         if a.file
         else rng.integers(0, model.config.vocab_size, a.tokens).tolist()
     )
-    print(truth(model, a.what_if, ids[: a.tokens], a.window, a.ranked))
+    print(truth(model, a.what_if, ids[: a.tokens], window, a.ranked))
 
 
 if __name__ == "__main__":

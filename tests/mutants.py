@@ -1184,7 +1184,7 @@ GROUPS = [
                 'if not callable(w) and not (self.tied and t == "lm_head.weight")',
                 "if not callable(w)",
             ),
-            "another rope is no matter": ("        if ours != theirs:\n", "        if False:\n"),
+            "another rope is no matter": ("if theirs.get(key) != value]:", "if False]:"),
         },
     ),
     (

@@ -34,7 +34,7 @@ class Part:
     alone is the KL if only this part is quantised. saved is how much lower the KL of the model is if this part is as in
     the reference. share is the mean of both over the KL of the model: as long as the effects of parts matter only in
     pairs, which they do while the damage is small, the shares of all parts add up to 1. weight_error is the relative L2
-    distance of the weights. extra is how many more bytes the part takes in the reference.
+    distance of a part's weights. extra is how many more bytes the part takes in the reference.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Part:
     layer: int | None
     tensors: tuple[str, ...] = field(repr=False)
     extra: int
-    weight_error: float
+    weight_error: float | None = None
     alone: float = math.nan
     saved: float = math.nan
     share: float = math.nan
@@ -82,19 +82,20 @@ def parts_of(pair: Pair) -> list[Part]:
         members[_place(name, pair.tied)].append(name)
     found: list[Part] = []
     for (name, kind, layer), tensors in members.items():
-        if kind != "norm" and (part := _part(pair, squares, name, kind, layer, tensors)).weight_error > 0:
+        if kind != "norm" and (part := _part(pair, squares, name, kind, layer, tensors)).weight_error != 0:
             found.append(part)
-    if found and found[0].kind == "embedding" and found[0].weight_error > MATRIX_MOVED:
+    embedding = _error(squares, ["model.embed_tokens.weight"])
+    if embedding > MATRIX_MOVED:
         raise ValueError(
-            f"damage: the embeddings of the two models are {found[0].weight_error:.0%} apart: their parts cannot be "
-            "exchanged; --totals compares the models as wholes"
+            f"damage: the embeddings of the two models are {embedding:.0%} apart: their parts cannot be exchanged; "
+            "--totals compares the models as wholes"
         )
     for layer in range(pair.config.num_hidden_layers):
         for half, norm in NORMS.items():
             name = f"model.layers.{layer}.{half}"
             inside = [part for part in found if part.name.startswith(f"{name}.") and "cache" not in part.kind]
             moved = _error(squares, [f"model.layers.{layer}.{norm}.weight"]) > NORM_MOVED
-            if inside and (moved or max(part.weight_error for part in inside) > MATRIX_MOVED):
+            if inside and (moved or any((part.weight_error or 0) > MATRIX_MOVED for part in inside)):
                 tensors = [t for t in squares if t.startswith((f"{name}.", f"model.layers.{layer}.{norm}."))]
                 kind = "attention" if half == "self_attn" else half
                 found = [part for part in found if part not in inside]
@@ -123,7 +124,7 @@ def _part(
     """Return these tensors as an unmeasured part."""
     counted = [t for t in tensors if t in squares and not (pair.tied and t == "lm_head.weight")]
     extra = sum(pair.reference[t].nbytes - pair.model[t].nbytes for t in counted)
-    error = _error(squares, counted) if counted else math.inf
+    error = _error(squares, counted) if counted else None  # a cache
     return Part(name, kind, layer, tuple(tensors), extra, error)
 
 
@@ -148,11 +149,11 @@ def grouped(parts: Sequence[Part], pair: Pair) -> tuple[list[Part], list[Part]]:
     for n in sorted({part.layer for part in parts if part.layer is not None}):
         tensors = [t for t in pair.reference if t.startswith(f"model.layers.{n}.")]
         extra = sum(part.extra for part in parts if part.layer == n)
-        layers.append(Part(f"model.layers.{n}", "layer", n, tuple(tensors), extra, math.nan))
+        layers.append(Part(f"model.layers.{n}", "layer", n, tuple(tensors), extra))
     for kind in dict.fromkeys(part.kind for part in parts):
         same = [part for part in parts if part.kind == kind]
         tensors = [t for part in same for t in part.tensors]
-        kinds.append(Part(kind, kind, None, tuple(tensors), sum(part.extra for part in same), math.nan))
+        kinds.append(Part(kind, kind, None, tuple(tensors), sum(part.extra for part in same)))
     return layers, kinds
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen3np.audit.damage_kinds import short_caches
 from qwen3np.config import Config
-from qwen3np.guard import checked_sequence, require_unchanged
+from qwen3np.guard import checked_sequence, require_tensors, require_unchanged
 from qwen3np.model import Model
 from qwen3np.numerics import Array, Numerics
 from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, share
@@ -28,6 +28,7 @@ from qwen3np.rope import rotary_tables
 from qwen3np.sampling import log_probabilities
 from qwen3np.settings import Progress
 from qwen3np.stored import FLOAT
+from qwen3np.weights import weight_shapes
 
 WINDOW = 512  # tokens, as in llama-perplexity
 POSITIONS = 2048  # tokens computed at once
@@ -187,13 +188,13 @@ class Pair:
         other = model or reference
         for one in (reference, other):
             require_unchanged(one.weights)
-        ours, theirs = (_comparable(one.config) for one in (reference, other))
-        if ours != theirs:
-            differs = [key for key, value in ours.to_dict().items() if theirs.to_dict().get(key) != value]
-            raise ValueError(
-                f"damage: the two models have other configs ({', '.join(differs)}): one must come from the other"
-            )
-        before, after = (dict[str, Any](one.weights) for one in (reference, other))
+            require_tensors(one.weights, one.config)
+            if not one.config.tie_word_embeddings and "lm_head.weight" not in one.weights:
+                raise ValueError("damage: there is no lm_head.weight: a checkpoint makes embeddings, not text")
+        ours, theirs = (_comparable(one.config).to_dict() for one in (reference, other))
+        if differs := [key for key, value in ours.items() if theirs.get(key) != value]:
+            raise ValueError(f"damage: the models differ in {', '.join(differs)}: one must be made from the other")
+        before, after = ({name: one.weights[name] for name in weight_shapes(one.config)} for one in (reference, other))
         for one, tensors in ((reference, before), (other, after)):
             if one.config.tie_word_embeddings:
                 tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
