@@ -117,8 +117,8 @@ def _sources(sources: Sources, found: Damage) -> str:
     lines += [
         "",
         "alone: the KL if only this is quantised. saved: how much lower the KL is if this",
-        f"is as in the reference. share: the mean of both over the KL; they add up to {whole:.0%}.",
-        "extra: what it takes to keep this as in the reference.",
+        "is as in the reference. share: the mean of both over the KL; those of all parts",
+        f"add up to {whole:.0%}. extra: what it takes to keep this as in the reference.",
         "",
         "Mixes, in which the parts that save most for their bytes are as in the reference",
         f"{'bits':>6}{'MB':>10}{'KL':>11}  parts",
