@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen3np.audit.damage_runs import WINDOW, windows
-from qwen3np.guard import checked_sequence, forward, position_axis
+from qwen3np.audit.damage_runs import windows
+from qwen3np.guard import forward, position_axis
 from qwen3np.model import Model
 from qwen3np.numerics import Array
 
@@ -26,13 +26,13 @@ class Largest:
     fp8: float
 
 
-def activations(model: Model, input_ids: Sequence[int], *, window: int = WINDOW) -> list[Largest]:
+def activations(model: Model, input_ids: Sequence[int], *, window: int | None = None) -> list[Largest]:
     """Return the largest magnitude at each recorded point over a text, in the order of the forward pass.
 
     The arithmetic is float32, with windows as in damage. Ratios above 1 overflow. Raises ValueError as damage does.
     """
     found: dict[str, tuple[float, int]] = {}
-    ids = windows(checked_sequence(input_ids, model.config), window)
+    ids = windows(input_ids, model.config, window)
 
     def look(name: str, x: Array) -> None:
         if name.endswith("router_indices"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import ml_dtypes
 import numpy as np
 
@@ -27,13 +25,13 @@ def is_router(name: str) -> bool:
     return name.endswith(".mlp.gate.weight")
 
 
-def what_if(weights: Weights, kind: str, progress: Callable[[int], object] | None = None) -> dict[str, Array]:
+def what_if(weights: Weights, kind: str) -> dict[str, Array]:
     """Return these weights with every matrix, except routers, quantised.
 
-    GGUF kinds by the ggml project's own package (`pip install "qwen3np[gguf]"`). fp8 is e4m3 with a scale for each block
-    of 128 x 128, as in Qwen's releases; int8 has a scale for each row, the output channel. Nothing is calibrated: every
-    number goes to its nearest code. progress is called with the number of tensors done. Raises ValueError for unknown
-    kinds, and for rows that the blocks of a kind do not divide.
+    The ggml project's own package (`pip install "qwen3np[gguf]"`) quantises to GGUF kinds. fp8 is e4m3 with a scale for
+    each block of 128 x 128, as in Qwen's releases; int8 has a scale for each row, the output channel. Nothing is
+    calibrated: each number becomes its nearest code. Raises ValueError for unknown kinds, and for rows that the blocks
+    of a kind do not divide.
     """
     if kind not in KINDS:
         raise ValueError(f"what_if={kind!r} is unknown; known: {', '.join(KINDS)} (K-quants: llama-quantize, --model)")
@@ -46,8 +44,6 @@ def what_if(weights: Weights, kind: str, progress: Callable[[int], object] | Non
             found[name] = quantised_matrix(w, kind)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if progress:
-            progress(1)
 
     share(names, sum(weights[name].size for name in names), quantise)
     return found
@@ -96,8 +92,8 @@ def _int8(w: Array) -> GPTQ:
 def short_caches(config: Config, kind: str) -> dict[str, Short]:
     """Return what happens to keys and values on their way into a cache of this kind: a function for each point.
 
-    float16 and fp8 (e4m3 without a scale, at most 448) round each number; q8_0 keeps 8 bits in blocks of 32. Raises ValueError for
-    unknown kinds.
+    float16 and fp8 (e4m3 without a scale, at most 448) round each number; q8_0 keeps 8 bits in blocks of 32. Raises
+    ValueError for unknown kinds.
     """
     if kind not in CACHES:
         raise ValueError(f"kv={kind!r} is unknown; known: {', '.join(CACHES)}")

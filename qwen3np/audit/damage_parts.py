@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +34,7 @@ class Part:
     alone is the KL if only this part is quantised. saved is how much lower the KL of the model is if this part is as in
     the reference. share is the mean of both over the KL of the model: as long as the effects of parts matter only in
     pairs, which they do while the damage is small, the shares of all parts add up to 1. weight_error is the relative L2
-    distance of the weights. extra is how many more bytes the part takes in the reference.
+    distance of a part's weights. extra is how many more bytes the part takes in the reference.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Part:
     layer: int | None
     tensors: tuple[str, ...] = field(repr=False)
     extra: int
-    weight_error: float
+    weight_error: float | None = None
     alone: float = math.nan
     saved: float = math.nan
     share: float = math.nan
@@ -82,19 +82,20 @@ def parts_of(pair: Pair) -> list[Part]:
         members[_place(name, pair.tied)].append(name)
     found: list[Part] = []
     for (name, kind, layer), tensors in members.items():
-        if kind != "norm" and (part := _part(pair, squares, name, kind, layer, tensors)).weight_error > 0:
+        if kind != "norm" and (part := _part(pair, squares, name, kind, layer, tensors)).weight_error != 0:
             found.append(part)
-    if found and found[0].kind == "embedding" and found[0].weight_error > MATRIX_MOVED:
+    embedding = _error(squares, ["model.embed_tokens.weight"])
+    if embedding > MATRIX_MOVED:
         raise ValueError(
-            f"damage: the embeddings of the two models are {found[0].weight_error:.0%} apart: their parts cannot be "
-            "exchanged; --totals compares the models as wholes"
+            f"damage: the embeddings of the two models are {embedding:.0%} apart: their parts cannot be exchanged; "
+            "--totals compares the models as wholes"
         )
     for layer in range(pair.config.num_hidden_layers):
         for half, norm in NORMS.items():
             name = f"model.layers.{layer}.{half}"
             inside = [part for part in found if part.name.startswith(f"{name}.") and "cache" not in part.kind]
             moved = _error(squares, [f"model.layers.{layer}.{norm}.weight"]) > NORM_MOVED
-            if inside and (moved or max(part.weight_error for part in inside) > MATRIX_MOVED):
+            if inside and (moved or any((part.weight_error or 0) > MATRIX_MOVED for part in inside)):
                 tensors = [t for t in squares if t.startswith((f"{name}.", f"model.layers.{layer}.{norm}."))]
                 kind = "attention" if half == "self_attn" else half
                 found = [part for part in found if part not in inside]
@@ -123,14 +124,12 @@ def _part(
     """Return these tensors as an unmeasured part."""
     counted = [t for t in tensors if t in squares and not (pair.tied and t == "lm_head.weight")]
     extra = sum(pair.reference[t].nbytes - pair.model[t].nbytes for t in counted)
-    error = _error(squares, counted) if counted else math.inf
+    error = _error(squares, counted) if counted else None  # a cache
     return Part(name, kind, layer, tuple(tensors), extra, error)
 
 
 def _squares(ours: Array, theirs: Array) -> Array:
     """Return the sums of (theirs - ours)² and ours²."""
-    if ours is theirs:
-        return np.array([0.0, 1.0])
     found, step = np.zeros(2), max(_PIECE * len(ours) // max(ours.size, 1), 1)
     for n in range(0, len(ours), step):
         x, y = (w[n : n + step].astype(FLOAT) for w in (ours, theirs))
@@ -140,7 +139,7 @@ def _squares(ours: Array, theirs: Array) -> Array:
 
 def _error(squares: dict[str, Array], tensors: Sequence[str]) -> float:
     """Return the relative L2 distance of these tensors."""
-    difference, whole = sum(squares[t] for t in tensors)
+    difference, whole = np.sum([squares[t] for t in tensors], axis=0)
     return float(np.sqrt(difference / whole)) if whole else float(difference > 0)
 
 
@@ -150,11 +149,11 @@ def grouped(parts: Sequence[Part], pair: Pair) -> tuple[list[Part], list[Part]]:
     for n in sorted({part.layer for part in parts if part.layer is not None}):
         tensors = [t for t in pair.reference if t.startswith(f"model.layers.{n}.")]
         extra = sum(part.extra for part in parts if part.layer == n)
-        layers.append(Part(f"model.layers.{n}", "layer", n, tuple(tensors), extra, math.nan))
+        layers.append(Part(f"model.layers.{n}", "layer", n, tuple(tensors), extra))
     for kind in dict.fromkeys(part.kind for part in parts):
         same = [part for part in parts if part.kind == kind]
         tensors = [t for part in same for t in part.tensors]
-        kinds.append(Part(kind, kind, None, tuple(tensors), sum(part.extra for part in same), math.nan))
+        kinds.append(Part(kind, kind, None, tuple(tensors), sum(part.extra for part in same)))
     return layers, kinds
 
 
@@ -184,7 +183,7 @@ def sources(
     parts = measured(parts)
     curve = [Mix((), *pair.size(pair.model), kl)]
     for kept in _choices(parts):
-        view = ChainMap({t: pair.reference[t] for part in kept for t in part.tensors}, pair.model)  # type: ignore[arg-type]
+        view = {**pair.model, **{t: pair.reference[t] for part in kept for t in part.tensors}}
         curve.append(Mix(tuple(part.name for part in kept), *pair.size(view), _kl(runner, judge, view)))
     return Sources(len(judge.targets), kl, parts, measured(layers), measured(kinds), tuple(curve))
 
@@ -205,17 +204,17 @@ def _swapped(
         ours, theirs = (decoded(model, f"model.layers.{n}.") for model in (base, other))
         for start in range(0, len(here), side):
             some = here[start : start + side]
-            views = [ChainMap({t: theirs[t] for t in tensors}, ours) for tensors in some]  # type: ignore[arg-type]
+            views = [{**ours, **{t: theirs[t] for t in tensors}} for tensors in some]
             states = runner.states(base, np.concatenate([runner.layer(view, n, x) for view in views]), n + 1)
             found |= zip(some, judge.figures(states, head)[..., 0].mean(1).tolist(), strict=True)
     for tensors, layer in everything.items():
         if layer is None:
-            found[tensors] = _kl(runner, judge, ChainMap({t: other[t] for t in tensors}, base))  # type: ignore[arg-type]
+            found[tensors] = _kl(runner, judge, {**base, **{t: other[t] for t in tensors}})
     return found
 
 
 def _choices(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return for each budget the parts that are worth it: those that save the most for each byte, as long as they fit."""
+    """Return for each budget the parts that save the most for each byte, as long as they fit."""
     worth = sorted(
         (part for part in parts if part.extra > 0 and part.share > 0), key=lambda part: -part.share / part.extra
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ from qwen3np.audit.damage import Damage
 from qwen3np.audit.damage_parts import KINDS, Sources
 from qwen3np.files.writing import written_aside
 
+SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def require_drawable(path: Path) -> None:
+    """Raise ValueError if no picture can be drawn to this path: to be called before the long work."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise ValueError('a picture needs matplotlib: pip install "qwen3np[study]"')
+
 
 def draw(damage: Damage, path: Path) -> None:
-    """Draw a damage with sources, in the format of the path's suffix. Raises ValueError if matplotlib cannot."""
-    try:
-        figure_class: Any = import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise ValueError('a picture needs matplotlib: pip install "qwen3np[study]"') from None
+    """Draw a damage with sources. Raises ValueError as require_drawable, and if no parts were measured."""
+    require_drawable(path)
     sources = damage.sources
     if sources is None:
         raise ValueError("damage: no parts were measured, so there is nothing to draw")
+    figure_class: Any = import_module("matplotlib.figure").Figure
     figure = figure_class(figsize=(13, 4.5), layout="constrained")
     kinds, places, curve = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.3))
 
@@ -32,17 +41,15 @@ def draw(damage: Damage, path: Path) -> None:
     columns, grid = _grid(sources)
     image = places.imshow(100 * grid, aspect="auto", cmap="Reds", vmin=0)
     places.set(title="by layer and kind", ylabel="layer", xticks=range(len(columns)), xticklabels=columns)
+    places.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=places, label="share of the KL (%)")
 
     curve.plot([mix.bits for mix in sources.curve], [mix.kl for mix in sources.curve], marker="o", markersize=4)
     curve.set(title="mixes of both models", xlabel="bits per weight", ylabel="mean KL (nats)", ylim=(0, None))
     for axes in (kinds, curve):
         axes.grid(alpha=0.3)
-    try:
-        with written_aside(path) as part:
-            figure.savefig(part, format=path.suffix.removeprefix(".").lower() or None)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with written_aside(path) as part:
+        figure.savefig(part, format=path.suffix.lower().removeprefix("."))
 
 
 def _grid(sources: Sources) -> tuple[list[str], Any]:

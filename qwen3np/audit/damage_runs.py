@@ -10,6 +10,7 @@ overlapping, whatever is left at the end unused; the first half of each window i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,18 +19,19 @@ import numpy as np
 
 from qwen3np.audit.damage_kinds import short_caches
 from qwen3np.config import Config
-from qwen3np.guard import require_unchanged
+from qwen3np.guard import checked_sequence, require_tensors, require_unchanged
 from qwen3np.model import Model
 from qwen3np.numerics import Array, Numerics
-from qwen3np.ops.fast.threads import ELEMENT, share
+from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, share
 from qwen3np.qwen3 import Scope, block, rms_norm
 from qwen3np.rope import rotary_tables
 from qwen3np.sampling import log_probabilities
 from qwen3np.settings import Progress
-from qwen3np.stored import Stored
+from qwen3np.stored import FLOAT
+from qwen3np.weights import weight_shapes
 
 WINDOW = 512  # tokens, as in llama-perplexity
-POSITIONS = 4096  # tokens computed at once
+POSITIONS = 2048  # tokens computed at once
 LOGITS = 1 << 26  # logits in memory at once
 Tensors = Mapping[str, Any]  # arrays under their names, and functions under the names of the points that they change
 
@@ -52,24 +54,32 @@ class Totals:
     def of(cls, figures: Array) -> Totals:
         """Summarise figures (N, 4), as Judge gives them."""
         kl, flip, before, after = figures.T
-        tokens = len(figures)
         return cls(
-            tokens,
-            float(kl.mean()),
-            float(kl.std() / max(tokens - 1, 1) ** 0.5),
-            *(float(np.quantile(kl, level)) for level in (0.5, 0.99, 1)),
-            float(flip.mean()),
-            float(np.exp(-before.mean())),
-            float(np.exp(-after.mean())),
+            tokens=len(kl),
+            kl=float(kl.mean()),
+            kl_error=float(kl.std() / max(len(kl) - 1, 1) ** 0.5),
+            kl_median=float(np.median(kl)),
+            kl_99=float(np.quantile(kl, 0.99)),
+            kl_max=float(kl.max()),
+            flips=float(flip.mean()),
+            perplexity_reference=float(np.exp(-before.mean())),
+            perplexity=float(np.exp(-after.mean())),
         )
 
 
-def windows(ids: Sequence[int] | Array, window: int) -> Array:
-    """Cut ids into windows (W, window), or one shorter one. Raises ValueError if there is nothing to score."""
+def windows(input_ids: Sequence[int], config: Config, window: int | None = None) -> Array:
+    """Cut ids into windows (W, window), or a single shorter one. None: 512 tokens, or the context if that is shorter.
+
+    Raises ValueError if there is nothing to score, and for windows that exceed the context.
+    """
+    ids, context = np.array(checked_sequence(input_ids, config)), config.max_position_embeddings
+    window = min(WINDOW, context) if window is None else window
+    if not 4 <= window <= context:
+        raise ValueError(f"damage: window {window} must be from 4 to {context}, the context")
     window = min(window, len(ids))
     if window < 4:
-        raise ValueError(f"damage: a window of {window} tokens; at least 4 are needed, of which half are context")
-    return np.asarray(ids)[: len(ids) // window * window].reshape(-1, window)
+        raise ValueError(f"damage: the text has {window} tokens; at least 4 are needed, since half of them are context")
+    return ids[: len(ids) // window * window].reshape(-1, window)
 
 
 def scored(window: int) -> slice:
@@ -113,8 +123,7 @@ class Runner:
 
     def states(self, model: Tensors, x: Array, first: int = 0) -> Array:
         """Return what the head is given at the scored positions, (A, W * scored, D)."""
-        for x in self.layers(model, x, first):
-            pass
+        [x] = deque(self.layers(model, x, first), maxlen=1)
         x = rms_norm(x[:, scored(x.shape[1])], model["model.norm.weight"], self.config.rms_norm_eps, self.num)
         return x.reshape(-1, len(self.ids) * x.shape[1], x.shape[2])
 
@@ -134,30 +143,34 @@ class Judge:
     num: Numerics
 
     def figures(self, states: Array, head: Array) -> Array:
-        """Return for states (A, N, D) of others before their head: KL, flip, log p and log q of the token, (A, N, 4)."""
+        """Return KL, flip, log p and log q of the token, (A, N, 4), for states (A, N, D) of others before a head."""
         others, count, _ = states.shape
         found = np.empty((others, count, 4))
         step = max(LOGITS // (len(head) * (others + 1)), 1)
+        near = max(IN_CACHE // len(head), 1)  # rows that are compared together
         for start in range(0, count, step):
             rows = slice(start, start + step)
             p = self.num.ops.head(self.states[rows], self.head, self.num)
             q = self.num.ops.head(states[:, rows], head, self.num)
 
             def compare(n: int, p: Array = p, q: Array = q, start: int = start) -> None:
-                ours, target = log_probabilities(p[n]), self.targets[start + n]
-                for other, logits in enumerate(q[:, n]):
+                here, place = slice(n, n + near), slice(start + n, start + n + near)
+                ours, targets = log_probabilities(p[here]), self.targets[place, None]
+                for figures, logits in zip(found[:, place], q[:, here], strict=True):
                     theirs = log_probabilities(logits)
-                    kl = np.exp(ours) @ (ours - theirs)
-                    flip = ours.argmax() != theirs.argmax()
-                    found[other, start + n] = kl, flip, ours[target], theirs[target]
+                    figures[:, 0] = (np.exp(ours) * (ours - theirs)).sum(-1)
+                    figures[:, 1] = ours.argmax(-1) != theirs.argmax(-1)
+                    figures[:, 2:3] = np.take_along_axis(ours, targets, -1)
+                    figures[:, 3:4] = np.take_along_axis(theirs, targets, -1)
 
-            share(range(len(p)), ELEMENT * (p.size + q.size), compare)
+            share(range(0, len(p), near), ELEMENT * (p.size + q.size), compare)
         return found
 
 
 def decoded(model: Tensors, prefix: str) -> Tensors:
-    """Return the tensors under a prefix, with stored formats decoded: they are used many times."""
-    return {name: np.asarray(x) if isinstance(x, Stored) else x for name, x in model.items() if name.startswith(prefix)}
+    """Return the tensors under a prefix in float32, since they are used many times."""
+    inside = {name: x for name, x in model.items() if name.startswith(prefix)}
+    return {name: x if callable(x) else np.asarray(x, FLOAT) for name, x in inside.items()}
 
 
 @dataclass(frozen=True)
@@ -175,23 +188,22 @@ class Pair:
         other = model or reference
         for one in (reference, other):
             require_unchanged(one.weights)
-        ours, theirs = (_comparable(one.config) for one in (reference, other))
-        if ours != theirs:
-            differs = [key for key, value in ours.to_dict().items() if theirs.to_dict().get(key) != value]
-            raise ValueError(
-                f"damage: the two models have other configs ({', '.join(differs)}): one must come from the other"
-            )
-        pair = [
-            {**one.weights, "lm_head.weight": one.weights["model.embed_tokens.weight"]}
-            if one.config.tie_word_embeddings
-            else dict[str, Any](one.weights)
-            for one in (reference, other)
-        ]
+            require_tensors(one.weights, one.config)
+            if not one.config.tie_word_embeddings and "lm_head.weight" not in one.weights:
+                raise ValueError("damage: there is no lm_head.weight: a checkpoint makes embeddings, not text")
+        ours, theirs = (_comparable(one.config).to_dict() for one in (reference, other))
+        if differs := [key for key, value in ours.items() if theirs.get(key) != value]:
+            raise ValueError(f"damage: the models differ in {', '.join(differs)}: one must be made from the other")
+        before, after = ({name: one.weights[name] for name in weight_shapes(one.config)} for one in (reference, other))
+        for one, tensors in ((reference, before), (other, after)):
+            if one.config.tie_word_embeddings:
+                tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         if kv is not None:
             caches = short_caches(reference.config, kv)
-            pair = [pair[0] | dict.fromkeys(caches, _unchanged), pair[1] | caches]
+            before |= dict.fromkeys(caches, _unchanged)
+            after |= caches
         tied = reference.config.tie_word_embeddings and other.config.tie_word_embeddings
-        return cls(reference.config, *pair, tied)
+        return cls(reference.config, before, after, tied)
 
     def size(self, model: Tensors) -> tuple[int, float]:
         """Return the bytes of a model of this pair, or of a mix of both, and its bits per weight."""

@@ -12,7 +12,7 @@ from qwen3np.audit.damage import Damage, damage
 from qwen3np.audit.damage_activations import Largest, activations
 from qwen3np.audit.damage_kinds import CACHES, KINDS
 from qwen3np.audit.damage_parts import Part, Sources
-from qwen3np.audit.damage_picture import draw
+from qwen3np.audit.damage_picture import draw, require_drawable
 from qwen3np.audit.damage_runs import WINDOW
 from qwen3np.commands import add_model, add_threads, load_named, read_text, scaled, table
 from qwen3np.errors import one_line
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", choices=tuple(CACHES), help="keep the model's keys and values in this kind")
     window = f"tokens seen at once, of which the second half is scored (default: {WINDOW}, at most the context)"
     parser.add_argument("--window", type=int, metavar="N", help=window)
-    ranked = "measure the parts on N windows, evenly spread (default: 1; more: slower, and a surer ranking)"
-    parser.add_argument("--ranked", type=int, default=1, metavar="N", help=ranked)
+    ranked = "measure the parts on N windows, evenly spread (default: 1 from 0.6 billion weights, more below)"
+    parser.add_argument("--ranked", type=int, metavar="N", help=ranked)
     parser.add_argument("--totals", action="store_true", help="only compare the models as wholes, which is quick")
     largest = "show the largest magnitudes in the reference, next to the ranges of float16 and fp8"
     parser.add_argument("--activations", action="store_true", help=largest)
@@ -54,21 +54,21 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("both --model and --what-if are given; use one of them")
     if not (compares or arguments.activations):
         raise ValueError("nothing to compare the reference with: give --model, --what-if, --kv, or --activations")
-    if arguments.ranked < 1:
+    if arguments.ranked is not None and arguments.ranked < 1:
         raise ValueError(f"--ranked {arguments.ranked} must be at least 1; --totals leaves the parts out")
     if arguments.out and (arguments.totals or not compares):
         raise ValueError("--out draws the parts; leave --totals out, and give --model, --what-if or --kv")
+    if arguments.out:
+        require_drawable(arguments.out)
     text = read_text(arguments.file)
     reference = load(arguments.reference, weights_dtype="mapped")
     reference = replace(reference, config=scaled(reference.config, arguments))
     arguments.weights_dtype = "mapped"
     model = arguments.what_if if arguments.model is None else load_named(arguments)
     ids = reference.text.encode(text)
-    context = reference.config.max_position_embeddings
-    window = min(WINDOW, context) if arguments.window is None else arguments.window
     ranked = 0 if arguments.totals else arguments.ranked
-    found = damage(reference, model, ids, kv=arguments.kv, window=window, ranked=ranked) if compares else None
-    largest = activations(reference, ids, window=window) if arguments.activations else None
+    found = damage(reference, model, ids, kv=arguments.kv, window=arguments.window, ranked=ranked) if compares else None
+    largest = activations(reference, ids, window=arguments.window) if arguments.activations else None
     if arguments.out and found:
         draw(found, arguments.out)
     if arguments.json:
@@ -83,7 +83,8 @@ def _totals(found: Damage) -> str:
     """Return the comparison of the models as wholes."""
     t = found.totals
     scored = f"{t.tokens:,} predictions: the second half of {found.windows:,} windows of {found.window} tokens"
-    kl = f"mean {t.kl:.6f} ± {t.kl_error:.6f}, median {t.kl_median:.6f}, 99 % {t.kl_99:.6f}, largest {t.kl_max:.6f}"
+    kl = f"mean {t.kl:.6f} ± {t.kl_error:.6f}"
+    quantiles = f"median {t.kl_median:.6f}, 99 % {t.kl_99:.6f}, largest {t.kl_max:.6f}"
     ratio = f"{t.perplexity / t.perplexity_reference - 1:+.2%}"
     before, after = (
         f"{bits:.2f} bits per weight, {nbytes / 1e6:,.1f} MB"
@@ -94,6 +95,7 @@ def _totals(found: Damage) -> str:
         ("reference", f"perplexity {t.perplexity_reference:.4f}; {before}"),
         ("model", f"perplexity {t.perplexity:.4f} ({ratio}); {after}"),
         ("KL (nats)", kl),
+        ("", quantiles),
         ("flips", f"{t.flips:.2%} of the likeliest tokens change"),
     ]
     return table(rows)
@@ -101,12 +103,10 @@ def _totals(found: Damage) -> str:
 
 def _sources(sources: Sources, found: Damage) -> str:
     """Return the parts, kinds and layers with the largest shares, and the curve."""
-    ranked = (
-        f"{sources.tokens:,} predictions on {found.ranked} of {found.windows} windows, where the KL is {sources.kl:.6f}"
-    )
-    lines = [f"Where it comes from: measured over {ranked}"]
-    if found.ranked < found.windows:
-        lines[0] += f" (--ranked {found.windows}: on all)"
+    lines = [
+        f"Where it comes from, measured on {found.ranked} of {found.windows} windows, {sources.tokens:,} predictions,",
+        f"where the KL of the model is {sources.kl:.6f}",
+    ]
     for title, parts in (("part", sources.parts), ("kind", sources.kinds), ("layer", sources.layers)):
         lines += ["", f"{title:<36}{'alone':>10}{'saved':>10}{'share':>8}{'extra MB':>10}"]
         lines += map(_line, parts[:SHOWN])
@@ -116,19 +116,19 @@ def _sources(sources: Sources, found: Damage) -> str:
     whole = sum(part.share for part in sources.parts)
     lines += [
         "",
-        "alone: the KL if only this is quantised. saved: how much lower the KL is if",
-        f"this is as in the reference. share: their mean over the KL; parts add up to {whole:.0%}.",
-        "extra: what it takes to keep it as in the reference.",
+        "alone: the KL if only this is quantised. saved: how much lower the KL is if this",
+        "is as in the reference. share: the mean of both over the KL; those of all parts",
+        f"add up to {whole:.0%}. extra: what it takes to keep this as in the reference.",
         "",
-        f"{'bits':>6}{'MB':>10}{'KL':>11}  kept as in the reference: what saves most for its bytes",
+        "Mixes, in which the parts that save most for their bytes are as in the reference",
+        f"{'bits':>6}{'MB':>10}{'KL':>11}  parts",
     ]
     by_name = {part.name: part.kind for part in sources.parts}
     for mix in sources.curve:
         kinds = [by_name[name] for name in mix.kept]
-        kept = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "nothing"
-        lines.append(
-            f"{mix.bits:>6.2f}{mix.nbytes / 1e6:>10,.1f}{mix.kl:>11.6f}  {shorten(kept, 51, placeholder=' ...')}"
-        )
+        kept = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
+        shown = shorten(kept, 51, placeholder=" ...")
+        lines.append(f"{mix.bits:>6.2f}{mix.nbytes / 1e6:>10,.1f}{mix.kl:>11.6f}  {shown}")
     return "\n".join(lines)
 
 
