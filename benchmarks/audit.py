@@ -30,8 +30,8 @@ from transformers import DynamicCache
 
 import qwen3np
 from qwen3np import Config, Model
-from qwen3np.audit.hypotheses import _q8_0, scaled_e4m3
-from qwen3np.audit.processed import Settings
+from qwen3np.audit.hypotheses import q8_0, scaled_e4m3
+from qwen3np.audit.processed import NEUTRAL, Settings
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.porting.settings import blocks
 
@@ -65,7 +65,7 @@ class Case:
     dtype: str = "float32"
     weights: Callable[[np.ndarray], np.ndarray] | None = None
     plant: Any = None
-    settings: Settings = Settings()
+    settings: Settings = NEUTRAL
     short: Callable[[np.ndarray], np.ndarray] | None = None  # what the cache does to keys and values
     prompt: Callable[[list[int]], list[int]] | None = None  # what the engine sees
     shift: int = 0
@@ -74,10 +74,12 @@ class Case:
 
 
 def short_fp8(x: np.ndarray) -> np.ndarray:
+    """Keep numbers as e4m3, at most its largest."""
     return np.clip(x, -448, 448).astype(float8_e4m3fn).astype(np.float32)
 
 
 def bug(name: str, expected: str, *models: str) -> Case:
+    """Return the case of a bug that tests/planted.py plants in transformers."""
     return Case(expected, plant=(planted.BUGS | planted.FORMS)[name][0], models=models or ("dense", "built-in"))
 
 
@@ -87,7 +89,7 @@ CASES = {
     "bfloat16": Case("", "bfloat16"),
     "float16": Case("", "float16"),
     "int8 weights": Case("in int8, a scale for each row", weights=blocks(0, 8)),
-    "q8_0 weights": Case("groups of 32 (Q8_0)", weights=_q8_0),
+    "q8_0 weights": Case("groups of 32 (Q8_0)", weights=q8_0),
     "fp8 weights": Case("fp8 (e4m3), a scale for each row", weights=scaled_e4m3((-1,))),
     "fp8 weights, bfloat16": Case("fp8 (e4m3), a scale for each row", "bfloat16", scaled_e4m3((-1,))),
     "temperature 0.7": Case("processed by temperature 0.7", settings=Settings(temperature=0.7)),
@@ -263,7 +265,7 @@ def verdicts(arguments: argparse.Namespace) -> None:
     right = total = alarms = 0
     for name, case in cases(arguments):
         model, start = named(arguments.model, arguments.seed), time.perf_counter()
-        good, sure, said = judged(model, given(generated(model, case, arguments.seed), arguments.given), case)
+        good, _sure, said = judged(model, given(generated(model, case, arguments.seed), arguments.given), case)
         right, total, alarms = right + good, total + 1, alarms + (case.expected == "" and not good)
         print(f"{'right' if good else 'WRONG'}  {name:<28} {said}  [{time.perf_counter() - start:.1f} s]", flush=True)
     print(f"{arguments.model}, {arguments.given}: {right} of {total} right; {alarms} alarms")

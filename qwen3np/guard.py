@@ -97,7 +97,9 @@ def forward(
     """
     if attention_mask is not None:
         if cache is not None or routed_experts is not None:
-            raise ValueError("attention_mask: cannot be combined with a cache or routed_experts, which know each position")
+            raise ValueError(
+                "attention_mask: cannot be combined with a cache or routed_experts, which know each position"
+            )
         rows = unpadded(input_ids, attention_mask)
         options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
         return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)

@@ -1245,6 +1245,77 @@ GROUPS = [
         "damage",
         {"parts on the first windows": ("np.linspace(0, len(ids) - 1, min(", "np.linspace(0, ranked - 1, min(")},
     ),
+    (
+        "audit/rollouts.py",
+        "rollouts",
+        {
+            "SGLang's pairs the other way": (
+                "return [(entry[1], _number(entry[0]))]",
+                "return [(entry[0], _number(entry[1]))]",
+            ),
+            "the prompt's numbers first": ("        return entries[-count:]\n", "        return entries[:count]\n"),
+            "masked tokens count": ("rows = [r if k[0][1] else {}", "rows = [r if True else {}"),
+            "padding in the prompt": ("if seen]", "if True]"),
+            "no limit on tokens": ("            if tokens > TOKENS:\n", "            if False:\n"),
+            "impossible is a number": ("-math.inf if x <= IMPOSSIBLE else float(x)", "float(x)"),
+            "digits are ids in texts": (
+                "return [(text, _number(x)) for text, x",
+                "return [(int(text), _number(x)) for text, x",
+            ),
+        },
+    ),
+    (
+        "audit/endpoint.py",
+        "endpoint",
+        {
+            "redirects followed": ("build_opener(_NoRedirects)", "build_opener()"),
+            "any length": ("if len(found) > LARGEST:", "if False:"),
+            "any time": ("thread.join(TIMEOUT)", "thread.join()"),
+            "any scheme": ('parts.scheme not in ("http", "https") or not parts.hostname', "not parts.netloc"),
+            "the echoed prompt is read twice": ("Fields(), echoed=True)", "Fields())"),
+        },
+    ),
+    (
+        "audit/processed.py",
+        "audit",
+        {
+            "penalty on the prompt": ("np.unique(own, return_counts=True)", "np.unique(ids, return_counts=True)"),
+            "top-p keeps one less": (
+                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1",
+                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1)",
+            ),
+            "min-p of all": ("ordered[:, :1] + np.log(value)", "np.log(value)"),
+        },
+    ),
+    (
+        "audit/measure.py",
+        "audit",
+        {
+            "states one late": ("x[b, p - 1 : p - 1 + len(r.ids)]", "x[b, p : p + len(r.ids)]"),
+            "steps of two": ("range(starts[0], width) if self.stepped", "range(starts[0], width, 2) if self.stepped"),
+            "experts a position late": ("count - 1: 0,", "count - 1: 1,"),
+            "experts not replayed": ("return np.where(given < 0, chosen, given)", "return chosen"),
+        },
+    ),
+    (
+        "audit/causes.py",
+        "audit",
+        {
+            "all rounding is float32's": ('MARGIN = {"float32": 4.0,', 'MARGIN = {"float32": 4e5,'),
+            "no other ids left out": ("court.theirs[:, 1:] = np.nan", "pass"),
+            "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
+        },
+    ),
+    (
+        "audit/report.py",
+        "audit",
+        {
+            "ratios upside down": ("    ratio = np.exp(-d)\n", "    ratio = np.exp(d)\n"),
+            "k3 without its control": ("np.expm1(np.clip(-d, None, 50)) + d", "np.expm1(np.clip(-d, None, 50))"),
+            "context one late": ("ids[:position][-CONTEXT:]", "ids[: position + 1][-CONTEXT:]"),
+            "the least different first": ("np.argsort(-np.abs(e)", "np.argsort(np.abs(e)"),
+        },
+    ),
 ]
 
 

@@ -57,14 +57,18 @@ def test_float32_is_rounding_and_needs_no_cause():
     model = drawn()
     found = audited(engine(model), model)
     assert (found.verdict, found.judgement.sure, found.judgement.causes) == ("rounding", True, [])
-    assert found.tokens == 6 * NEW and found.mean_abs < 1e-5 and "float32" in found.judgement.meaning
+    assert found.tokens == 6 * NEW
+    assert found.mean_abs < 1e-5
+    assert "float32" in found.judgement.meaning
 
 
 def test_bfloat16_is_rounding_by_its_size_and_pattern():
     model = drawn()
     rollouts = engine(model, numerics="bfloat16", engine="plain", rows=3)
     found = audited(rollouts, model)
-    assert found.verdict == "rounding" and "bfloat16" in found.judgement.meaning and found.judgement.sure
+    assert found.verdict == "rounding"
+    assert "bfloat16" in found.judgement.meaning
+    assert found.judgement.sure
     assert found.judgement.tried > 60
 
 
@@ -87,8 +91,10 @@ def test_another_config_is_a_named_bug(config, cause):
     model = drawn()
     found = audited(engine(model, config=replace(CONFIG, **config)), model)
     first = found.judgement.causes[0]
-    assert found.verdict == "different" and (first.name, first.sure) == (cause, True)
-    assert first.explained > 0.999 and first.left < 1e-5
+    assert found.verdict == "different"
+    assert (first.name, first.sure) == (cause, True)
+    assert first.explained > 0.999
+    assert first.left < 1e-5
 
 
 @pytest.mark.slow
@@ -98,12 +104,15 @@ def test_quantised_weights_are_named_with_their_format():
         scale = np.abs(w).max(-1, keepdims=True) / 127 if w.ndim == 2 else 1
         weights[name] = (np.rint(w / scale) * scale).astype(np.float32) if w.ndim == 2 else w
     found = audited(engine(model, weights=weights), model)
-    assert found.verdict == "different" and found.judgement.sure
+    assert found.verdict == "different"
+    assert found.judgement.sure
     first = found.judgement.causes[0]
-    assert first.kind == "quantised weights" and first.explained > 0.9999
+    assert first.kind == "quantised weights"
+    assert first.explained > 0.9999
     # rows of 32 and 48 numbers are one group of 64, and one of 128
     groups = {f"weights in 8 bits in groups of {size}" for size in (64, 128)}
-    assert {first.name, *first.alike} == {"weights in int8, a scale for each row", *groups} and not first.sure
+    assert {first.name, *first.alike} == {"weights in int8, a scale for each row", *groups}
+    assert not first.sure
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,8 @@ def test_quantised_weights_are_named_with_their_format():
 def test_processed_log_probabilities_are_named_with_their_settings(settings, name):
     model = drawn()
     found = audited(engine(model, settings=settings), model)
-    assert found.judgement.causes[0].name == f"processed by {name}" and found.judgement.causes[0].sure
+    assert found.judgement.causes[0].name == f"processed by {name}"
+    assert found.judgement.causes[0].sure
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,8 @@ def test_an_unknown_checkpoint_is_different_and_no_cause_is_sure():
     model, rng = drawn(), np.random.default_rng(3)
     weights = {name: w * rng.normal(1, 0.05, w.shape).astype(np.float32) for name, w in model.weights.items()}
     found = audited(engine(model, weights=weights), model)
-    assert found.verdict == "different" and found.judgement.causes[0].name == UNKNOWN
+    assert found.verdict == "different"
+    assert found.judgement.causes[0].name == UNKNOWN
     assert not any(cause.sure for cause in found.judgement.causes)
 
 
@@ -180,7 +191,8 @@ def test_other_ids_that_do_not_fit_are_left_out():
     model = drawn()
     rollouts = [replace(r, found=np.concatenate([r.found[:, :1], r.found[::-1, 1:]], 1)) for r in engine(model)]
     found = audited(rollouts, model)
-    assert found.verdict == "rounding" and "read wrongly" in found.judgement.notes[0]
+    assert found.verdict == "rounding"
+    assert "read wrongly" in found.judgement.notes[0]
 
 
 def test_divergences_estimate_kl_without_bias():
@@ -197,8 +209,10 @@ def test_numbers_are_those_of_the_differences(monkeypatch):
     rollouts = [replace(r, logprobs=r.logprobs + 0.3 * (np.arange(NEW) == 3)[:, None]) for r in engine(model, rows=2)]
     monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
     found = audited(rollouts, model)
-    assert abs(found.mean_abs - 0.3 / NEW) < 1e-4 and abs(found.bias - 0.3 / NEW) < 1e-4
-    assert abs(found.max_abs - 0.3) < 1e-4 and found.outside["[0.8, 1.2]"] == 2 / (2 * NEW)
+    assert abs(found.mean_abs - 0.3 / NEW) < 1e-4
+    assert abs(found.bias - 0.3 / NEW) < 1e-4
+    assert abs(found.max_abs - 0.3) < 1e-4
+    assert found.outside["[0.8, 1.2]"] == 2 / (2 * NEW)
     assert {w.position for w in found.worst[:2]} == {PROMPT + 3, PROMPT + 1 + 3}
     assert sum(g.tokens for g in found.positions) == sum(g.tokens for g in found.entropies) == 2 * NEW
     context = [*rollouts[0].prompt, *rollouts[0].ids[:3]][-12:]
@@ -244,17 +258,27 @@ def test_the_engines_experts_are_replayed_and_their_share_is_told():
     rows = [json.loads(line) for line in as_lines(found).splitlines()]
     rows = [row | {"routed_experts": r.experts.tolist()} for row, r in zip(rows, found, strict=True)]
     seen = qwen3np.audit(rows, model)
-    assert seen.verdict == "rounding" and seen.judgement.routing > 0.9999 and seen.mean_abs < 1e-5
+    assert seen.verdict == "rounding"
+    assert seen.judgement.routing > 0.9999
+    assert seen.mean_abs < 1e-5
 
 
 def test_recorded_experts_are_put_at_their_positions():
     r = Rollout([1, 2, 3], [4, 5], np.zeros((2, 1)), np.zeros((2, 1)), "here")
     whole = np.arange(5 * 2 * 2).reshape(5, 2, 2) % 6
-    for given, start in ((whole, 0), (whole[:4], 0), (whole[3:], 3), (whole[3:4], 3), (whole[:, :1], 0), (whole.ravel(), 0)):
+    for given, start in (
+        (whole, 0),
+        (whole[:4], 0),
+        (whole[3:], 3),
+        (whole[3:4], 3),
+        (whole[:, :1], 0),
+        (whole.ravel(), 0),
+    ):
         found = experts_of(replace(r, experts=given), MOE)
         count = len(whole) if given.ndim == 1 else len(given)
         np.testing.assert_array_equal(found[start : start + count, 0], whole[start : start + count, 0])
-        assert (found[:, 1] == -1).all() and (np.delete(found, range(start, start + count), 0) == -1).all()
+        assert (found[:, 1] == -1).all()
+        assert (np.delete(found, range(start, start + count), 0) == -1).all()
     for bad in (whole[:3], whole[:, :, :1], whole.ravel()[:7]):
         with pytest.raises(ValueError, match="here: routed_experts of shape"):
             experts_of(replace(r, experts=bad), MOE)
@@ -287,8 +311,10 @@ def file(builtin, tmp_path_factory):
 def test_the_command_says_it_all_in_80_columns(file, capsys):
     assert run(file) == 0
     out = capsys.readouterr().out
-    assert out.startswith("rounding: ") and max(map(len, out.splitlines())) <= 80
-    assert "Paris" in out and "logprobs from logprobs" in out
+    assert out.startswith("rounding: ")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "Paris" in out
+    assert "logprobs from logprobs" in out
 
 
 def test_exit_status_and_json(file, tmp_path, capsys):
@@ -299,13 +325,16 @@ def test_exit_status_and_json(file, tmp_path, capsys):
     other.write_text("\n".join(map(json.dumps, rows)))
     assert run(other, "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "different" and found["tokens"] == sum(len(row["ids"]) for row in rows)
+    assert found["verdict"] == "different"
+    assert found["tokens"] == sum(len(row["ids"]) for row in rows)
     assert {"mean_abs", "max_abs", "floors", "kl", "outside"} <= found.keys()
-    assert found["causes"][0]["name"] == "other units: its sign is flipped" and found["causes"][0]["sure"] is True
+    assert found["causes"][0]["name"] == "other units: its sign is flipped"
+    assert found["causes"][0]["sure"] is True
     other.write_text("{}")
     assert run(other) == 2
     error = capsys.readouterr().err
-    assert "line 1: no log-probabilities" in error and error.splitlines()[-1].startswith("error: ")
+    assert "line 1: no log-probabilities" in error
+    assert error.splitlines()[-1].startswith("error: ")
     assert run() == run(other, "--url", "http://127.0.0.1:1/v1") == run(other, "--field", "x") == 2
     assert run(file, "--out", tmp_path) == 2
 
@@ -314,7 +343,9 @@ def test_the_page_holds_the_verdict_and_escapes_all_text(builtin, file, tmp_path
     out = tmp_path / "report.html"
     assert run(file, "--out", out) == 0
     text = out.read_text(encoding="utf-8")
-    assert "<h2>Rounding</h2>" in text and "<b>" not in text and "&lt;b&gt;rollouts.jsonl" in text
+    assert "<h2>Rounding</h2>" in text
+    assert "<b>" not in text
+    assert "&lt;b&gt;rollouts.jsonl" in text
     assert "http" not in text.replace("http-equiv", "")  # nothing comes from elsewhere
     found = qwen3np.audit(file, builtin)
     hostile = replace(found, fields={"ids": "</script><script>alert(1)</script>"})
@@ -327,4 +358,3 @@ def test_rollouts_beyond_the_context_are_refused(builtin):
         qwen3np.audit([{"prompt_ids": ids[:1], "ids": ids[1:], "logprobs": [-1.0] * 299}], builtin)
     with pytest.raises(ValueError, match="no rollout has a finite"):
         qwen3np.audit([{"prompt_ids": [1], "ids": [2], "logprobs": [None]}], builtin)
-

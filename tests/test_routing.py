@@ -11,7 +11,12 @@ from drawing import SMALL, SMALL_IDS, trained_like
 from qwen3np import Config, KVCache, forward
 
 CONFIG = replace(
-    Config(**SMALL), num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=(1,), num_hidden_layers=3
+    Config(**SMALL),
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    mlp_only_layers=(1,),
+    num_hidden_layers=3,
 )
 WEIGHTS, IDS = trained_like(CONFIG, 0), np.array([SMALL_IDS, SMALL_IDS[::-1]])
 

@@ -73,7 +73,7 @@ def is_large(config: Config) -> bool:
 
 
 def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
-    """Return the hypothesis of a model that differs when it runs token by token: tried on the start of a few answers."""
+    """Return the hypothesis of a model that differs token by token: it is tried on the start of a few answers."""
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
     steps, count = (STEPS // 4, 1) if is_large(variant.config) else (STEPS // 2, 2)
     few = [shortened(r, steps, variant.config) for r in rollouts[:count]]
@@ -145,8 +145,8 @@ def formats() -> dict[str, tuple[Short, Short | None]]:
     found["weights and inputs in fp8 (e4m3), a scale for each row and token"] = row, row
     found["weights in int8, a scale for each row"] = blocks(0, 8), None
     found["weights and inputs in int8, a scale for each row and token"] = blocks(0, 8), blocks(0, 8)
-    found["weights in 8 bits in groups of 32 (Q8_0)"] = _q8_0, None
-    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = _q8_0, blocks(32, 8)
+    found["weights in 8 bits in groups of 32 (Q8_0)"] = q8_0, None
+    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = q8_0, blocks(32, 8)
     for size in (64, 128):
         found[f"weights in 8 bits in groups of {size}"] = blocks(size, 8), None
     for size in (32, 64, 128):
@@ -157,7 +157,7 @@ def formats() -> dict[str, tuple[Short, Short | None]]:
     return found
 
 
-def _q8_0(w: Array) -> Array:
+def q8_0(w: Array) -> Array:
     """Keep 8 bits in blocks of 32, whose scales are rounded to float16 after the division; ties go to even."""
     parts = np.pad(w, [(0, 0), (0, -w.shape[1] % 32)]).reshape(len(w), -1, 32)
     scale = np.abs(parts).max(-1, keepdims=True) / np.float32(127)

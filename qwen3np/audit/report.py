@@ -67,7 +67,7 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """ "rounding" or "different"."""
+        """Whether it is "rounding" or "different"."""
         return self.judgement.verdict
 
     def as_json(self) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def _outside(d: Array, low: float, high: float) -> float:
 def divergences(d: Array) -> dict[str, float]:
     """Return estimates of KL from tokens that the engine drew, d = theirs - ours (Schulman, 2020).
 
-    With r = exp(-d), KL(theirs || ours) is the mean of k1 = d or of k3 = r - 1 + d, which is never negative; weighted by
-    r the same tokens estimate KL(ours || theirs): k1 = -r d, k3 = 1 - r - r d.
+    With r = exp(-d), KL(theirs || ours) is the mean of k1 = d or of k3 = r - 1 + d, which is never negative; weighted
+    by r the same tokens estimate KL(ours || theirs): k1 = -r d, k3 = 1 - r - r d.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         r = np.exp(np.clip(-d, None, 50))

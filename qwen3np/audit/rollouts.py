@@ -108,7 +108,8 @@ def read_rollouts(
 ) -> list[Rollout]:
     """Read a file of JSON lines, or with one JSON array or object; or such objects themselves.
 
-    With echoed, the prompts' log-probabilities are read as well where they are there. Raises ValueError, with the number of the line, for anything that cannot be used.
+    With echoed, the prompts' log-probabilities are read as well where they are there. Raises ValueError, with the
+    number of the line, for anything that cannot be used.
     """
     reader, found = _Reader(tokenizer, vocabulary, fields or Fields(), echoed), list[Rollout]()
     tokens = answers = width = 0
@@ -133,7 +134,9 @@ def read_rollouts(
 
 def _check_numbers(tokens: int, width: int, where: str = "") -> None:
     if tokens * width > NUMBERS:
-        raise ValueError(f"{where}{tokens:,} tokens with up to {width:,} log-probabilities each are too many; audit a part")
+        raise ValueError(
+            f"{where}{tokens:,} tokens with up to {width:,} log-probabilities each are too many; audit a part"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -187,7 +190,7 @@ class _Reader:
         entries, top = self._entries(of(row, "logprobs")), self._entries(of(row, "top"))
         if entries is None:
             raise ValueError(
-                f"no log-probabilities; known names: {', '.join(NAMES['logprobs'])} (--field logprobs=NAME names another)"
+                f"no log-probabilities; known names: {', '.join(NAMES['logprobs'])} (--field logprobs=NAME)"
             )
         messages = of(row, "messages")
         ids, prompt = of(row, "ids"), self._prompt(row, messages)
