@@ -1249,19 +1249,34 @@ GROUPS = [
         "audit/rollouts.py",
         "rollouts",
         {
-            "SGLang's pairs the other way": (
-                "return [(entry[1], _number(entry[0]))]",
-                "return [(entry[0], _number(entry[1]))]",
-            ),
-            "the prompt's numbers first": ("        return entries[-count:]\n", "        return entries[:count]\n"),
             "masked tokens count": ("rows = [r if k[0][1] else {}", "rows = [r if True else {}"),
             "padding in the prompt": ("if seen]", "if True]"),
             "no limit on tokens": ("            if tokens > TOKENS:\n", "            if False:\n"),
+        },
+    ),
+    (
+        "audit/forms.py",
+        "rollouts",
+        {
+            "SGLang's pairs the other way": (
+                "return [(entry[1], number(entry[0]))]",
+                "return [(entry[0], number(entry[1]))]",
+            ),
+            "the prompt's numbers first": ("        return entries[-count:]\n", "        return entries[:count]\n"),
             "impossible is a number": ("-math.inf if x <= IMPOSSIBLE else float(x)", "float(x)"),
             "digits are ids in texts": (
-                "return [(text, _number(x)) for text, x",
-                "return [(int(text), _number(x)) for text, x",
+                "return [(text, number(x)) for text, x",
+                "return [(int(text), number(x)) for text, x",
             ),
+        },
+    ),
+    (
+        "routing.py",
+        "routing",
+        {
+            "the router's choice is lost": ("np.where(given < 0, x, given)", "given"),
+            "twice is once": ("(twice | outside)", "outside"),
+            "edits come first": ("else edit(name, x)", "else edit(name, x * 0)"),
         },
     ),
     (

@@ -16,7 +16,7 @@ from qwen3np.audit.measure import Variant, experts_of, recorded_experts, sampled
 from qwen3np.audit.page import page
 from qwen3np.audit.processed import Settings
 from qwen3np.audit.report import divergences
-from qwen3np.audit.rollouts import Rollout, as_lines
+from qwen3np.audit.rollouts import Rollout
 from qwen3np.cli import main
 
 CONFIG = Config(**SMALL, max_position_embeddings=128)
@@ -49,8 +49,20 @@ def engine(model, *, config=None, weights=None, settings=None, rows=6, **options
     return found
 
 
+def written(rollouts):
+    """Return rollouts as the objects of JSON lines."""
+    found = []
+    for r in rollouts:
+        top = [
+            [list(p) for p in zip(i, x, strict=True)]
+            for i, x in zip(r.found.tolist(), r.logprobs.tolist(), strict=True)
+        ]
+        found.append({"prompt_ids": r.prompt, "ids": r.ids, "logprobs": r.logprobs[:, 0].tolist(), "top": top})
+    return found
+
+
 def audited(rollouts, model, **options):
-    return qwen3np.audit([json.loads(line) for line in as_lines(rollouts).splitlines()], model, **options)
+    return qwen3np.audit(written(rollouts), model, **options)
 
 
 def test_float32_is_rounding_and_needs_no_cause():
@@ -255,7 +267,7 @@ def test_the_engines_experts_are_replayed_and_their_share_is_told():
         logits = forward(model.weights, MOE, ids, numerics="float64", routed_experts=experts)[0, len(r.prompt) - 1 : -1]
         logp = logits - np.logaddexp.reduce(logits, -1)[:, None]
         found.append(replace(r, logprobs=np.take_along_axis(logp, r.found, -1), experts=experts[:-1]))
-    rows = [json.loads(line) for line in as_lines(found).splitlines()]
+    rows = written(found)
     rows = [row | {"routed_experts": r.experts.tolist()} for row, r in zip(rows, found, strict=True)]
     seen = qwen3np.audit(rows, model)
     assert seen.verdict == "rounding"

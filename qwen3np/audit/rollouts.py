@@ -6,16 +6,15 @@ are untrusted: every limit below is checked before a value is used.
 
 from __future__ import annotations
 
-import base64
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen3np.audit.forms import answers, by_text, experts_from, kind_of, listed, number, of_the_answer
 from qwen3np.errors import one_line
 from qwen3np.files.limits import parse_json
 from qwen3np.numerics import Array
@@ -25,7 +24,6 @@ LINE = 1 << 26  # bytes of one line
 TOKENS = 1 << 20  # of all rollouts, prompts included
 NUMBERS = 1 << 25  # log-probabilities, with as many at every position as at the fullest
 TOP = 1 << 8  # likeliest tokens at a position; a list of the whole vocabulary has its own form
-IMPOSSIBLE = -9000.0  # OpenAI-style servers write -9999 where a token is not among those they list
 
 # What each of our fields is called elsewhere; the first that is there counts.
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +51,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "mask": ("response_mask", "completion_mask", "loss_mask", "action_mask"),
     "routed_experts": ("routed_experts",),
 }
-WRAPPERS = ("body", "request", "response", "result", "meta_info", "outputs", "choices")  # lists: a rollout for each
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,8 @@ class _Reader:
     def rollouts(self, value: Any, where: str) -> Iterator[Rollout]:
         """Yield the rollouts of a JSON object: one, or one for each answer or row of a batch."""
         if not isinstance(value, dict):
-            raise ValueError(f"holds {_kind(value)} where an object is needed")
-        for row in _answers(value):
+            raise ValueError(f"holds {kind_of(value)} where an object is needed")
+        for row in answers(value):
             ids = self.fields.of(row, "ids")
             if isinstance(ids, list) and ids and isinstance(ids[0], list):
                 lists = {key: x for key, x in row.items() if isinstance(x, list) and len(x) == len(ids)}
@@ -207,10 +204,13 @@ class _Reader:
         if len(ids) > len(prompt) > 0 and ids[: len(prompt)] == prompt and len(entries) != len(ids):
             ids = ids[len(prompt) :]  # prompt and answer together
         count, whole = len(ids), len(ids) + len(prompt)
-        entries, top = _last(entries, count, whole, "log-probabilities"), _last(top or [], count, whole, "top")
+        entries, top = (
+            of_the_answer(entries, count, whole, "log-probabilities"),
+            of_the_answer(top or [], count, whole, "top"),
+        )
         rows = [self._row(i, x, y) for i, x, y in zip(ids, entries, top or [[]] * count, strict=True)]
         if (mask := of(row, "mask")) is not None:
-            kept = _last([[(None, float(x))] for x in mask], count, whole, "mask")
+            kept = of_the_answer([[(None, float(x))] for x in mask], count, whole, "mask")
             rows = [r if k[0][1] else {} for r, k in zip(rows, kept, strict=True)]
         width = max([1, *map(len, rows)])
         _check_numbers(count, width)
@@ -218,7 +218,7 @@ class _Reader:
         for n, (token, r) in enumerate(zip(ids, rows, strict=True)):
             here = {token: r.get(token, math.nan)} | r
             found[n, : len(here)], logprobs[n, : len(here)] = list(here), list(here.values())
-        return Rollout(prompt, ids, found, logprobs, where, messages, _experts(of(row, "routed_experts")))
+        return Rollout(prompt, ids, found, logprobs, where, messages, experts_from(of(row, "routed_experts")))
 
     def _prompt(self, row: Mapping[str, Any], messages: Any) -> list[int]:
         ids, text = self.fields.of(row, "prompt_ids"), self.fields.of(row, "prompt")
@@ -243,7 +243,7 @@ class _Reader:
     def _ids(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not ids:
             raise ValueError(
-                f"the ids of {what} are {_kind(ids)}, not a list of ids" if ids != [] else f"{what} is empty"
+                f"the ids of {what} are {kind_of(ids)}, not a list of ids" if ids != [] else f"{what} is empty"
             )
         if len(ids) > TOKENS:
             raise ValueError(f"{what} has {len(ids):,} ids; at most {TOKENS:,} are read")
@@ -275,15 +275,15 @@ class _Reader:
                 tokens, top = (value.get(key) or [None] * len(numbers) for key in ("token_ids", "top_logprobs"))
                 if not value.get("token_ids") and value.get("tokens"):
                     tokens = value["tokens"]
-                return [[(t, _number(x)), *_by_text(y)] for t, x, y in zip(tokens, numbers, top, strict=True)]
+                return [[(t, number(x)), *by_text(y)] for t, x, y in zip(tokens, numbers, top, strict=True)]
             value = content
         if value is None:
             return None
         if not isinstance(value, list):
-            raise ValueError(f"log-probabilities are {_kind(value)}, not a list")
+            raise ValueError(f"log-probabilities are {kind_of(value)}, not a list")
         if len(value) > TOKENS:
             raise ValueError(f"{len(value):,} log-probabilities; at most {TOKENS:,} are read")
-        return [_listed(x) for x in value]
+        return [listed(x) for x in value]
 
     def _row(self, token: int, entry: list[tuple[Any, float]], top: list[tuple[Any, float]]) -> dict[int, float]:
         """Return the log-probability of each id at one position."""
@@ -302,97 +302,3 @@ class _Reader:
                 raise ValueError(f"a log-probability of id {i}, which the vocabulary does not have")
             found.setdefault(i, x)
         return found
-
-
-def _answers(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield flat objects: what wrappers hold is merged into what is around them, for each element of a list."""
-    rows = [{key: x for key, x in value.items() if key not in WRAPPERS}]
-    for key in WRAPPERS:
-        inner = value.get(key)
-        if isinstance(inner, dict):
-            inner = [inner]
-        if isinstance(inner, list) and inner and all(isinstance(x, dict) for x in inner):
-            rows = [row | own for row in rows for one in inner for own in _answers(one)]
-    yield from rows
-
-
-def _by_text(top: Any) -> list[tuple[Any, float]]:
-    """Return the pairs of an object whose keys are the texts of tokens, perhaps digits."""
-    if not isinstance(top, dict | type(None)):
-        raise ValueError(f"top_logprobs has {_kind(top)} at a position, not an object")
-    return [(text, _number(x)) for text, x in (top or {}).items()]
-
-
-def _listed(entry: Any) -> list[tuple[Any, float]]:
-    """Return the (token, log-probability) pairs that one position holds, in any of the forms."""
-    if entry is None:
-        return [(None, math.nan)]
-    if isinstance(entry, int | float):
-        return [(None, _number(entry))]
-    if isinstance(entry, dict):
-        if "logprob" in entry or "prob" in entry:
-            token = next((entry[k] for k in ("id", "bytes", "token") if entry.get(k) is not None), None)
-            x = entry["logprob"] if "logprob" in entry else math.log(max(float(entry["prob"]), 5e-324))
-            more = entry.get("top_logprobs") or entry.get("top_probs") or []
-            return [(token, _number(x)), *(pair for one in more for pair in _listed(one))]
-        pairs = [(k, x["logprob"] if isinstance(x, dict) else x) for k, x in entry.items()]
-        return [(int(k) if k.isdecimal() and len(k) < 20 else k, _number(x)) for k, x in pairs]  # vLLM: {id: {...}}
-    if isinstance(entry, list):
-        if len(entry) == 3 and isinstance(entry[1], int) and (entry[0] is None or isinstance(entry[0], float)):
-            return [(entry[1], _number(entry[0]))]  # SGLang: log-probability, id, text
-        if len(entry) == 2 and isinstance(entry[0], int) and isinstance(entry[1], float):
-            return [(entry[0], entry[1])]
-        return [pair for one in entry for pair in _listed(one)]
-    raise ValueError(f"a log-probability is {_kind(entry)}")
-
-
-def _experts(value: Any) -> Array | None:
-    """Return recorded experts: lists (positions, layers, k), or SGLang's bytes of int32 in base64."""
-    if value is None:
-        return None
-    found = np.frombuffer(base64.b64decode(value, validate=True), "<i4") if isinstance(value, str) else np.array(value)
-    if found.dtype.kind not in "iu" or found.ndim not in (1, 3):
-        raise ValueError("routed_experts: not whole numbers of shape (positions, layers, experts per token)")
-    return found
-
-
-def _number(x: Any) -> float:
-    if x is None:
-        return math.nan
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        raise ValueError(f"a log-probability is {_kind(x)}")
-    return -math.inf if x <= IMPOSSIBLE else float(x)
-
-
-def _last(entries: Sequence[Any], count: int, whole: int, what: str) -> Sequence[Any]:
-    """Return the entries of the answer: all, or those after the prompt."""
-    if not entries or len(entries) == count:
-        return entries
-    if len(entries) in (whole, whole - 1):
-        return entries[-count:]
-    raise ValueError(f"{len(entries)} {what} for {count} ids of the answer")
-
-
-def _kind(x: Any) -> str:
-    names: Iterable[tuple[type | tuple[type, ...], str]] = (
-        (type(None), "nothing"),
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "a text"),
-        (list, "a list"),
-        (dict, "an object"),
-    )
-    return next(name for kind, name in names if isinstance(x, kind))
-
-
-def as_lines(rollouts: Sequence[Rollout]) -> str:
-    """Return rollouts as JSON lines that read_rollouts reads."""
-
-    def row(r: Rollout) -> dict[str, Any]:
-        top = [
-            [[int(i), float(x)] for i, x in zip(some, xs, strict=True) if i >= 0 and not math.isnan(x)]
-            for some, xs in zip(r.found, r.logprobs, strict=True)
-        ]
-        return {"prompt_ids": r.prompt, "ids": r.ids, "logprobs": r.logprobs[:, 0].tolist(), "top": top}
-
-    return "".join(json.dumps(row(r)) + "\n" for r in rollouts)
