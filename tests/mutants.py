@@ -1193,7 +1193,7 @@ GROUPS = [
     ),
     (
         "audit/damage_kinds.py",
-        "damage",
+        "damage_kinds",
         {
             "routers quantised": ("if w.ndim == 2 and not is_router(name)", "if w.ndim == 2"),
             "zero point of int8": ("np.full((1, out), 128, np.uint8)", "np.full((1, out), 127, np.uint8)"),
