@@ -250,6 +250,10 @@ def test_samples_are_spread_and_cut():
     few = sampled(rollouts, huge)
     assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 96 + PROMPT + NEW
     assert all(len(r.logprobs) == len(r.found) == len(r.ids) for r in few)
+    masked = replace(rollouts[0], logprobs=np.where(np.arange(NEW)[:, None] < NEW - 1, np.nan, rollouts[0].logprobs))
+    unknown = replace(rollouts[0], logprobs=np.full_like(rollouts[0].logprobs, np.nan))
+    [one] = sampled([unknown, masked, unknown], huge)
+    assert np.isfinite(one.logprobs[-1]).all()
     assert sampled([replace(r, prompt=r.prompt * 20) for r in rollouts], huge)[0].prompt == rollouts[0].prompt * 20
 
 

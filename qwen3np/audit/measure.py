@@ -140,12 +140,14 @@ def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
 
     For a large model it is only the start of the answer to the shortest prompt.
     """
+    rollouts = [r for r in rollouts if np.isfinite(r.logprobs).any()]
     room = int(np.clip(WORK / count_parameters(config)["active"], FEWEST, MOST))
     count = int(len(rollouts) * min(1, room / sum(len(r.prompt) + len(r.ids) for r in rollouts)))
     places = np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist()
     found = list[Rollout]()
     for r in [rollouts[n] for n in places] or [min(rollouts, key=lambda r: len(r.prompt))]:
-        keep = min(len(r.ids), max(room - len(r.prompt), SHORTEST))
+        known = np.flatnonzero(np.isfinite(r.logprobs).any(-1))
+        keep = min(len(r.ids), max(room - len(r.prompt), int(known[:SHORTEST][-1]) + 1))
         found.append(shortened(r, keep, config))
         room -= len(r.prompt) + keep
         if room < SHORTEST:
