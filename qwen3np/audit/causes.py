@@ -29,6 +29,7 @@ APART = 6.0  # nats of evidence between two causes
 LIKE = 4.0  # standard deviations of the correlation with our own rounding
 LEADERS = 4  # causes for which rounding is measured anew, as it is with them
 AMPLIFIED = 1.5  # how many times that rounding may be left
+FINEST = 0.4  # of the floor of int8 weights: what no format of at most 8 bits is below
 NEAR = 0.2  # a cause that explains less is not worth a line
 SHOWN = 3
 FEWEST = 5  # tokens below which nothing is sure
@@ -187,16 +188,17 @@ class Court:
         self, tokenizer: Tokenizer | None, others: Mapping[str, Any], view: View
     ) -> Iterator[Iterable[Hypothesis]]:
         """Yield the hypotheses, kind by kind, the cheapest first."""
-        right, rollouts = self.right, self.rollouts
+        right, rollouts, distance = self.right, self.rollouts, size(away(self.theirs, self.base))
         if view is plain_view:
             yield h.shifts(right, rollouts, self.states)
             yield h.units(self.base)
         yield h.checkpoints(right, rollouts, others)
         yield h.prompts(right, rollouts, right.config, tokenizer)
         yield h.bugs(right, rollouts)
-        yield h.quantised(right, rollouts)
-        yield h.settings(right, rollouts, self.rests(size(away(self.theirs, self.base)), len(self.base)) is None)
-        yield h.fits(right, rollouts, self.theirs, view)
+        if distance > FINEST * self.floors["int8 weights"]:
+            yield h.quantised(right, rollouts)
+        yield h.settings(right, rollouts, self.rests(distance, len(self.base)) is None)
+        yield h.fits(right, rollouts, self.theirs, self.base, view)
 
     def search(self, tokenizer: Tokenizer | None, others: Mapping[str, Any], progress: Callable[[int], object]) -> None:
         """Hear all hypotheses, until one explains everything down to float32; first under the settings that fit."""
@@ -271,7 +273,8 @@ def judged(
         rest, distance = own, chosen
         court.theirs[:, 1:] = np.nan
         notes.append("the chosen tokens agree, the other ids do not: they are read wrongly, or belong elsewhere")
-    if rest != "float32":
+    patterned = rest is not None and court.likeness(rest) * math.sqrt(tokens) > LIKE
+    if rest != "float32" and not (patterned and h.is_large(config)):  # few tokens show nothing below rounding
         court.search(tokenizer, others, progress)
         court.amplify()
     found = [t for t in sorted(court.trials, key=lambda t: t.left / t.before) if court.explains(t)]
@@ -291,8 +294,7 @@ def judged(
         meaning += f"; what is left is {court.remainder(found[0])}"
         return replace(result, verdict=max(verdicts), meaning=meaning, causes=[cause], sure=len(verdicts) == 1)
     if rest is not None:
-        likeness = court.likeness(rest)
-        alike = rest == "float32" or likeness * math.sqrt(tokens) > LIKE
+        likeness, alike = court.likeness(rest), rest == "float32" or patterned
         meaning = f"{distance:.2g} nats is what rounding of {rest} makes of these tokens ({court.floors[rest]:.2g})"
         if rest != "float32":
             meaning += f", and {'with' if alike else 'without'} its pattern (correlation {likeness:.2f})"

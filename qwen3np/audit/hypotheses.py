@@ -26,7 +26,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING, QUANTISED, CACHE, BUG = "rounding", "quantised weights", "KV cache", "bug"
 IDS, SHIFT, PROCESSED, CHECKPOINT, ROUTING = "other ids", "shifted", "processed", "another checkpoint", "routing"
 STEPPED = ("attention: causal mask", "attention: a position does not see itself")  # see more in one pass than in steps
-STEPS = 32  # tokens that run one by one, of at most two answers; in large models STEPS // 4
+STEPS = 32  # tokens that run one by one, of at most two answers; in large models STEPS // 8
 LARGE = 1e8  # parameters: of larger models fewer formats are tried
 
 
@@ -75,7 +75,7 @@ def is_large(config: Config) -> bool:
 def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
     """Return the hypothesis of a model that differs token by token: it is tried on the start of a few answers."""
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
-    steps, count = (STEPS // 4, 1) if is_large(variant.config) else (STEPS // 2, 2)
+    steps, count = (STEPS // 8, 1) if is_large(variant.config) else (STEPS // 2, 2)
     few = [shortened(r, steps, variant.config) for r in rollouts[:count]]
 
     def predict(view: View) -> Array:
@@ -102,7 +102,9 @@ def settings(right: Variant, rollouts: Sequence[Rollout], rounds: bool) -> Itera
         if kind == ROUNDING and not rounds:
             continue
         yield as_run(setting.name, kind, setting.look, replace(right, table=setting.planted(right.table)), rollouts)
-        if kind == CACHE:  # the prompt often attends to keys and values that are not shortened yet
+        if kind == CACHE and not is_large(
+            right.config
+        ):  # the prompt often attends to keys and values that are not shortened yet
             late = replace(right, table=replace(setting, decode=True).planted(right.table))
             yield _in_steps(setting.name, kind, setting.look, late, rollouts)
 
@@ -125,9 +127,7 @@ def quantised(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesi
 
 COMMON = (  # formats that are tried on large models, in the layers alone
     "weights in fp8 (e4m3), a scale",
-    "weights and inputs in fp8 (e4m3), a scale for each row",
     "weights in int8",
-    "weights and inputs in int8",
     "weights in 8 bits in groups of 32",
     "weights in 4 bits in groups of 128",
 )
@@ -204,7 +204,7 @@ def checkpoints(
 # --- a number that is fitted ------------------------------------------------------------------------------------------
 
 
-def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, view: View) -> Iterator[Hypothesis]:
+def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array, view: View) -> Iterator[Hypothesis]:
     """Yield rope_theta and rms_norm_eps as the numbers fit them best (Gauss-Newton in their logarithm)."""
     for family in FAMILIES:
         for pattern in family.patterns[:1]:
@@ -219,7 +219,11 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, view: View)
             starts = family.starts(right.config)
             if family.key == "rope_theta":
                 starts = sorted({*starts, 5e4, 2e5, 3e5, 2e6, 3e6, 2e7, 1e8} - {right.config.rope_theta})
+            if is_large(right.config):
+                starts = starts[::2]
             least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
+            if not least < error(base):
+                continue
             for _ in range(6):
                 h = 1e-3
                 slope = (run(value * float(np.exp(h))) - at) / h
