@@ -137,7 +137,7 @@ def _measured(rollouts: Sequence[Rollout], seen: Forced, judgement: Judgement, f
         kl=divergences(e),
         positions=_groups(at[:, 1], e, edges),
         entropies=_groups(entropy, e, ENTROPIES),
-        worst=[_worst(rollouts, seen, here[i], d) for i in np.argsort(-np.abs(e), kind="stable")[:WORST]],
+        worst=[_worst(rollouts, seen, int(here[i]), d) for i in np.argsort(-np.abs(e), kind="stable")[:WORST]],
         differences=e.tolist(),
         fields=dict(fields),
     )

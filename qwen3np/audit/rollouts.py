@@ -233,7 +233,9 @@ class _Reader:
         if messages is None and not isinstance(text, str):
             raise ValueError(f"no prompt; known names: {', '.join((*NAMES['prompt_ids'], 'messages', 'prompt'))}")
         tokenizer = self._tokenizer("the prompt is a text")
-        return tokenizer.encode(text) if messages is None else tokenizer.apply_chat_template(messages, tokenize=True)
+        if messages is None:
+            return tokenizer.encode(str(text))
+        return tokenizer.apply_chat_template(messages, tokenize=True)
 
     def _tokenizer(self, why: str) -> Tokenizer:
         if self.tokenizer is None:
