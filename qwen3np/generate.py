@@ -51,13 +51,14 @@ class _Answer:
 
     def guess(self, settings: dict[str, Any]) -> None:
         """Guess at the next ids; what chooses among a draft's logits has the random numbers that they will have."""
+        if self.drafts is None:
+            return
         rng = deepcopy(self.rng)
 
         def choose(logits: Array, guesses: list[int]) -> int:
             return sample(logits, settings, rng, [*self.ids[: self.end], *guesses], len(self.new) + len(guesses))
 
-        if self.drafts is not None:
-            self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)
+        self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)
 
 
 class Step(NamedTuple):
