@@ -80,7 +80,7 @@ def truth(model: Model, kind: str, ids: list[int], window: int, ranked: int | No
     )
     rows: list[list[str]] = []
     for level in ("parts", "layers", "kinds"):
-        for figure in ("share", "alone", "saved"):
+        for figure in ("alone", "saved", "share"):
             ours, theirs = (_figures(one, level, figure) for one in (found, whole))
             best, true = (sorted(one, key=lambda name: -one[name])[:TOP] for one in (ours, theirs))
             ranks = [np.argsort(np.argsort([one[name] for name in theirs])) for one in (ours, theirs)]

@@ -1227,7 +1227,7 @@ GROUPS = [
             "saved is what is left": ("saved = kl - left_out[part.tensors]", "saved = left_out[part.tensors]"),
             "share without what is saved": ("(alone[part.tensors] + saved) / 2 / kl", "alone[part.tensors] / kl"),
             "moved scales unnoticed": ("moved = _error(", "moved = 0 * _error("),
-            "worth without bytes": ("key=lambda part: -part.share / part.extra", "key=lambda part: -part.share"),
+            "worth without bytes": ("key=lambda part: -part.alone / part.extra", "key=lambda part: -part.alone"),
             "budget never spent": ("left -= part.extra", "left -= 0"),
             "each expert a part": ('".experts.*.", name)', '".experts.0.", name)'),
         },

@@ -119,8 +119,8 @@ def test_parts_layers_and_kinds_are_the_exhaustive_truth(case):
         assert part.saved == pytest.approx(kl - left_out, rel=1e-3, abs=2e-4 * kl), part.name
         assert part.share == pytest.approx((part.alone + part.saved) / 2 / sources.kl), part.name
     for parts in (sources.parts, sources.layers, sources.kinds):
-        shares = [part.share for part in parts]
-        assert shares == sorted(shares, reverse=True)
+        alone = [part.alone for part in parts]
+        assert alone == sorted(alone, reverse=True)
 
 
 def test_mixes(case):
@@ -139,13 +139,13 @@ def test_mixes(case):
         assert part.weight_error == pytest.approx(np.sqrt(sum(error[::2]) / sum(error[1::2])), rel=1e-4)
     first, *mixes = found.sources.curve
     assert (first.kept, first.nbytes, first.kl) == ((), found.nbytes, found.sources.kl)
-    worth = [part for part in parts.values() if part.share > 0]
+    worth = list(parts.values())
     for mix, budget in zip(mixes[-3:], (0.7, 0.8, 0.9), strict=True):
         tensors = {name for part in mix.kept for name in parts[part].tensors}
         used, limit = sum(parts[name].extra for name in mix.kept), budget * sum(part.extra for part in worth)
         assert used <= limit
         assert all(part.extra > limit - used for part in worth if part.name not in mix.kept)
-        assert max(worth, key=lambda part: part.share / part.extra).name in mix.kept
+        assert max(worth, key=lambda part: part.alone / part.extra).name in mix.kept
         assert mix.nbytes == found.nbytes + used
         assert mix.bits / found.bits == pytest.approx(mix.nbytes / found.nbytes)
         assert mix.kl == pytest.approx(

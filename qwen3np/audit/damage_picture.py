@@ -1,4 +1,4 @@
-"""A picture of the damage: shares by kind, shares by layer and kind, and the curve of KL against size."""
+"""A picture of the damage: by kind, by layer and kind, and the curve of KL against size."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def draw(damage: Damage, path: Path) -> None:
     figure = figure_class(figsize=(13, 4.5), layout="constrained")
     kinds, places, curve = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.3))
 
-    names, shares = zip(*[(part.name, 100 * part.share) for part in reversed(sources.kinds)], strict=True)
-    kinds.barh(names, shares)
-    kinds.set(title="by kind", xlabel="share of the KL (%)")
+    names, alone = zip(*[(part.name, part.alone) for part in reversed(sources.kinds)], strict=True)
+    kinds.barh(names, alone)
+    kinds.set(title="by kind", xlabel="KL if quantised alone (nats)")
 
     columns, grid = _grid(sources)
-    image = places.imshow(100 * grid, aspect="auto", cmap="Reds", vmin=0)
+    image = places.imshow(grid, aspect="auto", cmap="Reds", vmin=0)
     places.set(title="by layer and kind", ylabel="layer", xticks=range(len(columns)), xticklabels=columns)
     places.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=places, label="share of the KL (%)")
+    figure.colorbar(image, ax=places, label="KL if quantised alone (nats)")
 
     curve.plot([mix.bits for mix in sources.curve], [mix.kl for mix in sources.curve], marker="o", markersize=4)
     curve.set(title="mixes of both models", xlabel="bits per weight", ylabel="mean KL (nats)", ylim=(0, None))
@@ -53,10 +53,10 @@ def draw(damage: Damage, path: Path) -> None:
 
 
 def _grid(sources: Sources) -> tuple[list[str], Any]:
-    """Return the kinds inside layers, and the shares (layers, kinds), NaN where there is no such part."""
+    """Return the kinds inside layers, and their KL alone (layers, kinds), NaN where there is no such part."""
     inside = [part for part in sources.parts if part.layer is not None]
     columns = [kind for kind in KINDS if kind in {part.kind for part in inside}]
     grid = np.full((1 + max((part.layer or 0 for part in inside), default=0), len(columns)), np.nan)
     for part in inside:
-        grid[part.layer, columns.index(part.kind)] = part.share
+        grid[part.layer, columns.index(part.kind)] = part.alone
     return columns, grid

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the totals, the parts by their share, and the curve."""
+    """Print the totals, the parts that do most damage, and the curve."""
     compares = arguments.model is not None or arguments.what_if or arguments.kv
     if arguments.model is not None and arguments.what_if:
         raise ValueError("both --model and --what-if are given; use one of them")
@@ -102,7 +102,7 @@ def _totals(found: Damage) -> str:
 
 
 def _sources(sources: Sources, found: Damage) -> str:
-    """Return the parts, kinds and layers with the largest shares, and the curve."""
+    """Return the parts, kinds and layers that do most damage alone, and the curve."""
     lines = [
         f"Where it comes from, measured on {found.ranked} of {found.windows} windows, {sources.tokens:,} predictions,",
         f"where the KL of the model is {sources.kl:.6f}",
@@ -120,7 +120,7 @@ def _sources(sources: Sources, found: Damage) -> str:
         "is as in the reference. share: the mean of both over the KL; those of all parts",
         f"add up to {whole:.0%}. extra: what it takes to keep this as in the reference.",
         "",
-        "Mixes, in which the parts that save most for their bytes are as in the reference",
+        "Mixes, in which the worst parts for their bytes are as in the reference",
         f"{'bits':>6}{'MB':>10}{'KL':>11}  parts",
     ]
     by_name = {part.name: part.kind for part in sources.parts}
