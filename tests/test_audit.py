@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,6 +367,17 @@ def test_the_page_holds_the_verdict_and_escapes_all_text(builtin, file, tmp_path
     found = qwen3np.audit(file, builtin)
     hostile = replace(found, fields={"ids": "</script><script>alert(1)</script>"})
     assert "<script>alert" not in page(hostile, builtin, "<img src=x>")
+
+
+@pytest.mark.slow
+def test_the_guides_example_is_real(tmp_path, monkeypatch, capsys):
+    guide = (Path(qwen3np.__file__).parent / "audit" / "README.md").read_text(encoding="utf-8")
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert run("rollouts.jsonl") == 1
+    said = guide.partition("$ qwen3np audit rollouts.jsonl\n")[2].splitlines()[:2]
+    assert capsys.readouterr().out.splitlines()[:2] == [line.strip() for line in said]
 
 
 def test_rollouts_beyond_the_context_are_refused(builtin):
