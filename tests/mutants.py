@@ -1159,6 +1159,23 @@ GROUPS = [
             "one scratch for all threads": ("class _Scratch(threading.local):", "class _Scratch:"),
         },
     ),
+    (
+        "serve/page.py",
+        "serve_page",
+        {
+            "any inline script": ("script-src {_hash(script)}", "script-src 'unsafe-inline'"),
+            "any server may be asked": ("connect-src 'self'", "connect-src *"),
+            "shown inside other pages": ("frame-ancestors 'none'", "frame-ancestors *"),
+            "strings may become HTML": ("require-trusted-types-for 'script'; ", ""),
+            "hash of another text": ("hashlib.sha256(text.encode())", "hashlib.sha256(text.strip().encode())"),
+            "no style": ('f"<style>{style}</style>"', '"<style></style>"'),
+            "types are guessed": (', "X-Content-Type-Options": "nosniff"', ""),
+            "defaults under other names": ("{theirs: defaults[ours]", "{ours: defaults[ours]"),
+            "the limit of tokens forgotten": ('{"max_tokens": "max_new_tokens", **SETTINGS}', "SETTINGS"),
+            "biases among the defaults": ("isinstance(defaults.get(ours), (int, float))", "ours in defaults"),
+            "every template can think": ('"enable_thinking" in (service.tokenizer.chat_template or "")', "True"),
+        },
+    ),
 ]
 
 
