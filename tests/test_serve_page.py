@@ -306,7 +306,7 @@ def test_thoughts_are_folded_and_markdown_is_drawn(opened):
     ask(browser, "Add.")
     assert browser.execute_script("return document.querySelector('.assistant details').open") is False
     assert re.fullmatch(r"Thoughts: \d+ tokens", text(browser, ".assistant summary"))
-    assert said(browser)[1].split("\n\n")[0] == "Seven plus five is twelve: 7 + 5."
+    assert said(browser)[1].startswith("Seven plus five is twelve: 7 + 5.\n")
     assert [text(browser, f"article > .text {tag}") for tag in ("b", "code", "pre")] == ["twelve", "7 + 5", "7 + 5\n"]
     browser.find_element("css selector", ".assistant summary").click()
     assert text(browser, ".assistant details .text") == THOUGHTS
@@ -333,9 +333,10 @@ def test_the_pointer_and_arrow_keys_show_probabilities(opened, server, model):
     assert [span.text for span in spans] == [model.text.decode([i]) for i in answer]
     tints = browser.execute_script("return arguments[0].map((span) => +span.style.getPropertyValue('--s'))", spans)
     np.testing.assert_allclose(tints, 1 - truth[range(len(answer)), answer], atol=1e-5)
+    tip = "return [...document.querySelectorAll('#tip tr')].map((row) => [...row.cells].map((cell) => cell.innerText))"
     for n in (0, 3, len(answer) - 1):
         ActionChains(browser).move_to_element(spans[n]).perform()
-        rows = [row.split("\t") for row in text(browser, "#tip").splitlines()]
+        rows = browser.execute_script(tip)
         best = np.argsort(-truth[n])[:5]
         assert [row[0] for row in rows] == [model.text.decode([i]).replace(" ", "␣") for i in best]
         shares = [float(row[1].strip("<> %")) for row in rows]

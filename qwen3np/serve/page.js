@@ -209,6 +209,7 @@ function element(message) {
   const upTo = () => messages.slice(0, messages.indexOf(message) + 1);
   const actions = {
     Copy: async () => {
+      if (!navigator.clipboard) return; // browsers have one at https and localhost only
       await navigator.clipboard.writeText(said(message, false));
       $("status").textContent = "Copied";
     },
@@ -217,7 +218,7 @@ function element(message) {
     Continue: () => answer(upTo()),
   };
   const buttons = Object.entries(actions).map(([name, onclick]) => make("button", { type: "button", onclick }, name));
-  buttons[0].hidden = !navigator.clipboard; // browsers have one at https and localhost only
+  buttons[0].hidden = !navigator.clipboard;
   const article = make("article", { tabIndex: -1, className: message.role, ariaLabel: user ? "Your message" : "Answer" });
   article.append(make("h2", {}, user ? "You" : "Model"), details, text, make("div", { className: "actions" }, ...buttons, note));
   article.onkeydown = (event) => {
@@ -250,9 +251,8 @@ function element(message) {
 /** Show pieces: token by token, or with light Markdown. */
 function fill(place, pieces) {
   const byToken = $("probabilities").checked && pieces.some((piece) => piece.tokens.length);
-  place.tabIndex = byToken ? 0 : -1;
-  place.role = byToken ? "group" : null;
-  place.ariaLabel = byToken ? "The tokens; arrow keys go through them" : null;
+  if (byToken) Object.assign(place, { tabIndex: 0, role: "group", ariaLabel: "The tokens; arrow keys go through them" });
+  else for (const name of ["tabindex", "role", "aria-label"]) place.removeAttribute(name);
   if (!byToken) return place.replaceChildren(...marked(pieces.map((piece) => piece.text).join("")));
   if (!origins.has(place.firstElementChild)) place.replaceChildren();
   for (const { text, tokens } of pieces.slice(place.childElementCount)) {
