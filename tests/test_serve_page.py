@@ -545,7 +545,9 @@ def test_a_phone_scrolls_one_way(opened):
     browser = opened(width=390, height=844)
     width = "return [document.documentElement.scrollWidth, $('log').scrollWidth, $('log').clientWidth]"
     assert browser.execute_script(width) == [390, 390, 390]
-    ask(browser, "Add. " + "x" * 300)
+    change(browser, max_tokens=1)
+    ask(browser, "x" * 100)
+    browser.execute_script("$('reset').click()")
     ask(browser, "Add.")
     switch(browser, "probabilities", True)
     browser.execute_script("const all = document.querySelectorAll('.text span'); showTip(all[all.length - 3])")
