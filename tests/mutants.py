@@ -1332,6 +1332,23 @@ GROUPS = [
             "the least different first": ("np.argsort(-np.abs(e)", "np.argsort(np.abs(e)"),
         },
     ),
+    (
+        "serve/page.py",
+        "serve_page",
+        {
+            "any inline script": ("script-src {_hash(script)}", "script-src 'unsafe-inline'"),
+            "any server may be asked": ("connect-src 'self'", "connect-src *"),
+            "shown inside other pages": ("frame-ancestors 'none'", "frame-ancestors *"),
+            "strings may become HTML": ("require-trusted-types-for 'script'; ", ""),
+            "hash of another text": ("hashlib.sha256(text.encode())", "hashlib.sha256(text.strip().encode())"),
+            "no style": ('f"<style>{style}</style>"', '"<style></style>"'),
+            "types are guessed": (', "X-Content-Type-Options": "nosniff"', ""),
+            "defaults under other names": ("{theirs: defaults[ours]", "{ours: defaults[ours]"),
+            "the limit of tokens forgotten": ('{"max_tokens": "max_new_tokens", **SETTINGS}', "SETTINGS"),
+            "biases among the defaults": ("isinstance(defaults.get(ours), (int, float))", "ours in defaults"),
+            "every template can think": ('"enable_thinking" in (service.tokenizer.chat_template or "")', "True"),
+        },
+    ),
 ]
 
 

@@ -14,10 +14,10 @@ import uvicorn
 import qwen3np
 from qwen3np.serve import fields
 from qwen3np.serve.app import application
-from qwen3np.serve.scheduler import Scheduler
+from qwen3np.serve.scheduler import Busy, Scheduler
 from qwen3np.serve.service import Service
 
-__all__ = ["client", "fields", "http", "httpx", "llguidance", "openai", "serve"]
+__all__ = ["Busy", "client", "fields", "http", "httpx", "llguidance", "openai", "serve"]
 
 http = httpx.Client(timeout=60)
 

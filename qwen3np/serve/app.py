@@ -29,10 +29,11 @@ from qwen3np.serve import fields as f
 from qwen3np.serve.chats import chat, prompt_text
 from qwen3np.serve.completions import complete
 from qwen3np.serve.fields import BadRequest, parsed
+from qwen3np.serve.page import describe, page
 from qwen3np.serve.scheduler import Busy
 from qwen3np.serve.service import Gone, Service, failure, reply, unless_gone
 
-_OPEN = ("/health",)  # needs no key
+_OPEN = ("/health", "/")  # need no key
 _PATIENCE = 60  # seconds in which a body must arrive
 
 
@@ -53,7 +54,7 @@ def application(service: Service, *, key: str | None = None, hosts: Collection[s
         "/tokenize": (_tokenize, f.TOKENIZE),
         "/detokenize": (_detokenize, f.DETOKENIZE),
     }
-    gets: dict[str, Any] = {"/v1/models": _models, "/v1/models/{name:path}": _models, "/health": _health}
+    gets: dict[str, Any] = {"/": page, "/v1/models": _models, "/v1/models/{name:path}": _models, "/health": _health}
     routes = [
         Route(path, partial(door.post, answer, rules), methods=["POST"]) for path, (answer, rules) in posts.items()
     ]
@@ -150,7 +151,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 async def _models(service: Service, request: Request) -> Response:
     model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "qwen3np"}
-    model["max_model_len"] = service.model.config.max_position_embeddings
+    model |= {"max_model_len": service.model.config.max_position_embeddings, **describe(service)}
     if "name" not in request.path_params:
         return reply({"object": "list", "data": [model]})
     if request.path_params["name"] != service.name:
