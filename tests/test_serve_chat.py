@@ -57,6 +57,8 @@ PIECES = st.sampled_from(
         "</tool_call>",
         "\n",
         '{"name": "f", "arguments": {"a": 1}}',
+        '{"name": "f", "arguments": {"a": {}, "b": "}\\""',
+        "}",
         "<to",
         "x",
         " ",
@@ -73,11 +75,14 @@ def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, too
     from qwen3np.serve.calls import Parts
 
     def split(pieces):
-        parts, found = Parts(inside, tools), {"reasoning_content": "", "content": "", "call": []}
+        parts, found = Parts(inside, tools), []
         for n, piece in enumerate(pieces):
-            for delta in parts.add(piece, last=n == len(pieces) - 1):
-                for name, value in delta.items():
-                    found[name] += [value] if name == "call" else value
+            for part in parts.add(piece, last=n == len(pieces) - 1):
+                ((name, value),) = part.items()
+                if found and found[-1][0] == name != "call":
+                    found[-1][1] += value
+                else:
+                    found.append([name, value])
         return found
 
     cuts = sorted(cuts)
@@ -104,7 +109,9 @@ def test_parts_are_those_of_the_conversation(text):
     content, calls = tool_calls(rest)
     assert "".join(part.get("reasoning_content", "") for part in found) == (reasoning or "")
     assert "".join(part.get("content", "") for part in found) == content
-    assert [part["call"] for part in found if "call" in part] == [call["function"] for call in calls]
+    assert [part["call"] for part in found if "call" in part] == [call["function"]["name"] for call in calls]
+    arguments = [json.loads(part["arguments"]) for part in found if "arguments" in part]
+    assert arguments == [call["function"]["arguments"] for call in calls]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "negate"}}])
@@ -116,8 +123,11 @@ def test_a_demanded_tool_is_called_with_valid_arguments(client, choice):
     assert call.function.name in (("add", "negate") if choice == "required" else ("negate",))
     jsonschema.validate(json.loads(call.function.arguments), NUMBER)
     deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
-    (streamed,) = [call for choice in deltas for call in choice.delta.tool_calls or []]
-    assert (streamed.index, streamed.function.arguments) == (0, call.function.arguments)
+    first, *more = [call for choice in deltas for call in choice.delta.tool_calls or []]
+    assert (first.index, first.type, first.function.name) == (0, "function", call.function.name)
+    assert all((one.index, one.id, one.function.name) == (0, None, None) for one in more)
+    assert len(more) > 1  # they come in pieces
+    assert "".join(one.function.arguments for one in [first, *more]) == call.function.arguments
     assert deltas[-1].finish_reason == "tool_calls"
     # the result goes back as clients send it, with the arguments as text
     back = [*ASK["messages"], whole.message.model_dump(exclude_none=True)]
