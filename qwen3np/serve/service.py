@@ -195,14 +195,12 @@ async def answered(
 async def _chunks(
     head: Mapping[str, Any], fields: Mapping[str, Any], answers: Answers, sayings: Sequence[Saying]
 ) -> AsyncIterator[dict[str, Any]]:
-    counted = bool((fields["stream_options"] or {}).get("include_usage"))
-    rest = {"usage": None} if counted else {}
     for choice in (choice for saying in sayings for choice in saying.start()):
-        yield {**head, "choices": [choice], **rest}
+        yield {**head, "choices": [choice]}
     async for index, event in answers.events():
         for choice in sayings[index].add(event):
-            yield {**head, "choices": [choice], **rest}
-    if counted:
+            yield {**head, "choices": [choice]}
+    if (fields["stream_options"] or {}).get("include_usage"):
         yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
 
 
