@@ -192,8 +192,9 @@ def test_a_kept_prefix_changes_nothing(server):
         first = http.post(f"{fresh}/v1/completions", json=body).json()
         again = http.post(f"{fresh}/v1/completions", json=body).json()
         other = http.post(f"{fresh}/v1/completions", json={**body, "prompt": [*ids[:140], 5, 6]}).json()
-    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (first, again, other)]
-    assert cached == [0, 128, 128]
+        whole = http.post(f"{fresh}/v1/completions", json={**body, "prompt": ids[:128]}).json()
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (first, again, other, whole)]
+    assert cached == [0, 128, 128, 0]  # of 128 tokens the last must be computed again, and so its piece
     assert first["choices"] == again["choices"]
     body["prompt"] = [*ids[:140], 5, 6]
     assert http.post(f"{server[0]}/v1/completions", json=body).json()["choices"] == other["choices"]

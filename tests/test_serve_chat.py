@@ -25,7 +25,8 @@ TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined %}<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}"
     "{% endif %}"
 )
 NUMBER = {
@@ -141,6 +142,16 @@ def test_reasoning_is_apart_is_not_said(client):
     extra = {"chat_template_kwargs": {"enable_thinking": True}}
     message = client.chat.completions.create(**{**ASK, "max_tokens": 4}, extra_body=extra).choices[0].message
     assert (message.content, bool(message.reasoning_content)) == ("", True)
+
+
+def test_no_effort_is_no_reasoning(client):
+    """The template of Qwen3's hybrid models says so with an empty reasoning."""
+
+    def tokens(**extra):
+        return client.chat.completions.create(**{**ASK, "max_tokens": 1}, **extra).usage.prompt_tokens
+
+    off = tokens(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert tokens(reasoning_effort="none") == off > tokens(reasoning_effort="high") == tokens()
 
 
 def test_tools_and_templates_hold_no_special_tokens(client):
