@@ -102,6 +102,8 @@ def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, too
         "<tool_call>\nno JSON\n</tool_call>",
         "<think>\nunfinished",
         "half <tool_call>{",
+        '<tool_call>\n{"name": "f", "arguments": {"a": {"b": "}"}, "c": [1]}}\n</tool_call>',
+        '<tool_call>{"arguments": {"a": "é"}, "name": "f"}</tool_call>',
     ],
 )
 def test_parts_are_those_of_the_conversation(text):
