@@ -114,7 +114,7 @@ def test_slow_bodies_are_given_up(monkeypatch):
         assert http.get(f"{address}/health").status_code == 200
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.slow)])
 def test_the_command_finishes_running_answers_and_stops(host):
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
