@@ -33,7 +33,7 @@ from qwen3np.scoring import CHUNK
 from qwen3np.settings import GenerationSettings
 
 
-@register_model("qwen3np")
+@register_model("qwen3np")  # pyright: ignore[reportUntypedClassDecorator]
 class Harness(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """A checkpoint as lm-eval asks it: log-likelihoods of continuations and of whole texts, and generated texts."""
 
@@ -71,7 +71,7 @@ class Harness(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         context = self._model.config.max_position_embeddings
         self.max_length = min(int(max_length or context), context)
         self._most, self._think_end = int(max_gen_toks), think_end_token
-        self._template_options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._template_options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
 
     @property
     def eot_token_id(self) -> int:
@@ -96,6 +96,7 @@ class Harness(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         """Return messages as the text of a prompt."""
         return self._model.text.apply_chat_template(
             chat_history,
+            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             **self._template_options,
