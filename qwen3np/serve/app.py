@@ -84,7 +84,9 @@ class _Door:
                 body = await asyncio.wait_for(_body(request), _PATIENCE)
             except asyncio.TimeoutError:
                 raise BadRequest(f"the body took more than {_PATIENCE} s", 408) from None
-            found = parsed(body, rules)
+            found, unknown = parsed(body, rules)
+            if unknown:
+                print(one_line(f"[ignored: {', '.join(unknown)[:200]}]"), file=sys.stderr, flush=True)
             if found.get("model") not in (None, self.service.name):
                 raise BadRequest(f"model: this server has {self.service.name!r} only", 404, "model")
             return await answer(self.service, request, found)

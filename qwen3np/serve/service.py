@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -17,14 +17,30 @@ from qwen3np.grammar import Grammars, Processor
 from qwen3np.model import Model
 from qwen3np.serve.answers import Answers
 from qwen3np.serve.fields import SETTINGS, BadRequest
-from qwen3np.serve.scheduler import Busy, Prompt, Scheduler, Token
-from qwen3np.tokenizer import Tokenizer, said_in
+from qwen3np.serve.scheduler import Busy, Job, Prompt, Scheduler, Token
+from qwen3np.tokenizer import said_in
 
 T = TypeVar("T")
 
 
 class Gone(Exception):
     """The client closed the connection."""
+
+
+class Saying(Protocol):
+    """One answer, as an endpoint writes it: the parts of its choice that each event adds."""
+
+    def start(self) -> Sequence[dict[str, Any]]:
+        """Return the choices of a stream's first chunks."""
+        ...
+
+    def add(self, event: Prompt | Token) -> Sequence[dict[str, Any]]:
+        """Return the choices of the chunks that say what this event makes certain."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """Return the choice of the whole answer, after its last event."""
+        ...
 
 
 class Service:
@@ -76,10 +92,10 @@ class Service:
             )
         return None
 
-    def answers(self, requests: Sequence[dict[str, Any]]) -> Answers:
+    def answers(self, requests: Sequence[dict[str, Any]], streamed: bool) -> Answers:
         """Queue a job for each of these arguments of Scheduler.job."""
         until = time.monotonic() + self.timeout
-        return Answers(self.scheduler, [{**request, "until": until} for request in requests])
+        return Answers(self.scheduler, [{**request, "until": until} for request in requests], streamed)
 
     async def computed(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls in the scheduler's thread, between the tokens of answers, and return their results."""
@@ -113,11 +129,6 @@ def strings(stop: str | list[str] | None) -> list[str]:
     return [stop] if isinstance(stop, str) else stop or []
 
 
-def heading(service: Service, kind: str, prefix: str) -> dict[str, Any]:
-    """The fields that every reply and every chunk of an answer starts with."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.name}
-
-
 def usage(answers: Answers, choices: int) -> dict[str, Any]:
     """The tokens of a request; a prompt with several answers counts once."""
     prompts = answers.jobs[::choices]
@@ -128,16 +139,6 @@ def usage(answers: Answers, choices: int) -> dict[str, Any]:
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in prompts)},
     }
-
-
-def prompt_logprobs(event: Prompt, tokenizer: Tokenizer) -> list[Any]:
-    """The log-probabilities of a prompt's tokens but the first, each with the likeliest in its place, as in vLLM."""
-
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token)
-        return {"logprob": logprob, "decoded_token": data.decode(errors="replace"), "bytes": list(data)}
-
-    return [None, *({str(i): entry(i, lp) for i, lp in [(t.id, t.logprob), *t.top]} for t in event.tokens)]
 
 
 def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -163,7 +164,47 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
     return {"error": body}, status
 
 
-class Events(StreamingResponse):
+async def answered(
+    service: Service,
+    request: Request,
+    fields: Mapping[str, Any],
+    jobs: Sequence[dict[str, Any]],
+    kinds: tuple[str, str, str],
+    say: Callable[[int, Job], Saying],
+) -> Response:
+    """Queue jobs and reply with their answers, whole or streamed.
+
+    kinds: the `object` of the reply and of a chunk, and the start of the id. say: makes the Saying of each job.
+    """
+    answers = service.answers(jobs, fields["stream"])
+    whole, piece, prefix = kinds
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    sayings = [say(index, job) for index, job in enumerate(answers.jobs)]
+    if fields["stream"]:
+        return _Events(answers, _chunks({**head, "object": piece}, fields, answers, sayings))
+
+    async def collect() -> None:
+        async for index, event in answers.events():
+            sayings[index].add(event)
+
+    await unless_gone(request, collect())
+    choices = [saying.whole() for saying in sayings]
+    return reply({**head, "object": whole, "choices": choices, "usage": usage(answers, fields["n"])})
+
+
+async def _chunks(
+    head: Mapping[str, Any], fields: Mapping[str, Any], answers: Answers, sayings: Sequence[Saying]
+) -> AsyncIterator[dict[str, Any]]:
+    for choice in (choice for saying in sayings for choice in saying.start()):
+        yield {**head, "choices": [choice]}
+    async for index, event in answers.events():
+        for choice in sayings[index].add(event):
+            yield {**head, "choices": [choice]}
+    if (fields["stream_options"] or {}).get("include_usage"):
+        yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
+
+
+class _Events(StreamingResponse):
     """Server-sent events. When the client is gone, its jobs are cancelled."""
 
     def __init__(self, answers: Answers, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
@@ -204,15 +245,3 @@ async def unless_gone(request: Request, result: Awaitable[T]) -> T:
     finally:
         work.cancel()
         gone.cancel()
-
-
-async def collected(answers: Answers) -> tuple[list[Prompt], list[list[Token]]]:
-    """Wait for all answers: the event of each prompt, and the tokens of each answer."""
-    prompts: dict[int, Prompt] = {}
-    tokens: list[list[Token]] = [[] for _ in answers.jobs]
-    async for index, event in answers.events():
-        if isinstance(event, Prompt):
-            prompts[index] = event
-        else:
-            tokens[index].append(event)
-    return [prompts[index] for index in range(len(tokens))], tokens
