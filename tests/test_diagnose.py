@@ -143,7 +143,7 @@ def test_unusable(golden, weights):
     with pytest.raises(ValueError, match="no shape fits"):
         diagnose(golden, {"lm_head": np.zeros((1, PROMPT, 7))}, weights=weights)
     found = diagnose(golden, golden.points | {"model.layers.0.mlp.act": np.zeros((1, PROMPT, 7))}, weights=weights)
-    assert (found.first_point, found.causes) == ("model.layers.0.mlp.act", [])
+    assert (found.verdict, found.causes) == ("equal", [])
     assert "shape (1, 20, 7)" in found.meaning
 
 

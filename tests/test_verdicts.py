@@ -299,6 +299,14 @@ def test_what_cannot_be_told_apart(config, short_weights, golden):
     best = diagnose(golden, dump, weights=short_weights).causes[0]
     assert (best.name, best.alike) == ("rotary: cos and sin exchanged", ())
 
+    def blind(own, at, s):
+        own_place = np.arange(s.shape[-1]) == s.shape[-1] - 1
+        return own(np.where(own_place, -np.inf, s)) if at.prefix else own(s)
+
+    dump = Foreign(config, short_weights, BFLOAT16, probs=blind).run(golden)
+    best = diagnose(golden, logits(dump), weights=short_weights).causes[0]
+    assert "attention: a position does not see itself" in (best.name, *best.alike)
+
 
 def test_a_bug_below_rounding(config, short_weights, golden):
     """An eps of 1e-5 in bfloat16: no distance shows it, its pattern does."""
@@ -335,6 +343,8 @@ SHAPES = {
     "transposed": ("model.layers.0.mlp.up_proj", lambda x: x[0].T),
     "equal sequences": ("model.layers.0.self_attn.q_rope", lambda x: np.concatenate([x] * 3)),
     "all in one row": ("model.layers.0", lambda x: x.ravel()),
+    "query heads in groups": ("model.layers.0.self_attn.scores", lambda x: x.reshape(2, 3, *x.shape[2:])),
+    "padded vocabulary": ("lm_head", lambda x: np.pad(x, ((0, 0), (0, 0), (0, 27)), constant_values=-np.inf)),
 }
 
 
@@ -356,8 +366,24 @@ def test_a_cache_of_fixed_length(golden):
         name = f"decode.{i}.model.layers.0.self_attn.k_rope"
         cache = np.zeros((1, 2, 64, 16), np.float32)
         cache[:, :, PROMPT + i] = golden.points[name][:, :, 0]
-        dump[name] = cache
+        dump[name] = np.repeat(cache, 3, 1) if i else cache
     assert compare(golden, dump).verdict == "equal"
+
+
+def test_a_shape_that_fits_no_layout(golden):
+    """Said, but no bug: gate and up in one matrix, and positions of another prompt."""
+    for name, change in (
+        ("model.layers.0.mlp.gate_proj", lambda x: np.concatenate((x, x + 1), -1)),
+        ("model.norm", lambda x: x[:, :-1]),
+    ):
+        dump = {**golden.points, name: change(golden.points[name])}
+        found = compare(golden, dump)
+        assert (found.verdict, report(found, name).verdict) == ("equal", "unread")
+        assert f"122 of 123 recorded points compared; no layout fits {name} (shape (1, " in found.meaning
+        with pytest.raises(ValueError, match=f"nothing in the dump is {name}"):
+            compare(golden, dump, require=[name])
+        with pytest.raises(ValueError, match="no shape fits"):
+            compare(golden, {name: dump[name]})
 
 
 def log_softmax(x):
@@ -562,3 +588,26 @@ def test_a_setting_hides_no_bug(config, short_weights, golden):
         ("norm: rms_norm_eps is 1e-5", True),
         ("KV cache in float16", True),
     ]
+    found = diagnose(golden, logits(dump), weights=short_weights)
+    assert found.verdict == "different"
+    assert found.causes[0].name == "norm: rms_norm_eps is 1e-5"
+    assert not any(c.sure for c in found.causes)
+    assert "KV cache in float16 explains 92 %" in found.known[0]
+    assert "or a smaller bug" in found.known[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"rope": lambda own, at, x, positions: own(x, -positions)}, "rotary: sign of sin flipped"),
+        ({"norm": lambda own, at, x: own(x, eps=1e-5)}, "norm: rms_norm_eps is 1e-5"),
+    ],
+    ids=["larger", "as large"],
+)
+def test_a_bug_with_a_setting(config, short_weights, golden, wrong, cause):
+    """From logits, a bug next to a cache in float16: other causes that the dump cannot tell apart are listed."""
+    replaced, _ = chosen("KV cache in float16", short_weights)
+    dump = Foreign(config, short_weights, **wrong, **replaced).run(golden)
+    best = diagnose(golden, logits(dump), weights=short_weights).causes[0]
+    assert f"KV cache in float16 and {cause}" in (best.name, *best.alike)
