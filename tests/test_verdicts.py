@@ -10,7 +10,7 @@ import pytest
 from drawing import draw_ids, trained_like
 from foreign import Foreign
 from foreign_bugs import BUGS
-from foreign_settings import chosen, quantised
+from foreign_settings import brain, chosen, half, quantised
 from safetensors.numpy import load_file, save_file
 
 from qwen3np import save_checkpoint
@@ -238,6 +238,29 @@ def test_settings(config, short_weights, golden, name, part):
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
     assert found.settings[0].explained > 0.9
     assert found.meaning.startswith(f"float32 rounding, but for what was chosen: {name} explains ")
+
+
+IN_PART = {
+    "residual stream in float16": {"add": lambda own, at, x, y: half(own(x, y))},
+    "rotated heads in bfloat16": {"rope": lambda own, at, x, positions: brain(own(x, positions))},
+    "logits in bfloat16": {"head": lambda own, at, x: brain(own(x))},
+    "probabilities in float16": {"probs": lambda own, at, s: half(own(s))},
+    "keys cached in float16": {"cache": lambda own, at, kind, old, x: own(kind, old, half(x) if kind == "k" else x)},
+}
+OPERATIONS = ("linear", "norm", "rope", "scores", "probs", "context", "act", "add")
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_settings_in_part(config, short_weights, golden, name):
+    dump = Foreign(config, short_weights, **IN_PART[name]).run(golden)
+    found = compare(golden, dump if "cached" not in name else logits(dump), weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
+
+
+def test_one_layer_in_16_bits(config, short_weights, golden):
+    kept = {o: lambda own, at, *x: half(own(*x)) if at.layer == 0 else own(*x) for o in OPERATIONS}
+    found = compare(golden, Foreign(config, short_weights, **kept).run(golden), weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", ["layers in float16 (in layer 0 alone)"])
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------

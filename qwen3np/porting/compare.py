@@ -149,9 +149,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Compared:
     """Find settings that explain the errors of points, and judge the dump by a reference with these settings."""
-    aligned, first = result.aligned, result.comparison
+    aligned, now = result.aligned, result.comparison
     table, found, reports = dict(POINTS), list[tuple[str, Bug, float]](), dict(result.reports)
-    now = first
     while len(found) < MOST:
         point = next((r.name for r in now.points if r.adds and r.verdict == "different"), None)
         if point is None or point not in aligned.found or not usable(aligned.found[point]):
@@ -189,7 +188,8 @@ def _nearest(bench: Bench) -> list[Trial]:
         parts = [trial]
         if bench.spoils(trial):
             parts = list(bench.attempt((part,) for part in bench.scopes(trial.bugs[0], apart=True)))
-            parts = [t for t in parts if t.left <= 1.01 * trial.left and not bench.spoils(t)][:1]
+            parts = [t for t in parts if t.left <= 1.01 * trial.left and not bench.spoils(t)]
+            parts = sorted(parts, key=lambda t: -len(t.bugs[0].points))[:1]
         found += parts
     return found
 
