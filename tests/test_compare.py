@@ -543,7 +543,7 @@ def test_unusable(config, weights, golden, dump, tmp_path):
     dump["model.layers.0.mlp.act"] = np.zeros((1, PROMPT, 7))
     found = compare(golden, dump)
     assert (found.verdict, found.first_point) == ("equal", None)
-    assert "81 of 82 recorded points compared; no layout fits model.layers.0.mlp.act (shape (1, 20, 7)" in found.meaning
+    assert "recorded points compared; no layout fits model.layers.0.mlp.act (shape (1, 20, 7)" in found.meaning
 
 
 def test_decode_steps_of_other_ids_are_left_out(config, weights, golden):

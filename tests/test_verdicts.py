@@ -10,7 +10,7 @@ import pytest
 from drawing import draw_ids, trained_like
 from foreign import Foreign
 from foreign_bugs import BUGS
-from foreign_settings import brain, chosen, half, quantised
+from foreign_settings import SETTINGS, brain, chosen, half, quantised
 from safetensors.numpy import load_file, save_file
 
 from qwen3np import save_checkpoint
@@ -216,27 +216,27 @@ def test_misread_points(golden, short_weights):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-CHOSEN = (
-    "KV cache in float16",
-    "KV cache in bfloat16",
-    "KV cache in 8 bits, one scale for each head",
-    "norms in bfloat16",
-    "norms in float16",
-    "inputs quantised to 8 bits with a scale for each row",
+FAST = {("KV cache in float16", "logits"), ("norms in bfloat16", "layers"), ("activations in float16", "all")}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(name, part, marks=[] if (name, part) in FAST else pytest.mark.slow)
+        for name in SETTINGS
+        for part in ("all", "layers", "logits")
+    ],
 )
-
-
-@pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("part", ["all", "layers", "logits"])
 def test_settings(config, short_weights, golden, name, part):
-    replaced, _ = chosen(name, short_weights)
-    dump = Foreign(config, short_weights, **replaced).run(golden)
+    replaced, own = chosen(name, short_weights)
+    dump = Foreign(config, own, **replaced).run(golden)
     if part != "all":
         endings = ("lm_head",) if part == "logits" else ("layers.0", "layers.1", "lm_head")
         dump = {k: x for k, x in dump.items() if k.endswith(endings)}
     found = compare(golden, dump, weights=short_weights)
+    name = name.partition(", embedding")[0]
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
-    assert found.settings[0].explained > 0.9
+    assert found.settings[0].explained > (0.6 if part == "logits" else 0.8)
     assert found.meaning.startswith(f"float32 rounding, but for what was chosen: {name} explains ")
 
 
@@ -345,7 +345,9 @@ def test_a_bug_below_rounding(config, short_weights, golden):
     assert right.verdict == "rounding"
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize(
+    "bug", [bug if i % 4 == 0 else pytest.param(bug, marks=pytest.mark.slow) for i, bug in enumerate(BUGS)]
+)
 def test_bugs_that_no_catalogue_has(config, short_weights, golden, bug):
     replaced, first = BUGS[bug]
     dump = Foreign(config, short_weights, **replaced).run(golden)
@@ -369,6 +371,7 @@ SHAPES = {
     "query heads in groups": ("model.layers.0.self_attn.scores", lambda x: x.reshape(2, 3, *x.shape[2:])),
     "padded vocabulary": ("lm_head", lambda x: np.pad(x, ((0, 0), (0, 0), (0, 27)), constant_values=-np.inf)),
 }
+EQUAL = "equal in every bit; all 123 recorded points compared"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -376,7 +379,7 @@ def test_shapes(golden, shape):
     name, change = SHAPES[shape]
     dump = dict(golden.points)
     dump[name] = change(dump[name])
-    assert compare(golden, dump).verdict == "equal"
+    assert compare(golden, dump).meaning == EQUAL
     if shape == "equal sequences":
         dump[name] = dump[name].copy()
         dump[name][1, 2, 5] += 1  # in one of them
@@ -390,7 +393,7 @@ def test_a_cache_of_fixed_length(golden):
         cache = np.zeros((1, 2, 64, 16), np.float32)
         cache[:, :, PROMPT + i] = golden.points[name][:, :, 0]
         dump[name] = np.repeat(cache, 3, 1) if i else cache
-    assert compare(golden, dump).verdict == "equal"
+    assert compare(golden, dump).meaning == EQUAL
 
 
 def test_a_shape_that_fits_no_layout(golden):
