@@ -137,8 +137,15 @@ class Later(Recording):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("head_dim", [16, 128])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "late"),
+    [
+        (16, True),
+        (128, False),
+        pytest.param(16, False, marks=pytest.mark.slow),
+        pytest.param(128, True, marks=pytest.mark.slow),
+    ],
+)
 def test_right_ways_to_rotate(config, way, head_dim, late):
     """In 60 positions from 0, and in the last 60 of 32,768; an inv_freq in bfloat16 stays wrong."""
     config = replace(config, num_hidden_layers=1, head_dim=head_dim, max_position_embeddings=40_960)
@@ -250,7 +257,9 @@ IN_PART = {
 OPERATIONS = ("linear", "norm", "rope", "scores", "probs", "context", "act", "add")
 
 
-@pytest.mark.parametrize("name", IN_PART)
+@pytest.mark.parametrize(
+    "name", [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(IN_PART)]
+)
 def test_settings_in_part(config, short_weights, golden, name):
     dump = Foreign(config, short_weights, **IN_PART[name]).run(golden)
     found = compare(golden, dump if "cached" not in name else logits(dump), weights=short_weights)
@@ -270,7 +279,7 @@ def logits(dump):
     return {name: x for name, x in dump.items() if name.endswith("lm_head")}
 
 
-@pytest.mark.parametrize("short", [np.float32, BFLOAT16])
+@pytest.mark.parametrize("short", [np.float32, pytest.param(BFLOAT16, marks=pytest.mark.slow)])
 def test_numbers_are_fitted(config, short_weights, golden, short):
     """A theta and an eps that are not in the catalogue, from all points and from logits."""
     for key, value, name in (
@@ -428,7 +437,7 @@ def likeliest(dump, count):
     return views
 
 
-@pytest.mark.parametrize("short", [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("short", [np.float32, BFLOAT16, pytest.param(np.float16, marks=pytest.mark.slow)])
 def test_log_probabilities(config, short_weights, golden, short):
     right = Foreign(config, short_weights, short).run(golden)
     wrong = Foreign(replace(config, rope_theta=1e4), short_weights, short).run(golden)
@@ -563,7 +572,9 @@ def printed(data):
     return of
 
 
-@pytest.mark.parametrize("file", PORTS)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if "jax" in f or "s06b/tiny" in f else f for f in PORTS]
+)
 def test_ports(printed, file):
     golden, weights, dump, options = printed(file)
     found = compare(golden, dump, weights=weights, **options)

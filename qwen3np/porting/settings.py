@@ -152,6 +152,7 @@ def weighed(short: Short, with_inputs: Short | None = None) -> Change:
 
 
 PRODUCTS, HEAD = "[ms]*_proj", "lm_head"
+SPARSE = "mlp.gate", "mlp.router_weights", "mlp.experts"
 DEQUANTISED = "record from the dequantised weights, and only other errors remain"
 TF32, HALF, BRAIN = mantissa(10), typed(np.float16), typed(BFLOAT16)
 
@@ -210,8 +211,8 @@ def _settings() -> list[Bug]:
         found += weights_kept("weights quantised to 4 bits in groups of 32", blocks(32, 4, scale), None, DEQUANTISED)
     within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
     for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
-        changes = dict.fromkeys((*within, "mlp.gate", "mlp.router_weights", "mlp.experts"), results(short))
-        found.append(Bug(f"layers in {name}", changes, f"some layers are kept in {name}"))
+        everywhere: dict[str, Change] = dict.fromkeys((*within, *SPARSE), results(short))
+        found.append(Bug(f"layers in {name}", everywhere, f"some layers are kept in {name}"))
     return found
 
 
