@@ -188,14 +188,13 @@ def _settings() -> list[Bug]:
     inner = (PRODUCTS, "mlp.gate", "mlp.experts")
 
     def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
-        """Return a setting of all matrices, all but the embedding, those within the layers, and those outside."""
+        """Return a setting of all matrices, of all but the embedding, and of those within the layers."""
         change = weighed(short, with_inputs)
         plain = weighed(short)
         within: dict[str, Change] = dict.fromkeys(inner, change)
         without: dict[str, Change] = within | {HEAD: change}
         whole: dict[str, Change] = without | {"model.embed_tokens": plain}
-        outside: dict[str, Change] = {HEAD: change, "model.embed_tokens": plain}
-        return [Bug(name, changes, look) for changes in (whole, without, within, outside, {HEAD: change})]
+        return [Bug(name, changes, look) for changes in (whole, without, within)]
 
     for size in (32, 64, 0):
         name = f"in groups of {size}" if size else "with a scale for each row"
@@ -209,6 +208,11 @@ def _settings() -> list[Bug]:
         found += weights_kept(f"weights in {name}", short, None, DEQUANTISED)
     for scale in (np.float32, np.float16):
         found += weights_kept("weights quantised to 4 bits in groups of 32", blocks(32, 4, scale), None, DEQUANTISED)
+    for bits in (8, 4):  # of the head, or of head and embedding alone, as GGUF files have them
+        change = weighed(blocks(32, bits, np.float16))
+        for points in ((HEAD,), (HEAD, "model.embed_tokens")):
+            name = f"weights quantised to {bits} bits in groups of 32"
+            found.append(Bug(name, dict.fromkeys(points, change), DEQUANTISED))
     within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
     for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
         everywhere: dict[str, Change] = dict.fromkeys((*within, *SPARSE), results(short))
