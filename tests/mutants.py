@@ -1088,11 +1088,48 @@ GROUPS = [
         },
     ),
     (
+        "porting/shapes.py",
+        "verdicts",
+        {
+            "heads in groups not joined": ("for form in forms for found", "for form in forms[:1] for found"),
+            "vocabulary not cut": ('*("f" if kind == "lm_head" else "")', '*""'),
+            "features of two sequences side by side": (
+                'if part[0] == "B" and part[1] in "df" and "S" in axes:',
+                "if False:",
+            ),
+            "no cache of repeated heads": ("for notes, form in forms:", "for notes, form in forms[:1]:"),
+        },
+    ),
+    (
+        "porting/diagnose.py",
+        "verdicts",
+        {
+            "no pattern next to a setting": (
+                "result.reports, point, result.table))",
+                "result.reports, point, POINTS))",
+            ),
+            "bugs of decode steps alone not tried": (
+                "if bench.adding and all(split_pass(name)[0] for name in bench.adding):",
+                "if False:",
+            ),
+        },
+    ),
+    (
+        "porting/compare.py",
+        "verdicts",
+        {
+            "mixed digits not seen": ("and _is_mixed(aligned):", "and False:"),
+            "no word on a smaller bug": ("any(s.explained < WHOLE for s in settings)", "False"),
+        },
+    ),
+    (
         "porting/judge.py",
         "compare",
         {
             "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
             "key heads numbered as query heads": ('is not None and kind[0] != "k"', "is not None"),
+            "a shape that fits no layout is a bug": ('PointReport(name, "unread",', 'PointReport(name, "different",'),
+            "nothing said of such a shape": ("    if aligned.misfits:\n", "    if False:\n"),
         },
     ),
     (
