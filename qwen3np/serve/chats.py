@@ -8,25 +8,12 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from qwen3np.conversation import escaped
 from qwen3np.serve.answers import Answers, Text, chat_logprobs
 from qwen3np.serve.calls import Parts, check_tools, forced
 from qwen3np.serve.fields import BadRequest
 from qwen3np.serve.scheduler import Token
-from qwen3np.serve.service import (
-    Events,
-    Service,
-    collected,
-    heading,
-    prompt_logprobs,
-    reply,
-    strings,
-    unless_gone,
-    usage,
-)
+from qwen3np.serve.service import Service, Stream, collected, heading, prompt_logprobs, strings, usage
 from qwen3np.tokenizer import Tokenizer
 
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
@@ -75,7 +62,7 @@ def _escaped(value: Any, tokenizer: Tokenizer) -> Any:
     return [_escaped(part, tokenizer) for part in value] if isinstance(value, list) else value
 
 
-async def chat(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
+async def chat(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
     """Answer a request."""
     tokenizer = service.tokenizer
     check_tools(fields["tools"] or [])
@@ -97,13 +84,13 @@ async def chat(service: Service, request: Request, fields: Mapping[str, Any]) ->
         jobs.append({"ids": ids, "settings": settings, "row": row, "top": top, "prompt_top": fields["prompt_logprobs"]})
     answers = service.answers(jobs)
     if fields["stream"]:
-        return Events(answers, _chunks(service, fields, answers, inside))
-    prompts, tokens = await unless_gone(request, collected(answers))
+        return Stream(answers, _chunks(service, fields, answers, inside))
+    prompts, tokens = await collected(answers)
     choices = [_choice(service, fields, n, answer, inside) for n, answer in enumerate(tokens)]
     body = {**heading(service, "chat.completion", "chatcmpl"), "choices": choices, "usage": usage(answers, fields["n"])}
     if fields["prompt_logprobs"] is not None:
         body["prompt_logprobs"] = prompt_logprobs(prompts[0], tokenizer)
-    return reply(body)
+    return body
 
 
 def _choice(service: Service, fields: Mapping[str, Any], index: int, tokens: list[Token], inside: bool) -> Any:

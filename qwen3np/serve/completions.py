@@ -6,26 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from qwen3np.serve.answers import Answers, Text, completion_logprobs
 from qwen3np.serve.fields import BadRequest
 from qwen3np.serve.scheduler import Prompt, Token
-from qwen3np.serve.service import (
-    Events,
-    Service,
-    collected,
-    heading,
-    prompt_logprobs,
-    reply,
-    strings,
-    unless_gone,
-    usage,
-)
+from qwen3np.serve.service import Service, Stream, collected, heading, prompt_logprobs, strings, usage
 
 
-async def complete(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
+async def complete(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
     """Answer a request. Special tokens written in a prompt are special: clients apply their own chat templates."""
     given = fields["prompt"]
     given = [given] if isinstance(given, str) or isinstance(given[0], int) else given
@@ -46,11 +33,11 @@ async def complete(service: Service, request: Request, fields: Mapping[str, Any]
             jobs.append({"ids": ids, "settings": settings, **options})
     answers = service.answers(jobs)
     if fields["stream"]:
-        return Events(answers, _chunks(service, fields, answers))
-    events, tokens = await unless_gone(request, collected(answers))
+        return Stream(answers, _chunks(service, fields, answers))
+    events, tokens = await collected(answers)
     choices = [_choice(service, fields, n, answers, events[n], tokens[n]) for n in range(len(tokens))]
     body = heading(service, "text_completion", "cmpl")
-    return reply({**body, "choices": choices, "usage": usage(answers, fields["n"])})
+    return {**body, "choices": choices, "usage": usage(answers, fields["n"])}
 
 
 def _choice(

@@ -149,8 +149,8 @@ TOKENIZE = {
 DETOKENIZE = {"tokens": Rule(lambda x: isinstance(x, list) and all(map(_is_id, x)), "ids", REQUIRED), "model": _TEXT}
 
 
-def parsed(body: bytes, rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Return the fields of a JSON body, with defaults for those that are missing or null. Raises BadRequest."""
+def decoded(body: bytes) -> Any:
+    """Return what a JSON body holds. Raises BadRequest."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -160,6 +160,11 @@ def parsed(body: bytes, rules: Mapping[str, Rule]) -> dict[str, Any]:
         json.dumps(given, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
+    return given
+
+
+def checked(given: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Return the fields of a decoded body, with defaults for those that are missing or null. Raises BadRequest."""
     if not isinstance(given, dict):
         raise BadRequest("the body must be a JSON object")
     for name, value in given.items():

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
-
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from qwen3np.errors import one_line
 from qwen3np.grammar import Grammars, Processor
 from qwen3np.model import Model
+from qwen3np.rules import Rule
 from qwen3np.serve.answers import Answers
-from qwen3np.serve.fields import SETTINGS, BadRequest
+from qwen3np.serve.fields import SETTINGS, BadRequest, checked
 from qwen3np.serve.scheduler import Busy, Prompt, Scheduler, Token
 from qwen3np.tokenizer import Tokenizer, said_in
 
-T = TypeVar("T")
 
+class Stream(NamedTuple):
+    """An answer in chunks, as its tokens come."""
 
-class Gone(Exception):
-    """The client closed the connection."""
+    answers: Answers
+    chunks: AsyncIterator[dict[str, Any]]
 
 
 class Service:
@@ -36,6 +34,13 @@ class Service:
         self.tokenizer, self.started = model.text, int(time.time())
         self.ends = frozenset(model.generation_defaults().get("stop_ids") or ())
         self.grammars = Grammars(model.text, model.config.vocab_size, self.ends | model.text.turn_ends)
+
+    def fields(self, given: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
+        """Return the fields of a request, checked, whose model is this one. Raises BadRequest."""
+        found = checked(given, rules)
+        if found.get("model") not in (None, self.name):
+            raise BadRequest(f"model: this server has {self.name!r} only", 404, "model")
+        return found
 
     def settings(
         self, fields: Mapping[str, Any], most: int | None, ends: Collection[int] = (), grammar: Processor | None = None
@@ -140,11 +145,6 @@ def prompt_logprobs(event: Prompt, tokenizer: Tokenizer) -> list[Any]:
     return [None, *({str(i): entry(i, lp) for i, lp in [(t.id, t.logprob), *t.top]} for t in event.tokens)]
 
 
-def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response, in ASCII."""
-    return Response(json.dumps(content), status, headers, "application/json")
-
-
 def failure(error: Exception) -> tuple[dict[str, Any], int]:
     """The body and the status of an error, in OpenAI's form."""
     status, kind = 400, "invalid_request_error"
@@ -161,49 +161,6 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
     message = one_line(error) if status != 500 else "an internal error; the server's log has it"
     body = {"message": message, "type": kind, "param": getattr(error, "parameter", None), "code": None}
     return {"error": body}, status
-
-
-class Events(StreamingResponse):
-    """Server-sent events. When the client is gone, its jobs are cancelled."""
-
-    def __init__(self, answers: Answers, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
-        """Send each chunk as it comes, then [DONE]; an error is the last chunk."""
-        self._answers = answers
-
-        async def lines() -> AsyncIterator[str]:
-            try:
-                async for chunk in chunks:
-                    yield f"data: {json.dumps(chunk)}\n\n"
-            except (ValueError, Busy, TimeoutError) as error:
-                yield f"data: {json.dumps(failure(error)[0])}\n\n"
-            yield "data: [DONE]\n\n"
-
-        super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.cancel()
-
-
-async def unless_gone(request: Request, result: Awaitable[T]) -> T:
-    """Await a result; if the client closes its connection before, cancel it and raise Gone."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Gone
-        return work.result()
-    finally:
-        work.cancel()
-        gone.cancel()
 
 
 async def collected(answers: Answers) -> tuple[list[Prompt], list[list[Token]]]:
