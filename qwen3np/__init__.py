@@ -38,6 +38,7 @@ __all__ = [
     "NonFiniteError",
     "Tokenizer",
     "Weights",
+    "batch",
     "count_parameters",
     "embed",
     "forward",
@@ -62,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from qwen3np.settings import sampling_parameters
 
         return sampling_parameters
+    if name == "batch":
+        from qwen3np.batches import batch
+
+        return batch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -215,8 +215,9 @@ def wrong_line(request: Request, code: str = "invalid_line") -> bytes:
 
 
 def key_of(result: Mapping[str, Any]) -> str | int:
-    """The key of the request that a line of results belongs to."""
-    return result["error"]["line"] if result["custom_id"] is None else result["custom_id"]
+    """The key of the request that a line of results belongs to. Raises KeyError and TypeError for other lines."""
+    custom_id, response = result["custom_id"], result["response"]
+    return result["error"]["line"] if custom_id is None and response is None else custom_id
 
 
 def is_failure(line: bytes) -> bool:

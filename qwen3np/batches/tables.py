@@ -152,9 +152,7 @@ def _write_vectors(path: Path, lines: Iterable[bytes], count: int) -> None:
             response = result["response"]
             vector = _vector(response and response["body"])
             if vector is None and response and response["status_code"] == 200:
-                raise ValueError(
-                    f".npy holds a vector for each request; that of {result['custom_id']!r} has several, or none"
-                )
+                raise ValueError(f".npy holds one vector for each request, unlike {result['custom_id']!r}")
             if vector is None and width is None:
                 before += 1
                 continue
@@ -164,9 +162,7 @@ def _write_vectors(path: Path, lines: Iterable[bytes], count: int) -> None:
                 np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.full((before, width), np.nan, "<f4").tobytes())
             if vector is not None and len(vector) != width:
-                raise ValueError(
-                    f".npy holds vectors of one length; {result['custom_id']!r} has {len(vector)}, others {width}"
-                )
+                raise ValueError(f".npy holds vectors of length {width}, unlike that of {result['custom_id']!r}")
             file.write((np.full(width, np.nan, "<f4") if vector is None else vector).tobytes())
     if width is None:
         raise ValueError(".npy holds vectors, but no request has one")
