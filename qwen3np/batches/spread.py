@@ -21,6 +21,7 @@ from qwen3np.batches.answers import Answers, Recipe, wrong_line
 from qwen3np.batches.requests import Request
 from qwen3np.ops.fast.threads import num_threads
 
+_PATIENCE = 20  # seconds in which a scheduler must answer
 _LOOK = 1.0  # seconds without a result after which idle workers get copies
 _working = threading.Lock()
 
@@ -35,7 +36,7 @@ def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
         raise ValueError(f"more than one process needs {error.name}: pip install qwen3np[batch]") from None
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=20)
+            client = Client(scheduler, timeout=_PATIENCE)
         except (OSError, ValueError) as error:
             raise ValueError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
         with client:
@@ -43,7 +44,9 @@ def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
         return
     assert workers is not None
     # Dask counts the shared pages of a mapped file for each worker, hence no limit
-    options: dict[str, Any] = {"memory_limit": 0, "dashboard_address": None, "silence_logs": 50}
+    options: dict[str, Any] = {"memory_limit": 0, "dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    # Ctrl-C reaches every process of a terminal; this one ends the others
+    options["preload"] = ["import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"]
     each = max(num_threads() // workers, 1)
     with (
         dask.config.set({"distributed.scheduler.worker-ttl": "60s"}),  # without a sign of life
@@ -131,7 +134,11 @@ class Spread:
         while any(worker in self._threads() and not future.done() for worker, future in futures.items()):
             self._require_scheduler()
             time.sleep(0.05)
-        return {worker: future.result() for worker, future in futures.items() if future.done()}
+        try:
+            return {worker: future.result() for worker, future in futures.items() if future.done()}
+        except (RuntimeError, ImportError) as error:  # Dask's, where it cannot unpickle
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"the scheduler and every worker need the packages of this process ({reason})") from None
 
     def _require_scheduler(self) -> None:
         if self.client.status != "running":
