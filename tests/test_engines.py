@@ -277,7 +277,7 @@ ORDER = [
         "embeddings",
         "conversation",
     ),
-    *("verify", "published.", "porting.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
+    *("verify", "published.", "porting.", "training.", "study.", "serve.", "batches.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("model", "embeddings")}

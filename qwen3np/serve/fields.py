@@ -157,7 +157,8 @@ def decoded(body: bytes) -> Any:
 
     try:
         given: Any = json.loads(body.decode(), parse_constant=refuse)
-        json.dumps(given, ensure_ascii=False).encode()  # lone surrogates are no text
+        if b"\\u" in body:
+            json.dumps(given, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     return given

@@ -1,0 +1,269 @@
+"""Measure `qwen3np batch` here, and simulate it on many machines.
+
+    python benchmarks/scale.py one --requests 20000          overhead over a bare loop, in one process
+    python benchmarks/scale.py processes --requests 100000   one process against --workers N: time, equal results
+    python benchmarks/scale.py dask --requests 10000         what Dask adds to a request; start, latency, bytes
+    python benchmarks/scale.py memory --model FOLDER         two workers on a mapped checkpoint: pages they share
+    python benchmarks/scale.py simulate                      the measured points, then 10, 100 and 1,000 machines
+
+SCALE.md has the results and what follows from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import heapq
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import qwen3np
+from qwen3np.batches.answers import Answers, Recipe
+from qwen3np.batches.requests import PACKET
+from qwen3np.batches.run import here, run
+from qwen3np.embeddings import embed
+
+WORDS = "the sky is blue today and Grass grows in the garden where Anna sees a bird with nine apples of gold"
+
+
+def requests(folder: Path, count: int, words: tuple[int, int] = (6, 20)) -> Path:
+    """Write a file of embedding requests of random lengths; about 20 tokens of the built-in tokenizer by default."""
+    rng, path = random.Random(0), folder / "requests.jsonl"
+    with path.open("w") as file:
+        for n in range(count):
+            body = {"input": " ".join(rng.choices(WORDS.split(), k=rng.randrange(*words)))}
+            file.write(
+                json.dumps({"custom_id": f"r{n}", "method": "POST", "url": "/v1/embeddings", "body": body}) + "\n"
+            )
+    return path
+
+
+def one(folder: Path, count: int) -> None:
+    """Compare batch with the loop that a user would write: sorted by length, in packets as large."""
+    model = qwen3np.load(progress=False)
+    source, answers = requests(folder, count), Answers(model, "m")
+
+    def bare(out: Path, usage: bool) -> None:
+        found = [json.loads(line) for line in source.open()]
+        found.sort(key=lambda request: -len(request["body"]["input"]))
+        with out.open("w") as file:
+            for start in range(0, len(found), 180):
+                packet = found[start : start + 180]
+                texts = [request["body"]["input"] for request in packet]
+                for request, vector in zip(packet, embed(model, texts), strict=True):
+                    line = {"custom_id": request["custom_id"], "embedding": vector.tolist()}
+                    if usage:
+                        line["tokens"] = len(model.text.encode(request["body"]["input"]))
+                    file.write(json.dumps(line) + "\n")
+
+    seconds: dict[str, list[float]] = {"vectors alone": [], "vectors and tokens": [], "batch": []}
+    for turn in range(3):
+        for name, times in seconds.items():
+            out, began = folder / f"{name}{turn}.jsonl", time.perf_counter()
+            if name == "batch":
+                run(source, out, lambda: here(answers))
+            else:
+                bare(out, name == "vectors and tokens")
+            times.append(time.perf_counter() - began)
+    for name, times in seconds.items():
+        own = min(times)
+        print(
+            f"{name:20} {own:7.2f} s, {1e6 * own / count:6.0f} us a request; "
+            f"batch takes {min(seconds['batch']) / own:.3f} x"
+        )
+
+
+def command(source: Path, out: Path, *flags: str) -> float:
+    """Run the command; return its seconds."""
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "qwen3np", "batch", source, "-o", out, *flags], check=True, capture_output=True
+    )
+    return time.perf_counter() - began
+
+
+def processes(folder: Path, count: int, workers: list[int], flags: list[str]) -> None:
+    """Time the command in one process (0) and with workers, and hash its results."""
+    source = requests(folder, count)
+    for n in workers:
+        out = folder / f"{n}.jsonl"
+        seconds = command(source, out, *(["--workers", f"{n}"] if n else []), *flags)
+        digest = hashlib.sha256(b"".join(sorted(out.read_bytes().splitlines(True)))).hexdigest()[:16]
+        where = f"{n} workers" if n else "one process"
+        print(f"{where:12} {seconds:7.2f} s, {count / seconds:6.0f} requests/s, results {digest}", flush=True)
+
+
+def nothing(packet: list[bytes]) -> list[bytes]:
+    """What a worker does when a packet costs nothing."""
+    return [line * 25 for line in packet]  # a result has about 25 times the bytes of a request of 20 tokens
+
+
+def dask(folder: Path, count: int) -> None:
+    """Time what Dask does when packets cost nothing: start, one packet's way, and `count` requests in packets."""
+    from qwen3np.batches import spread
+
+    lines = requests(folder, count).read_bytes().splitlines(True)
+    size = PACKET // 40  # requests in a packet, as batch cuts them
+    began = time.perf_counter()
+    with spread.cluster(2, None) as client:
+        started = time.perf_counter() - began
+        began = time.perf_counter()
+        spread.Spread(client, Recipe(None, "m"))
+        print(f"cluster of two: {started:.2f} s; the model on both: {time.perf_counter() - began:.2f} s")
+        single: list[float] = []
+        for _ in range(100):
+            began = time.perf_counter()
+            client.submit(nothing, lines[:1], pure=False).result()
+            single.append(time.perf_counter() - began)
+        print(f"latency of a packet of one request: {1e3 * statistics.median(single):.2f} ms")
+        packets = [lines[n : n + size] for n in range(0, count, size)]
+        times: list[float] = []
+        for _ in range(3):
+            began = time.perf_counter()
+            moved = 0
+            for future in [client.submit(nothing, packet, pure=False) for packet in packets]:
+                moved += sum(map(len, future.result()))
+            times.append(time.perf_counter() - began)
+        best = min(times)
+        print(
+            f"{count:,} requests in {len(packets)} packets: {best:.2f} s, {1e6 * best / count:.0f} us a request, "
+            f"{1e3 * best / len(packets):.1f} ms a packet; bytes of a request {sum(map(len, lines)) // count}, "
+            f"of a result {moved // count}"
+        )
+
+
+def memory(folder: Path, model: str, count: int) -> None:
+    """Watch the pages of two workers on a mapped checkpoint: in all, and shared with the other."""
+    import psutil
+
+    source = requests(folder, count, (60, 120))
+    arguments = [source, "-o", folder / "out.jsonl", "--workers", "2", "--model", model, "--weights-dtype", "mapped"]
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "qwen3np", "batch", *map(str, arguments)])
+    most: dict[int, tuple[int, int, int]] = {}
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                about = child.memory_full_info()
+                if "spawn_main" in " ".join(child.cmdline()):
+                    most[child.pid] = max(most.get(child.pid, (0, 0, 0)), (about.rss, about.pss, about.uss))
+            except psutil.Error:
+                continue
+        time.sleep(0.2)
+    print(f"{count} requests in {time.perf_counter() - began:.1f} s")
+    for rss, pss, uss in most.values():
+        print(
+            f"a worker: resident {rss / 1e9:.2f} GB, of its own {uss / 1e9:.2f} GB, its share of all {pss / 1e9:.2f} GB"
+        )
+    print(f"both: {sum(pss for _, pss, _ in most.values()) / 1e9:.2f} GB")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run needs. A packet is what one machine computes at a time; seconds are those of one packet."""
+
+    packets: int
+    compute: float  # on one machine
+    scheduler: float
+    client: float  # reading, cutting, writing
+    moved: float  # bytes of requests and results
+    weights: float = 0.0  # bytes that each machine loads from one store
+    start: float = 3.0  # until a worker is there
+    network: float = 1.25e9  # bytes/s of the client's machine and of the store
+    varies: float = 0.1  # standard deviation of a machine's speed, relative
+    slow: float = 0.02  # fraction of machines that are five times slower
+    life: float = 30 * 86400.0  # seconds until a machine dies, on average
+    together: bool = False  # workers and client share the cores of one machine
+
+
+class Run(NamedTuple):
+    """What came out: seconds, how busy the parts were in the steady middle, and seconds before and after it."""
+
+    seconds: float
+    machines: float
+    scheduler: float
+    client: float
+    network: float
+    load: float
+    tail: float
+
+
+def simulate(job: Job, machines: int, *, copies: bool = True, seed: int = 0) -> Run:
+    """Run packets on machines: the scheduler hands them out, the client takes the results, one by one.
+
+    Only the first 300 packets of each machine and the last one are simulated; those between take the same time.
+    """
+    rng = random.Random(seed)
+    compute = job.compute + (job.client + job.scheduler) / machines * job.together
+    speeds = [max(rng.gauss(1, job.varies), 0.3) * (0.2 if rng.random() < job.slow else 1) for _ in range(machines)]
+    idle = [(job.start + job.weights * (n + 1) / job.network, n) for n in range(machines)]  # the store serves in turn
+    load = sum(at for at, _ in idle) / machines
+    heapq.heapify(idle)
+    ends = [0.0] * machines
+    scheduler = client = network = 0.0  # when each is free again
+    packets, half = min(job.packets, 300 * machines), 0.0
+    for n in range(packets):
+        at, machine = heapq.heappop(idle)
+        network = max(network, at) + job.moved / job.network
+        client = max(client, network) + job.client
+        behind = max(client - 2 * machines * job.client, 0)  # two packets a machine are under way
+        scheduler = max(scheduler, min(at, scheduler + 1e9) - job.compute, behind) + job.scheduler
+        begins, took = max(at, scheduler), compute / speeds[machine]
+        while rng.random() > math.exp(-took / job.life):  # the machine died halfway, and another one starts
+            begins += took / 2 + job.start + job.weights / job.network
+        ends[machine] = begins + took
+        heapq.heappush(idle, (ends[machine], machine))
+        if n == packets // 2:
+            half = at
+    every = (idle[0][0] - half) / (packets - packets // 2)  # seconds from packet to packet
+    done = sorted(ends)
+    if copies:  # those that are idle first compute what is left again
+        for at in sorted(ends):
+            again = at + 1 + compute
+            if again < done[-1]:
+                done[-1] = again
+                done.sort()
+    whole = done[-1] + every * (job.packets - packets)
+    busy = compute / every / sum(speeds)
+    parts = (busy, job.scheduler / every, job.client / every, job.moved / job.network / every)
+    return Run(whole, *(min(part, 1.0) for part in parts), load, done[-1] - idle[0][0])
+
+
+def packets_of(count: float, tokens: float) -> int:
+    """How many packets hold `count` requests of so many tokens."""
+    return math.ceil(count * tokens / PACKET)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("one", "processes", "dask", "memory", "simulate"))
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--model", help="a checkpoint folder (default: built-in)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, count = Path(name), arguments.requests
+        if arguments.what == "one":
+            one(folder, count)
+        elif arguments.what == "processes":
+            processes(folder, count, arguments.workers, ["--model", arguments.model] if arguments.model else [])
+        elif arguments.what == "dask":
+            dask(folder, count)
+        elif arguments.what == "memory":
+            memory(folder, arguments.model, count)
+        else:
+            simulated()
+
+
+if __name__ == "__main__":
+    main()
