@@ -1227,7 +1227,7 @@ GROUPS = [
                 "(packet[: len(packet) // 2],)",
             ),
             "models not compared": ("if len(models) > 1:", "if False:"),
-            "all packets under way at once": ("len(under_way) < 2 * sum(self._threads().values()) + 1", "True"),
+            "all packets under way at once": ("len(under_way) < most", "True"),
         },
     ),
 ]

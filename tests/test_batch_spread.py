@@ -61,8 +61,8 @@ class Scripted:
     def wait_for_workers(self, count, timeout):
         pass
 
-    def scheduler_info(self, n_workers):
-        return {"workers": {"a": {"nthreads": 1}, "b": {"nthreads": 1}}}
+    def nthreads(self):
+        return {"a": 1, "b": 1}
 
     def processing(self):
         return {"a": ("some key",) if self.hanging else (), "b": ()}
@@ -110,7 +110,7 @@ class Done:
 
 
 def lines(packet):
-    return [request.key.encode() for request in packet]
+    return b"".join(b"%s\n" % request.key.encode() for request in packet)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_hanging_packet_is_done_by_another_worker(work, monkeypatch):
         return lines(packet) if packet[0].key != "0" or workers else None
 
     client = Scripted(play)
-    found = [line.decode() for _, line in Spread(client, Recipe(None, "m"))(work)]
+    found = [line.decode().strip() for _, line in Spread(client, Recipe(None, "m"))(work)]
     assert sorted(found, key=int) == [f"{n}" for n in range(100)]
     assert copies == ["b"]
     assert client.hanging[0].cancelled
@@ -147,7 +147,7 @@ def test_a_request_that_kills_workers_is_alone_with_its_error(work):
     for key in ("7", "55"):
         result = json.loads(found.pop(key))
         assert (result["custom_id"], result["response"], result["error"]["code"]) == (key, None, "worker_died")
-    assert found == {f"{n}": b"%d" % n for n in range(100) if n not in (7, 55)}
+    assert found == {f"{n}": b"%d\n" % n for n in range(100) if n not in (7, 55)}
 
 
 def test_other_errors_and_a_lost_scheduler_end_the_run(work, monkeypatch):

@@ -77,7 +77,9 @@ class Recipe:
 class Answers:
     """A loaded model that answers packets of requests."""
 
-    def __init__(self, model: Model, name: str, numerics: str = "float32", engine: str = "fast", share: float = 1.0):
+    def __init__(
+        self, model: Model, name: str, numerics: str = "float32", engine: str = "fast", share: float = 1.0
+    ) -> None:
         """`share`: how much of the free memory the caches may take, half of it being all."""
         memory = int((available_memory() or 2 * 10**9) / 2 * share)
         scheduler = Scheduler(model, waiting=sys.maxsize, memory=memory, numerics=numerics, engine=engine)

@@ -77,7 +77,7 @@ class Spread:
 
     def __call__(self, packets: Iterable[list[Request]]) -> Iterator[tuple[Request, bytes]]:
         """Yield the line of each request's result as it comes. Raises ValueError if the scheduler is gone."""
-        source, numbers, exhausted = iter(packets), count(), False
+        source, numbers, exhausted, most, looked = iter(packets), count(), False, 0, 0.0
         under_way: dict[int, tuple[list[Request], list[Any]]] = {}
         finished = SimpleQueue[tuple[int, Any]]()
 
@@ -87,7 +87,9 @@ class Spread:
             future.add_done_callback(lambda done: finished.put((number, done)))
 
         while True:
-            while not exhausted and len(under_way) < 2 * sum(self._threads().values()) + 1:
+            if time.monotonic() > looked + _LOOK:
+                most, looked = 2 * sum(self.client.nthreads().values()) + 1, time.monotonic()
+            while not exhausted and len(under_way) < most:
                 packet = next(source, None)
                 exhausted = packet is None
                 if packet:
@@ -109,7 +111,7 @@ class Spread:
                 continue
             packet, copies = under_way.pop(number)
             if future.status == "finished":
-                yield from zip(packet, future.result(), strict=True)
+                yield from zip(packet, future.result().splitlines(keepends=True), strict=True)
             else:
                 error = future.exception()
                 if type(error).__name__ != "KilledWorker":
@@ -123,15 +125,12 @@ class Spread:
             for copy in copies:
                 copy.cancel()
 
-    def _threads(self) -> dict[str, int]:
-        """The threads of each worker that the scheduler knows."""
-        workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
-        return {worker: about["nthreads"] for worker, about in workers.items()}
-
     def _fingerprints(self) -> dict[str, str]:
         """The fingerprint of each worker, except those that leave in the meantime."""
-        futures = {w: self.client.submit(_fingerprint, self.recipe, workers=[w], pure=False) for w in self._threads()}
-        while any(worker in self._threads() and not future.done() for worker, future in futures.items()):
+        futures = {
+            w: self.client.submit(_fingerprint, self.recipe, workers=[w], pure=False) for w in self.client.nthreads()
+        }
+        while any(worker in self.client.nthreads() and not future.done() for worker, future in futures.items()):
             self._require_scheduler()
             time.sleep(0.05)
         try:
@@ -156,14 +155,14 @@ def _fingerprint(recipe: Recipe) -> str:
         return _loaded(recipe).fingerprint
 
 
-def _answered(recipe: Recipe, model: str, packet: Sequence[Request]) -> list[bytes]:
+def _answered(recipe: Recipe, model: str, packet: Sequence[Request]) -> bytes:
     """On a worker: the lines of a packet. Several threads take turns, since one packet uses all of them."""
     with _working:
         answers = _loaded(recipe)
         if _model(answers.fingerprint) != model:
             raise ValueError(f"a worker that joined later has {_model(answers.fingerprint)}, the others {model}")
         lines = {request.key: line for request, line in answers(packet)}
-        return [lines[request.key] for request in packet]
+        return b"".join(lines[request.key] for request in packet)  # moved as a whole
 
 
 @lru_cache(maxsize=1)
