@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import qwen3np
 from qwen3np.batches.answers import Answers, Recipe
-from qwen3np.batches.requests import PACKET
+from qwen3np.batches.requests import PACKET, packets, requests_of
+from qwen3np.batches.results import Results
 from qwen3np.batches.run import here, run
 from qwen3np.embeddings import embed
 
@@ -112,6 +113,14 @@ def dask(folder: Path, count: int) -> None:
     from qwen3np.batches import spread
 
     lines = requests(folder, count).read_bytes().splitlines(True)
+    began = time.perf_counter()
+    cut = list(packets(requests_of(lines)))
+    read = time.perf_counter()
+    with Results(folder / "out.jsonl") as results:
+        for request in chain.from_iterable(cut):
+            results.write(request.key, b" " * 3675 + b"\n")
+    parts = 1e6 * (read - began) / count, 1e6 * (time.perf_counter() - read) / count
+    print(f"the client's part of a request: reading and cutting {parts[0]:.0f} us, writing {parts[1]:.0f} us")
     size = PACKET // 40  # requests in a packet, as batch cuts them
     began = time.perf_counter()
     with spread.cluster(2, None) as client:
@@ -125,18 +134,18 @@ def dask(folder: Path, count: int) -> None:
             client.submit(nothing, lines[:1], pure=False).result()
             single.append(time.perf_counter() - began)
         print(f"latency of a packet of one request: {1e3 * statistics.median(single):.2f} ms")
-        packets = [lines[n : n + size] for n in range(0, count, size)]
+        pieces = [lines[n : n + size] for n in range(0, count, size)]
         times: list[float] = []
         for _ in range(3):
             began = time.perf_counter()
             moved = 0
-            for future in [client.submit(nothing, packet, pure=False) for packet in packets]:
+            for future in [client.submit(nothing, packet, pure=False) for packet in pieces]:
                 moved += len(future.result())
             times.append(time.perf_counter() - began)
         best = min(times)
         print(
-            f"{count:,} requests in {len(packets)} packets: {best:.2f} s, {1e6 * best / count:.0f} us a request, "
-            f"{1e3 * best / len(packets):.1f} ms a packet; bytes of a request {sum(map(len, lines)) // count}, "
+            f"{count:,} requests in {len(pieces)} packets: {best:.2f} s, {1e6 * best / count:.0f} us a request, "
+            f"{1e3 * best / len(pieces):.1f} ms a packet; bytes of a request {sum(map(len, lines)) // count}, "
             f"of a result {moved // count}"
         )
 
@@ -238,9 +247,45 @@ def simulate(job: Job, machines: int, *, copies: bool = True, seed: int = 0) -> 
     return Run(whole, *(min(part, 1.0) for part in parts), load, done[-1] - idle[0][0])
 
 
-def packets_of(count: float, tokens: float) -> int:
-    """How many packets hold `count` requests of so many tokens."""
-    return math.ceil(count * tokens / PACKET)
+# Measured here, as SCALE.md says: seconds, and tokens/s of a machine.
+REQUEST = 1.45e-3  # an embedding of 26 tokens with the built-in checkpoint, on one core
+READING, PASSING = 5.0e-5, 5.6e-3  # the client's time for a request; the scheduler's and the network's for a packet
+EMBEDDED, SCORED = 370.0, 290.0  # Qwen3-0.6B's size on two cores: the last state alone, and all log-probabilities
+IN_PACKET = 190  # such requests in a packet
+
+
+def simulated() -> None:
+    """Print the measured points as simulated, then what more machines would do."""
+    for workers in (1, 2):
+        costs = {"compute": REQUEST * IN_PACKET, "scheduler": PASSING, "client": READING * IN_PACKET}
+        job = Job(100_000 // IN_PACKET, **costs, moved=3800 * IN_PACKET, varies=0, slow=0, together=True)
+        print(f"100,000 embeddings, {workers} workers: {simulate(job, workers).seconds:.1f} s")
+    titles = (
+        "machines",
+        "days",
+        "busy",
+        "scheduler",
+        "client",
+        "network",
+        "loading, s",
+        "last packets, s",
+        "without copies",
+    )
+    jobs = {
+        "embed 10^9 documents of 300 tokens": (1e9 * 300, EMBEDDED, 27, 27 * 24_000),
+        "score 10^12 tokens in texts of 1,000": (1e12, SCORED, 8, PACKET * 32),
+    }
+    for what, (tokens, rate, texts, moved) in jobs.items():
+        for faster in (1, 16):
+            print(f"\n{what}, machines {faster} times as fast as this one\n\n| {' | '.join(titles)} |\n{'|---' * 9}|")
+            for machines in (10, 100, 1000):
+                packets, compute = math.ceil(tokens / PACKET), PACKET / rate / faster
+                job = Job(packets, compute, PASSING, texts * READING, moved, weights=1.2e9)
+                run, alone = simulate(job, machines), simulate(job, machines, copies=False)
+                parts = (run.machines, run.scheduler, run.client, run.network)
+                row = [f"{machines:,}", f"{run.seconds / 86400:,.1f}", *(f"{part:.1%}" for part in parts)]
+                row += [f"{run.load:,.0f}", f"{run.tail:,.0f}", f"{alone.tail:,.0f}"]
+                print(f"| {' | '.join(row)} |")
 
 
 def main() -> None:
