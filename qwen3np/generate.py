@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
@@ -12,6 +14,7 @@ import numpy as np
 from qwen3np import guard
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
+from qwen3np.drafts import Drafts, drafts_of
 from qwen3np.errors import ContextOverflowError
 from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
@@ -26,6 +29,38 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512  # positions of a long prompt computed at once: enough to be bound by arithmetic, not by memory
 
 
+@dataclass(eq=False)
+class _Answer:
+    """One sequence of a batch, as it grows."""
+
+    row: int
+    ids: Array  # (N,): the prompt and the new ids, with room for all of them
+    end: int  # how many there are
+    most: int  # at most this many are new
+    rng: np.random.Generator
+    drafts: Drafts | None
+    new: list[int] = field(default_factory=list[int])
+    guesses: list[int] = field(default_factory=list[int])  # at the ids after the newest
+    done: bool = False
+
+    def add(self, new: int) -> None:
+        """Append a new id."""
+        self.ids[self.end] = new
+        self.new.append(new)
+        self.end += 1
+
+    def guess(self, settings: dict[str, Any]) -> None:
+        """Guess at the next ids; what chooses among a draft's logits has the random numbers that they will have."""
+        if self.drafts is None:
+            return
+        rng = deepcopy(self.rng)
+
+        def choose(logits: Array, guesses: list[int]) -> int:
+            return sample(logits, settings, rng, [*self.ids[: self.end], *guesses], len(self.new) + len(guesses))
+
+        self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)
+
+
 class Step(NamedTuple):
     """One new token of one sequence."""
 
@@ -33,6 +68,7 @@ class Step(NamedTuple):
     id: int
     logits: Array  # (V,) from which it was chosen; see sampling.log_probabilities
     done: bool  # whether it is the last one of its sequence
+    guessed: bool = False  # whether it took no pass of its own; see drafts.py
 
 
 @overload
@@ -164,37 +200,59 @@ def _run(
 ) -> Iterator[Step]:
     """Yield the steps of prompts that were checked, at most `most` of each, with room for all of them in the cache."""
     stop, stop_ids, until = settings["stop"], settings["stop_ids"], time.monotonic() + (settings["max_time"] or inf)
-    draws, logits = generators(settings["seed"], len(prompts)), list[Array]()
-    for row, prompt in enumerate(prompts):
+    rngs, answers, passed = generators(settings["seed"], len(prompts)), list[_Answer](), list[Array]()
+    for row, (prompt, n) in enumerate(zip(prompts, most, strict=True)):
         if row and prompt == prompts[row - 1] and settings["edit"] is None:  # another answer to the same prompt
             _copy(cache, row - 1, row, len(prompt))
-        logits.append(_prefill(weights, config, prompt, cache.select([row]), settings))
-    new: list[list[int]] = [[] for _ in prompts]
-    longest = max(len(prompt) + n for prompt, n in zip(prompts, most, strict=True))
-    ids = np.zeros((len(prompts), longest), np.int64)  # of prompts and answers, to be compared with the cache's
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    active = list(range(len(prompts)))
+        passed.append(_prefill(weights, config, prompt, cache.select([row]), settings))
+        drafts = drafts_of(settings, config, len(prompt) + n)
+        answers.append(_Answer(row, np.array(prompt + [0] * n), len(prompt), n, rngs[row], drafts))
+    active = answers
     while active:
-        going_on: list[int] = []
-        for row, row_logits in zip(active, logits, strict=True):
-            end = len(prompts[row]) + len(new[row])
-            if not settings["remove_invalid_values"]:
-                guard.require_finite(row_logits, weights, config, ids[row, :end], settings["numerics"])
-            chosen = sample(row_logits, settings, draws[row], ids[row, :end], len(new[row]))
-            ids[row, end] = chosen
-            new[row].append(chosen)
-            done = len(new[row]) == most[row] or chosen in stop_ids or (stop is not None and stop(new[row]))
-            if not (done := done or time.monotonic() > until):
-                going_on.append(row)
-            yield Step(row, chosen, row_logits, done)
-        active = going_on
-        if active:
-            for row in active:
-                if not guard.cache_holds(cache, row, ids[row, : len(prompts[row]) + len(new[row]) - 1]):
-                    raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
-            newest = [[new[row][-1]] for row in active]
-            logits = list(_forward(weights, config, newest, cache.select(active), settings)[:, 0])
+        for answer, logits in zip(active, passed, strict=True):
+            for n, token_logits in enumerate(logits):
+                if n:  # the guess before is right, and in the cache
+                    cache.lengths[cache.rows[answer.row]] += 1
+                    _require_held(cache, answer.row, answer.ids[: answer.end])
+                ids = answer.ids[: answer.end]
+                if not settings["remove_invalid_values"]:
+                    guard.require_finite(token_logits, weights, config, ids, settings["numerics"])
+                chosen = sample(token_logits, settings, answer.rng, ids, len(answer.new))
+                answer.add(chosen)
+                done = len(answer.new) == answer.most or chosen in stop_ids or (stop is not None and stop(answer.new))
+                answer.done = done or time.monotonic() > until
+                yield Step(answer.row, chosen, token_logits, answer.done, n > 0)
+                if answer.done or answer.guesses[n : n + 1] != [chosen]:
+                    break
+        active = [answer for answer in active if not answer.done]
+        passed = _passes(weights, config, active, cache, settings)
+
+
+def _passes(
+    weights: Weights, config: Config, active: list[_Answer], cache: KVCache, settings: dict[str, Any]
+) -> list[Array]:
+    """Return, for each sequence, the logits after its newest id and after each guess at the next: (1 + guesses, V).
+
+    A sequence with guesses is computed alone, so that at most 8 rows are, with the bits of one; the others together.
+    """
+    for answer in active:
+        _require_held(cache, answer.row, answer.ids[: answer.end - 1])
+        answer.guess({**settings, "logits_processors": ()})  # these may count on seeing each id once
+    logits: dict[int, Array] = {}
+    together = [answer for answer in active if not answer.guesses]
+    for group in [together, *([answer] for answer in active if answer.guesses)]:
+        if group:
+            rows, inputs = [answer.row for answer in group], [[answer.new[-1], *answer.guesses] for answer in group]
+            found = _forward(weights, config, inputs, cache.select(rows), settings, last_only=False)
+            logits.update(zip(rows, found, strict=True))
+            for answer in group:
+                cache.lengths[cache.rows[answer.row]] = answer.end
+    return [logits[answer.row] for answer in active]
+
+
+def _require_held(cache: KVCache, row: int, ids: Array) -> None:
+    if not guard.cache_holds(cache, row, ids):
+        raise ValueError("cache: another call used it meanwhile, so this generation cannot go on")
 
 
 def _copy(cache: KVCache, source: int, target: int, length: int) -> None:
@@ -206,7 +264,7 @@ def _copy(cache: KVCache, source: int, target: int, length: int) -> None:
 
 
 def _prefill(weights: Weights, config: Config, ids: list[int], cache: KVCache, settings: dict[str, Any]) -> Array:
-    """Bring the cache of one sequence up to ids, computing only what it lacks; return the last logits (V,)."""
+    """Bring the cache of one sequence up to ids, computing only what it lacks; return the last logits (1, V)."""
     start = cache.keep_prefix(0, ids[:-1])  # the last token is always computed: its logits are needed
     while True:
         chunk = ids[start : start + PREFILL_CHUNK]
@@ -215,14 +273,21 @@ def _prefill(weights: Weights, config: Config, ids: list[int], cache: KVCache, s
         if settings["progress"]:
             settings["progress"](len(chunk))
         if start == len(ids):
-            return logits[0, 0]
+            return logits[0]
 
 
 def _forward(
-    weights: Weights, config: Config, ids: Any, cache: KVCache, settings: dict[str, Any], head: bool = True
+    weights: Weights,
+    config: Config,
+    ids: Any,
+    cache: KVCache,
+    settings: dict[str, Any],
+    *,
+    last_only: bool = True,
+    head: bool = True,
 ) -> Array:
     options = {name: settings[name] for name in ("numerics", "engine", "edit")}
-    return guard.forward(weights, config, ids, cache, last_only=True, head=head, **options)
+    return guard.forward(weights, config, ids, cache, last_only=last_only, head=head, **options)
 
 
 def new_cache(config: Config, batch: Batch, max_new_tokens: int, numerics: str = "float32") -> KVCache:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
-from typing import Annotated, Any, TypeAlias, TypedDict, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Protocol, TypeAlias, TypedDict, TypeVar, cast, get_type_hints, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,7 @@ from qwen3np.config import Config
 from qwen3np.numerics import ENGINES, NUMERICS, Array, Edit
 from qwen3np.processors import FILTERS
 from qwen3np.rules import REQUIRED, Rule, rules
+from qwen3np.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
@@ -69,6 +70,21 @@ _COUNT = _number(lambda n: n >= 0, "a whole number >= 0", kind=Integral)
 _POSITIVE = _number(lambda r: 0 < r < inf, "a finite number > 0")
 _FRACTION = _number(lambda p: 0 < p <= 1, "a number in (0, 1]")
 _IDS = Rule(_is_ids, "a collection of ids", None)
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """A model: weights and their config, as in Model."""
+
+    @property
+    def weights(self) -> Weights:
+        """The tensors, by name."""
+        ...
+
+    @property
+    def config(self) -> Config:
+        """The sizes."""
+        ...
 
 
 class GenerationSettings(TypedDict, total=False):
@@ -141,6 +157,10 @@ class GenerationSettings(TypedDict, total=False):
             lambda x: callable(x) or isinstance(x, bool), "a callable (tokens of prompts and answers), or a bool", None
         ),
     ]
+    # guesses at the next tokens, see drafts.py: the same ids, sooner. At most this many by looking up what followed the
+    # last ids before; or by a smaller model of the same vocabulary
+    prompt_lookup_num_tokens: Annotated[int | None, _COUNT]
+    assistant_model: Annotated[Checkpoint | None, Rule(lambda x: isinstance(x, Checkpoint), "a Model", None)]
     # generate only: 1 for tokens and 0 for padding in ids (B, S), padded left or right; the answers to each prompt
     attention_mask: Annotated[ArrayLike | None, Rule(lambda x: True, "an array (B, S)", None)]
     num_return_sequences: Annotated[int, _number(lambda n: n >= 1, "a whole number >= 1", 1, Integral)]
@@ -156,7 +176,6 @@ _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "penalty_alpha": ((0,), "contrastive search"),
     "dola_layers": ((), "DoLa decoding"),
     "guidance_scale": ((1,), "classifier-free guidance"),
-    "prompt_lookup_num_tokens": ((), "assisted generation"),
     "assistant_early_exit": ((), "assisted generation"),
     "use_mtp": ((False,), "assisted generation"),
     "watermarking_config": ((), "watermarking"),
@@ -165,7 +184,7 @@ _OTHER_ALGORITHMS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 # Settings that a file cannot hold.
 PROGRAM = (
     *("stop", "logits_processors", "cache", "numerics", "engine", "edit", "progress"),
-    *("attention_mask", "num_return_sequences"),
+    *("assistant_model", "attention_mask", "num_return_sequences"),
 )
 # What other libraries call them.
 _ELSEWHERE = {
@@ -234,6 +253,11 @@ def require_ids(chosen: dict[str, Any], config: Config) -> None:
     for name, ids in given.items():
         if beyond := [i for i in ids if not 0 <= i < config.vocab_size]:
             raise ValueError(f"{name}: the vocabulary has no id {beyond[0]}; its ids are 0 to {config.vocab_size - 1}")
+    if (draft := chosen["assistant_model"]) is not None and draft.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"assistant_model: its vocabulary has {draft.config.vocab_size} ids, and must have the {config.vocab_size} "
+            f"of this model"
+        )
     chosen["stop_ids"] = frozenset(config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])
 
 

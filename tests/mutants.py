@@ -206,12 +206,16 @@ GROUPS = [
                 "for start, stop, near in ((0, cut, NEAR),):",
             ),
             "few rows: rows and blocks mixed up": ("products.swapaxes(0, 1).reshape", "products.reshape"),
+            "few rows: a thread's last block left out": (
+                "for a, b in stretch(w, n):",
+                "for a, b in stretch(w, n)[: -1 if n else None]:",
+            ),
             "tiles: the last left out": ("[*range(start, stop, size), stop]", "[*range(start, stop, size)]"),
         },
     ),
     (
         "ops/fast/attention.py",
-        "attention model cache engines",
+        "attention model cache engines drafts",
         {
             "scores not scaled": ("        scores *= head_dim**-0.5\n", ""),
             "scaled before the first rounding": (
@@ -234,6 +238,7 @@ GROUPS = [
                 "for a in range(0, total, width):",
                 "for a in range(0, max(total - 1, 1), width):",
             ),
+            "a few positions in one product": ("most = 1 if new <= FEW_ROWS else", "most ="),
             "an edit of the scores is ignored": ("probs = num.round(softmax(edited))", "pass"),
             "edited scores do not reach the context": (
                 " and np.array_equal(probs, num.round(softmax(scores)))",
@@ -726,13 +731,50 @@ GROUPS = [
         },
     ),
     (
+        "drafts.py",
+        "drafts",
+        {
+            "look-up: what followed the first ids": ("(grams == ids[-n:])", "(grams == ids[:n])"),
+            "look-up: one id too early": ("places[0]) + n", "places[0]) + n - 1"),
+            "look-up: the shortest first": ("NGRAMS = (4, 3, 2)", "NGRAMS = (2, 3, 4)"),
+            "the estimate counts what follows a wrong guess": (
+                "            if guessed != followed:\n                break\n",
+                "",
+            ),
+            "wrong guesses change nothing": ("self.right += WEIGHT *", "self.right += 0 *"),
+            "no pause where it does not pay": ("self.wait = self.waited\n", "pass\n"),
+            "further rows are free": ("(1 + n * self.cost)", "1"),
+            "edits see guesses": ('if settings["edit"] is not None:', "if False:"),
+            "a small model beyond its context": (
+                "len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length",
+                "len(guesses) < most",
+            ),
+        },
+    ),
+    (
+        "generate.py",
+        "drafts",
+        {
+            "a guess is taken as the answer": (
+                "answer.guesses[n : n + 1] != [chosen]",
+                "n == len(answer.guesses)",
+            ),
+            "guesses stay in the cache": (
+                "                cache.lengths[cache.rows[answer.row]] = answer.end\n",
+                "                pass\n",
+            ),
+            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
+            "processors see guesses": ('{**settings, "logits_processors": ()}', "settings"),
+        },
+    ),
+    (
         "generate.py",
         "settings generate engines",
         {
             "never stops at an id": (" or chosen in stop_ids", ""),
-            "the callable stop ignored": (" or (stop is not None and stop(new[row]))", ""),
-            "stop is given the whole sequence": ("and stop(new[row])", "and stop(prompts[row] + new[row])"),
-            "one token more": ("len(new[row]) == most[row]", "len(new[row]) > most[row]"),
+            "the callable stop ignored": (" or (stop is not None and stop(answer.new))", ""),
+            "stop is given the whole sequence": ("and stop(answer.new)", "and stop(answer.ids.tolist())"),
+            "one token more": ("len(answer.new) == answer.most", "len(answer.new) > answer.most"),
             "prefix believed": (
                 "start = cache.keep_prefix(0, ids[:-1])",
                 "start = min(int(cache.lengths[cache.rows[0]]), len(ids) - 1)",
@@ -741,13 +783,13 @@ GROUPS = [
             "prefix not used": ("start = cache.keep_prefix(0, ids[:-1])", "start = cache.keep_prefix(0, [])"),
             "chunk: the last logits of another": ("        if start == len(ids):", "        if start >= len(ids) - 1:"),
             "the penalty does not count the prompt": (
-                "draws[row], ids[row, :end], len(new[row]))",
-                "draws[row], new[row], len(new[row]))",
+                "answer.rng, ids, len(answer.new))",
+                "answer.rng, answer.new, len(answer.new))",
             ),
-            "nothing is new to the penalties": ("ids[row, :end], len(new[row]))", "ids[row, :end])"),
+            "nothing is new to the penalties": ("answer.rng, ids, len(answer.new))", "answer.rng, ids)"),
             "finished sequences mix up the others": (
-                "cache.select(active), settings)",
-                "cache.select(range(len(active))), settings)",
+                "cache.select(rows), settings",
+                "cache.select(range(len(rows))), settings",
             ),
             "top_k not passed on": (
                 "steps(weights, config, batch, **chosen):",
@@ -864,16 +906,6 @@ GROUPS = [
         "checkpoint",
         {
             "names without model. refused": ('if not any(name.startswith("model.") for name in tensors):', "if False:"),
-        },
-    ),
-    (
-        "ops/fast/products.py",
-        "quantized",
-        {
-            "stored: many rows in other tiles": (
-                "if count <= FEW_ROWS and isinstance(ws[n], Stored):",
-                "if isinstance(ws[n], Stored):",
-            ),
         },
     ),
     (

@@ -264,7 +264,8 @@ def test_numerics_of_one_name_are_one_object():
 # What reads top to bottom: a file imports only what stands above it. "." ends a package's name: all of its files.
 ORDER = [
     *("errors", "terminal", "memory", "numerics", "stored", "rules", "config", "cache", "rope", "qwen3"),
-    *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "generate", "scoring"),
+    *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "drafts", "generate"),
+    "scoring",
     *(
         "files.",
         "chat",

@@ -76,7 +76,7 @@ def test_a_generation_config_that_cannot_be(folder, generation_config, message):
         ("num_beams", 3, 1, "beam search"),
         ("penalty_alpha", 0.6, 0, "contrastive search"),
         ("guidance_scale", 1.5, 1, "classifier-free guidance"),
-        ("prompt_lookup_num_tokens", 10, None, "assisted generation"),
+        ("dola_layers", "high", None, "DoLa decoding"),
         ("watermarking_config", {"seeding_scheme": "selfhash"}, None, "watermarking"),
     ],
 )

@@ -129,8 +129,8 @@ def test_products_have_the_bits_of_a_float32_copy(make, seed, numerics, threads)
         num = named(numerics, engine)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QWEN3NP_NUM_THREADS", str(threads))
-            near = int(rng.choice([1, 1 << 18]))  # 64 rows at a time, or all
-            patch.setattr("qwen3np.ops.fast.products.IN_CACHE", near)
+            block = int(rng.choice([1, 1 << 18]))  # 64 rows at a time, or all
+            patch.setattr("qwen3np.ops.fast.products.BLOCK_ELEMENTS", block)
             for rows in (1, 3, 20):
                 x = num.widen(rng.standard_normal((rows, truth.shape[1])).astype(np.float32))
                 found = num.ops.head(x, w, num)

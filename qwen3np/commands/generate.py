@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     prefilled = time.perf_counter()
 
     rows = _by_row(chain([first], found), tokenizer, len(prompts), arguments.top_logprobs if arguments.json else None)
-    count, cut = 0, list[str]()
+    count, guessed, cut = 0, 0, list[str]()
     for given_text, prompt, tokens in zip(inputs, prompts, rows, strict=True):
         answer: list[_Token] = []
         inside = given is not None and given_text.rstrip().endswith("<think>")
@@ -128,10 +128,12 @@ def run(arguments: argparse.Namespace) -> None:
                 sys.stdout.flush()
             print()
         count += len(answer)
+        guessed += sum(token.guessed for token in answer)
         if not options["stop"]([token.id for token in answer]):
             cut.append("--max-new-tokens" if len(answer) == options["max_new_tokens"] else "the end of the context")
     seconds = time.perf_counter() - prefilled
     rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 else "one token"
+    rate += f", {count / (count - guessed):.1f} a pass" if guessed else ""
     ended = f"; cut at {' and '.join(sorted(set(cut)))}" if cut else ""
     ended += f" ({len(cut)} of {len(prompts)})" if cut and len(prompts) > 1 else ""
     print(
@@ -190,6 +192,7 @@ class _Token:
     id: int
     logprob: float
     top: list[dict[str, Any]]
+    guessed: bool
 
 
 def _by_row(found: Iterator[Step], tokenizer: Tokenizer, rows: int, top: int | None) -> list[Iterator[_Token]]:
@@ -198,11 +201,11 @@ def _by_row(found: Iterator[Step], tokenizer: Tokenizer, rows: int, top: int | N
 
     def token(step: Step) -> _Token:
         if top is None:
-            return _Token(step.id, 0.0, [])
+            return _Token(step.id, 0.0, [], step.guessed)
         logprobs = log_probabilities(step.logits)
         best: list[int] = np.argsort(-logprobs, kind="stable")[:top].tolist()
         likeliest = [{"id": i, "text": tokenizer.decode([i]), "logprob": float(logprobs[i])} for i in best]
-        return _Token(step.id, float(logprobs[step.id]), likeliest)
+        return _Token(step.id, float(logprobs[step.id]), likeliest, step.guessed)
 
     def row_tokens(row: int) -> Iterator[_Token]:
         done = False

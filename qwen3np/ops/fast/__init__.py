@@ -16,8 +16,9 @@ Why cut here and not leave it to BLAS:
   number of threads, so neither changes a bit; BLAS itself runs on one thread.
 - A stored bfloat16 tile is upcast into scratch memory that stays in the cache, so the file is read once and never
   copied. A single row is bound by memory: there the whole of W goes to BLAS's own threads.
-- Up to 8 rows (a batch of decode steps) are multiplied one by one, 64 rows of W at a time, so each has the bits it has
-  alone; a matrix product would first copy W into an order of its own, which costs more than 8 rows do.
+- Up to 8 rows (a batch of decode steps, or positions with guesses) are multiplied one by one, 64 rows of W at a time,
+  so each has the bits it has alone; a matrix product would first copy W into an order of its own, which costs more than
+  8 rows do. Each thread goes through its own stretch of W, since handing out small blocks takes longer than they do.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def attend_one(
     context = np.empty((new, kv_heads, group, head_dim), num.dtype)
     if watched:
         watched = watched[0].reshape(*q.shape[:3], total), watched[1].reshape(*q.shape[:3], total)
-    most = max(min(new, BLOCK_ROWS // group), 1)  # queries in a block
+    # positions in a block; a few are computed one by one, with the bits of one
+    most = 1 if new <= FEW_ROWS else max(min(new, BLOCK_ROWS // group), 1)
     reach = total if window is None else min(total, window + most - 1)  # keys that some query of a block sees
     # bfloat16 rounds each probability, so it needs the sum of a whole row before it goes on
     width = reach if num.rounds else min(reach, BLOCK_KEYS)

@@ -14,9 +14,9 @@ from itertools import pairwise, product
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, Array, Numerics
-from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, num_threads, share, threads_for
+from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, share, threads_for
 from qwen3np.qwen3 import Scope
-from qwen3np.stored import IN_CACHE, Stored, put
+from qwen3np.stored import Stored, put
 
 # At or below this many rows of x, use one matrix-vector product per row: a matrix product would first copy W into an
 # order of its own, which costs more than these rows do.
@@ -26,8 +26,8 @@ NEAR = 64
 # Rows of x and of W in one product of many rows. A BLAS rounds differently next to the edges of a product, so they are
 # the same for every storage of W and every number of threads.
 TILE_ROWS, TILE_OUTPUTS = 512, 256
-# Elements of W that a thread takes at a time otherwise: they are applied from the cache once they are upcast.
-BLOCK_ELEMENTS = 1 << 20
+# Elements of W that are upcast at a time for a few rows, which are multiplied by them while they are in the cache.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def linear(x: Array, m: Scope, names: Sequence[str], num: Numerics, bias: bool = False) -> list[Array]:
@@ -53,8 +53,10 @@ def products(x: Array, layers: Sequence[tuple[Array, Array | None]], num: Numeri
     whole = len(rows) == 1 and (threads == 1 or blas_limit() != 1) and cuts_keep_bits()
     if whole and all(is_ready(w, num) for w in ws):
         ys = _dot_products(rows[0], ws, threads)
+    elif len(rows) <= FEW_ROWS:
+        ys = _few_products(rows, ws, num, threads)
     else:
-        ys = _share_products(rows, ws, num)
+        ys = _tile_products(rows, ws, num)
     found: list[Array] = []
     for y, (w, bias) in zip(ys, layers, strict=True):
         if bias is not None:
@@ -88,48 +90,60 @@ def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
         return [apply(w) for w in ws]
 
 
-def _share_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Array]:
-    """Return rows Wᵀ (N, out) for each W, computed in blocks on all threads."""
-    count = len(rows)
-    ys = [np.empty((count, len(w)), num.dtype) for w in ws]
+def _few_products(rows: Array, ws: Sequence[Array], num: Numerics, threads: int) -> list[Array]:
+    """Return rows Wᵀ (N, out) for each W. A thread takes one stretch of every W, and upcasts it block by block.
 
-    def step(w: Array) -> int:
-        if count > FEW_ROWS:
-            return TILE_OUTPUTS
-        blocks = max(-(-w.size // (BLOCK_ELEMENTS * num_threads())), 1) * num_threads()  # the same number per thread
-        return max(-(-len(w) // (blocks * NEAR)), 1) * NEAR
+    If the threads took the blocks one after the other, they would wait for each other longer than a block takes.
+    """
+    ys = [np.empty((len(rows), len(w)), num.dtype) for w in ws]
 
-    def apply(part: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
-        n, (start, stop), (first, last) = part
-        near = last - first
-        if count <= FEW_ROWS and isinstance(ws[n], Stored):  # applied while they are in the cache, with the same bits
-            near = max(IN_CACHE // (ws[n].shape[1] * NEAR), 1) * NEAR
-        for a, b in _pieces(first, last, near):
-            # other layouts would not reach BLAS, or give other bits
-            w = np.require(_ready(ws[n][a:b], num), None, ["C", "A"])
-            y = ys[n][start:stop, a:b]
-            if count <= FEW_ROWS:
-                _few_rows(rows, w, y)
-            else:
-                np.matmul(rows[start:stop], w.T, out=y)
+    def stretch(w: Array, n: int) -> list[tuple[int, int]]:
+        each = 1 if is_ready(w, num) else max(-(-w.size // (BLOCK_ELEMENTS * threads)), 1)  # blocks of a thread
+        pieces = _pieces(0, len(w), max(-(-len(w) // (each * threads * NEAR)), 1) * NEAR)
+        return pieces[len(pieces) * n // threads : len(pieces) * (n + 1) // threads]
 
-    parts = [
-        (n, *piece)
-        for n, w in enumerate(ws)
-        for piece in product(_pieces(0, count, TILE_ROWS), _pieces(0, len(w), step(w)))
-    ]
-    share(parts, count * sum(w.size for w in ws), apply)
+    def apply(n: int) -> None:
+        for w, y in zip(ws, ys, strict=True):
+            for a, b in stretch(w, n):
+                _few_rows(rows, _block(w[a:b], num), y[:, a:b])
+
+    share(range(threads), len(rows) * sum(w.size for w in ws), apply)
     return ys
+
+
+def _tile_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Array]:
+    """Return rows Wᵀ (N, out) for each W, tile by tile on all threads."""
+    ys = [np.empty((len(rows), len(w)), num.dtype) for w in ws]
+
+    def apply(tile: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+        n, (start, stop), (a, b) = tile
+        np.matmul(rows[start:stop], _block(ws[n][a:b], num).T, out=ys[n][start:stop, a:b])
+
+    tiles = [
+        (n, *tile)
+        for n, w in enumerate(ws)
+        for tile in product(_pieces(0, len(rows), TILE_ROWS), _pieces(0, len(w), TILE_OUTPUTS))
+    ]
+    share(tiles, len(rows) * sum(w.size for w in ws), apply)
+    return ys
+
+
+def _block(w: Array, num: Numerics) -> Array:
+    """Return num.widen(w) as BLAS takes it: other layouts would not reach it, or give other bits."""
+    return np.require(_ready(w, num), None, ["C", "A"])
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
     """Write x Wᵀ to y, one row of x at a time: dot products, with the bits of a single row."""
+    if len(x) == 1:
+        np.dot(w, x[0], out=y[0])
+        return
     cut = _multiple(len(w), NEAR)
     for start, stop, near in ((0, cut, NEAR), (cut, len(w), len(w) - cut)):
         if start < stop:
             blocks = w[start:stop].reshape(-1, 1, near, w.shape[1])
             products = np.matmul(blocks, x[:, :, None])  # (blocks, N, near, 1)
-            y[:, start:stop] = products.swapaxes(0, 1).reshape(len(y), -1)
+            y[:, start:stop] = products.swapaxes(0, 1).reshape(len(y), stop - start)
 
 
 def _multiple(length: int, size: int) -> int:

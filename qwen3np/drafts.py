@@ -1,0 +1,112 @@
+"""Guesses at the next tokens, so that one pass computes several: speculative decoding.
+
+Reading the weights takes longer than multiplying a few rows by them, so a pass over guessed tokens costs little more
+than a pass over one. Each token is still chosen from the model's own logits, with the random number that it would have
+anyway; a right guess only means that the logits after it have been computed already. So the ids are the same with and
+without guesses. (Leviathan et al., 2022, https://arxiv.org/abs/2211.17192, keep the distribution of the ids.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from qwen3np.cache import KVCache
+from qwen3np.config import Config
+from qwen3np.guard import forward
+from qwen3np.numerics import Array
+from qwen3np.settings import Checkpoint
+from qwen3np.weights import count_parameters
+
+# With the token before them these are 8 rows, each of which has the bits that it has alone.
+MOST = 7
+# What a further row adds to the time of a pass: 0.1 (bfloat16, mapped) to 0.25 (float32), at the size of Qwen3-0.6B.
+COST = 0.15
+# How much a guess changes the estimate of how many are right.
+WEIGHT = 0.2
+NGRAMS = (4, 3, 2)  # how many ids must have occurred before: the first of these for which they have
+
+Choose: TypeAlias = Callable[[Array, "list[int]"], int]  # (logits (V,), guesses so far) -> the next guess
+Guess: TypeAlias = Callable[[Array, int, Choose], "list[int]"]  # (ids so far, at most, choose) -> guesses
+
+
+def look_up(ids: Array, most: int, choose: Choose) -> list[int]:
+    """Return what followed the last ids when they last occurred: prompt lookup (Saxena, 2023).
+
+    https://github.com/apoorvumang/prompt-lookup-decoding
+    """
+    for n in NGRAMS:
+        if len(ids) > n:
+            grams = np.lib.stride_tricks.sliding_window_view(ids[:-1], n)
+            (places,) = (grams == ids[-n:]).all(axis=1).nonzero()
+            if len(places):  # the latest that enough ids follow, or the earliest
+                whole = places[places + n + most <= len(ids)]
+                start = (whole[-1] if len(whole) else places[0]) + n
+                return ids[start : start + most].tolist()
+    return []
+
+
+def small_model(model: Checkpoint, room: int) -> Guess:
+    """Return guesses by another model with the same vocabulary, which keeps a cache of its own, for `room` ids."""
+    cache = KVCache.allocate(model.config, 1, min(room, model.config.max_position_embeddings))
+
+    def guess(ids: Array, most: int, choose: Choose) -> list[int]:
+        guesses: list[int] = []
+        new = ids[cache.keep_prefix(0, ids[:-1].tolist()) :].tolist()
+        while len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length:
+            logits = forward(model.weights, model.config, new, cache, last_only=True)[0, 0]
+            new = [choose(logits, guesses)]
+            guesses += new
+        return guesses
+
+    return guess
+
+
+class Drafts:
+    """Guesses for one sequence: as many as pay off, given how many have been right so far."""
+
+    def __init__(self, guess: Guess, most: int, price: float = 0.0) -> None:
+        """Make at most `most` guesses for a pass, each of which takes `price` passes."""
+        self.guess, self.most, self.cost = guess, min(most, MOST), COST + price
+        self.right = 0.7  # an estimate of how likely a guess is right
+        self.wait = self.waited = 0  # passes until the next try
+        self.made, self.start = list[int](), 0  # the last guesses, and how many ids there were
+
+    def next(self, ids: Array, room: int, choose: Choose) -> list[int]:
+        """Return guesses at the ids that follow, at most `room`."""
+        self._learn(ids[self.start :])
+        self.wait = max(self.wait - 1, 0)
+        most = 0 if self.wait else min(max(self._best(), 1), room)
+        self.made, self.start = self.guess(ids, most, choose) if most > 0 else [], len(ids)
+        return self.made
+
+    def _learn(self, ids: Array) -> None:
+        """Update the estimate by the ids that did follow. Where guesses do not pay off, try one ever more rarely."""
+        for guessed, followed in zip(self.made, ids.tolist(), strict=False):
+            self.right += WEIGHT * ((guessed == followed) - self.right)
+            if guessed != followed:
+                break
+        if self.made:
+            self.waited = 0 if self._best() else min(2 * self.waited + 2, 64)
+            self.wait = self.waited
+
+    def _best(self) -> int:
+        """Return how many guesses give the most ids for the time: (1 + r + ... + rⁿ) / (1 + n cost)."""
+        n = np.arange(self.most + 1)
+        return int(np.argmax(np.cumsum(self.right**n) / (1 + n * self.cost)))
+
+
+def drafts_of(settings: Mapping[str, Any], config: Config, room: int) -> Drafts | None:
+    """Return the guesses that these generation settings ask for, for a sequence of up to `room` ids.
+
+    None where an edit could tell them from what is asked for.
+    """
+    model: Checkpoint | None = settings["assistant_model"]
+    if settings["edit"] is not None:
+        return None
+    if model is not None:
+        price = count_parameters(model.config)["active"] / count_parameters(config)["active"]
+        return Drafts(small_model(model, room), MOST, price)
+    return Drafts(look_up, most) if (most := settings["prompt_lookup_num_tokens"]) else None
