@@ -1262,6 +1262,60 @@ GROUPS = [
             "all packets under way at once": ("len(under_way) < most", "True"),
         },
     ),
+    (
+        "serve/scheduler.py",
+        "serve_limits serve",
+        {
+            "more rows than have the bits of one": ("ROWS = 8", "ROWS = 32"),
+            "one random stream for all answers": ("job.row + 1)[-1]", "1)[-1]"),
+            "answers of clients that left go on": (
+                "self._running = [job for job in self._running if not job.cancelled]",
+                "pass",
+            ),
+            "no time limit": ("for job in self._running if now > job.until", "for job in self._running if False"),
+            "the cache of the next answer counts alone": ("for other in [*self._running, job])", "for other in [job])"),
+            "a queue without end": (">= self.limit", "< 0"),
+        },
+    ),
+    (
+        "serve/prefixes.py",
+        "serve_limits serve",
+        {
+            "the last used is dropped first": ("next(iter(self._kept))", "next(reversed(self._kept))"),
+            "reuse is no use": ("self._kept.move_to_end(source)", "pass"),
+            "the last token is reused, too": ("(len(ids) - 1) // self.piece", "len(ids) // self.piece"),
+        },
+    ),
+    (
+        "serve/calls.py",
+        "serve_chat",
+        {
+            "arguments end at the first brace": ("json.JSONDecoder().raw_decode(text)[1]", 'text.index("}") + 1'),
+            "markers are not held back": ("range(len(marker), 0, -1)", "range(0)"),
+        },
+    ),
+    (
+        "serve/chats.py",
+        "serve_chat serve",
+        {
+            "a format applies in the reasoning": ('tokenizer.token_to_id("</think>") if inside else None', "None"),
+            "a call ends as text does": ('"tool_calls" if self._calls and reason == "stop" else reason', "reason"),
+            "no effort is some": ('fields["reasoning_effort"] == "none"', "False"),
+        },
+    ),
+    (
+        "serve/app.py",
+        "serve_limits serve",
+        {
+            "any Host": ("if name not in self.hosts and not _is_address(name):", "if False:"),
+            "bodies without end": ("if len(body) > f.BODY:", "if False:"),
+        },
+    ),
+    (
+        "serve/fields.py",
+        "serve",
+        {"names that are almost right are ignored": ("rules, 1, 0.9)", "rules, 1, 1.0)")},
+    ),
 ]
 
 

@@ -215,7 +215,7 @@ def hostile(rng, n):
             {**good, "url": rng.choice(["/", "/v1/files", "file:///etc/passwd", 7, "\x1b[2J"])}
         ).encode(),
         lambda: json.dumps({**good, "body": rng.choice([None, [], "x", 3, {}])}).encode(),
-        lambda: json.dumps({**good, "model": "other"}).encode(),
+        lambda: json.dumps({**good, "custom_idd": "other"}).encode(),
         lambda: json.dumps(embedding(f"hostile {n}", rng.choice([None, [], [[]], 5, {"a": 1}, [None]]))).encode(),
         lambda: json.dumps(embedding(f"hostile {n}", "word " * 3000)).encode(),
         lambda: json.dumps(embedding(f"hostile {n}", "x", dimensions=rng.choice([0, -1, 10**9, "8", 1e400]))).encode(),

@@ -278,7 +278,8 @@ ORDER = [
         "embeddings",
         "conversation",
     ),
-    *("verify", "published.", "porting.", "training.", "study.", "serve.", "batches.", "commands.", "cli", "__main__"),
+    *("harness", "verify", "published.", "porting.", "training.", "study.", "serve.", "batches.", "commands."),
+    *("cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("model", "embeddings")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +18,15 @@ from qwen3np.terminal import reasoning_apart
 from qwen3np.tokenizer import Tokenizer
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
+openai = serving.openai
 jsonschema = pytest.importorskip("jsonschema", reason="needs the extra `test`")
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined %}<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}"
     "{% endif %}"
 )
 NUMBER = {
@@ -57,6 +60,8 @@ PIECES = st.sampled_from(
         "</tool_call>",
         "\n",
         '{"name": "f", "arguments": {"a": 1}}',
+        '{"name": "f", "arguments": {"a": {}, "b": "}\\""',
+        "}",
         "<to",
         "x",
         " ",
@@ -73,11 +78,14 @@ def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, too
     from qwen3np.serve.calls import Parts
 
     def split(pieces):
-        parts, found = Parts(inside, tools), {"reasoning_content": "", "content": "", "call": []}
+        parts, found = Parts(inside, tools), []
         for n, piece in enumerate(pieces):
-            for delta in parts.add(piece, last=n == len(pieces) - 1):
-                for name, value in delta.items():
-                    found[name] += [value] if name == "call" else value
+            for part in parts.add(piece, last=n == len(pieces) - 1):
+                ((name, value),) = part.items()
+                if found and found[-1][0] == name != "call":
+                    found[-1][1] += value
+                else:
+                    found.append([name, value])
         return found
 
     cuts = sorted(cuts)
@@ -104,7 +112,9 @@ def test_parts_are_those_of_the_conversation(text):
     content, calls = tool_calls(rest)
     assert "".join(part.get("reasoning_content", "") for part in found) == (reasoning or "")
     assert "".join(part.get("content", "") for part in found) == content
-    assert [part["call"] for part in found if "call" in part] == [call["function"] for call in calls]
+    assert [part["call"] for part in found if "call" in part] == [call["function"]["name"] for call in calls]
+    arguments = [json.loads(part["arguments"]) for part in found if "arguments" in part]
+    assert arguments == [call["function"]["arguments"] for call in calls]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "negate"}}])
@@ -116,8 +126,11 @@ def test_a_demanded_tool_is_called_with_valid_arguments(client, choice):
     assert call.function.name in (("add", "negate") if choice == "required" else ("negate",))
     jsonschema.validate(json.loads(call.function.arguments), NUMBER)
     deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
-    (streamed,) = [call for choice in deltas for call in choice.delta.tool_calls or []]
-    assert (streamed.index, streamed.function.arguments) == (0, call.function.arguments)
+    first, *more = [call for choice in deltas for call in choice.delta.tool_calls or []]
+    assert (first.index, first.type, first.function.name) == (0, "function", call.function.name)
+    assert all((one.index, one.id, one.function.name) == (0, None, None) for one in more)
+    assert len(more) > 1  # they come in pieces
+    assert "".join(one.function.arguments for one in [first, *more]) == call.function.arguments
     assert deltas[-1].finish_reason == "tool_calls"
     # the result goes back as clients send it, with the arguments as text
     back = [*ASK["messages"], whole.message.model_dump(exclude_none=True)]
@@ -131,6 +144,16 @@ def test_reasoning_is_apart_is_not_said(client):
     assert (message.content, bool(message.reasoning_content)) == ("", True)
 
 
+def test_no_effort_is_no_reasoning(client):
+    """The template of Qwen3's hybrid models says so with an empty reasoning."""
+
+    def tokens(**extra):
+        return client.chat.completions.create(**{**ASK, "max_tokens": 1}, **extra).usage.prompt_tokens
+
+    off = tokens(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert tokens(reasoning_effort="none") == off > tokens(reasoning_effort="high") == tokens()
+
+
 def test_tools_and_templates_hold_no_special_tokens(client):
     tool = {"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}
     with_token = client.chat.completions.create(**{**ASK, "max_tokens": 1}, tools=[tool]).usage.prompt_tokens
@@ -139,30 +162,32 @@ def test_tools_and_templates_hold_no_special_tokens(client):
     assert with_token > without + 1
 
 
-def drawn_schema(rng, depth=0):
-    kind = rng.choice(["integer", "boolean", "enum", "string", "null", "array", "object"][: 5 if depth > 1 else 7])
-    if kind == "enum":
-        return {"enum": [["a", 1, None, "x y"][i] for i in range(rng.integers(1, 5))]}
-    if kind == "integer":
-        return {"type": "integer", "minimum": int(rng.integers(-9, 0)), "maximum": int(rng.integers(1, 99))}
-    if kind == "string":
-        return {"type": "string", "maxLength": int(rng.integers(0, 6))}
-    if kind == "array":
-        return {"type": "array", "items": drawn_schema(rng, depth + 1), "maxItems": int(rng.integers(0, 3))}
-    if kind == "object":
-        names = [f"p{n}" for n in range(rng.integers(0, 3))]
-        parts = {name: drawn_schema(rng, depth + 1) for name in names}
-        return {"type": "object", "properties": parts, "required": names[:1], "additionalProperties": False}
-    return {"type": str(kind)}
-
-
 def test_answers_validate_against_drawn_schemas(client):
     rng, finished = np.random.default_rng(0), 0
     for n in range(8):
-        schema = drawn_schema(rng)
+        schema = serving.drawn_schema(rng)
         form = {"type": "json_schema", "json_schema": {"name": "drawn", "schema": schema}}
         (choice,) = client.chat.completions.create(**ASK, response_format=form, temperature=1.0, seed=n).choices
         if choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), schema)
             finished += 1
-    assert finished >= 7
+    assert finished >= 6
+
+
+def test_an_answer_that_is_cut_says_so(client):
+    form = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 50}}}
+    (choice,) = client.chat.completions.create(**{**ASK, "max_tokens": 5}, response_format=form).choices
+    assert choice.finish_reason == "length"
+    with pytest.raises(openai.LengthFinishReasonError):  # so the client does not parse it
+        client.chat.completions.parse(**{**ASK, "max_tokens": 5}, response_format=form)
+
+
+def test_a_format_applies_after_the_reasoning(client):
+    """The id </think> has the highest score all the time; the grammar allows it only before it applies."""
+    form = {"type": "regex", "pattern": "[0-9]{3}-[a-c]{2}"}
+    extra = {"response_format": form, "chat_template_kwargs": {"enable_thinking": True}}
+    end = qwen3np.load().text.token_to_id("</think>")
+    options = {**ASK, "logit_bias": {str(end): 40}, "extra_body": extra, "temperature": 1.0}
+    for seed in range(3):
+        message = client.chat.completions.create(**options, seed=seed).choices[0].message
+        assert re.fullmatch(form["pattern"], message.content)

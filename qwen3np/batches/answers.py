@@ -103,7 +103,7 @@ class Answers:
         rules, answer = self._kinds[url]
         for request in packet:
             try:
-                fields = self.service.fields(request.body, rules)
+                fields, _ = self.service.fields(request.body, rules)
                 if fields.get("stream"):
                     raise BadRequest("answers of a batch do not stream", parameter="stream")
                 if "seed" in fields and fields["seed"] is None:

@@ -57,7 +57,7 @@ def _request(n: int, line: bytes, seen: set[str]) -> Request:
         if len(line) > LONGEST:
             raise BadRequest(f"the line has more than {LONGEST:,} bytes")
         given = decoded(line)
-        found = checked(given, _LINE)
+        found, _ = checked(given, _LINE)
         if found["custom_id"] in seen:
             raise BadRequest("another line before has this custom_id", parameter="custom_id")
         seen.add(key := found["custom_id"])

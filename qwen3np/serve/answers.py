@@ -15,14 +15,23 @@ from qwen3np.tokenizer import Tokenizer
 class Answers:
     """The answers to one request: its jobs, queued, and their events in the order in which they come."""
 
-    def __init__(self, scheduler: Scheduler, requests: Sequence[dict[str, Any]]) -> None:
-        """Queue a job for each of these arguments of Scheduler.job. Raises ValueError and Busy."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+    def __init__(self, scheduler: Scheduler, requests: Sequence[dict[str, Any]], streamed: bool) -> None:
+        """Queue a job for each of these arguments of Scheduler.job. Raises ValueError and Busy.
+
+        Unless they are streamed, the events of a job come together at its end: waking the event loop for each token
+        would slow down the scheduler's thread.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[list[tuple[int, Event]]]()
 
         def teller(index: int) -> Any:
+            held: list[tuple[int, Event]] = []
+
             def tell(event: Event) -> None:
-                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+                held.append((index, event))
+                if streamed or self._is_last(index, event):
+                    with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                        loop.call_soon_threadsafe(events.put_nowait, held.copy())
+                    held.clear()
 
             return tell
 
@@ -30,17 +39,21 @@ class Answers:
         self._events = events
         scheduler.submit(*self.jobs)
 
+    def _is_last(self, index: int, event: Event) -> bool:
+        if isinstance(event, Prompt):
+            return self.jobs[index].most == 0
+        return isinstance(event, Exception) or event.reason is not None
+
     async def events(self) -> AsyncIterator[tuple[int, Prompt | Token]]:
         """Yield (job, event) until all jobs have ended. Raises what a job raised; leaving cancels the jobs."""
         left = len(self.jobs)
         try:
             while left:
-                index, event = await self._events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield index, event
-                last = event.reason is not None if isinstance(event, Token) else self.jobs[index].most == 0
-                left -= last
+                for index, event in await self._events.get():
+                    if isinstance(event, Exception):
+                        raise event
+                    left -= self._is_last(index, event)
+                    yield index, event
         finally:
             self.cancel()
 
@@ -101,6 +114,16 @@ def completion_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, offset: i
         ],
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs(event: Prompt, tokenizer: Tokenizer) -> list[Any]:
+    """The log-probabilities of a prompt's tokens but the first, each with the likeliest in its place, as in vLLM."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        return {"logprob": logprob, "decoded_token": data.decode(errors="replace"), "bytes": list(data)}
+
+    return [None, *({str(i): entry(i, lp) for i, lp in [(t.id, t.logprob), *t.top]} for t in event.tokens)]
 
 
 def _name(data: bytes) -> str:

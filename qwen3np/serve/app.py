@@ -84,7 +84,10 @@ class _Door:
                 body = await asyncio.wait_for(_body(request), _PATIENCE)
             except asyncio.TimeoutError:
                 raise BadRequest(f"the body took more than {_PATIENCE} s", 408) from None
-            found = await _unless_gone(request, answer(self.service, self.service.fields(decoded(body), rules)))
+            fields, unknown = self.service.fields(decoded(body), rules)
+            if unknown:
+                print(one_line(f"[ignored: {', '.join(unknown)[:200]}]"), file=sys.stderr, flush=True)
+            found = await _unless_gone(request, answer(self.service, fields))
             return _Events(found) if isinstance(found, Stream) else _reply(found)
 
         return await self._answered(request, read_and_answered)

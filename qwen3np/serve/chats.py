@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qwen3np.conversation import escaped
-from qwen3np.serve.answers import Answers, Text, chat_logprobs
-from qwen3np.serve.calls import Parts, check_tools, forced
+from qwen3np.serve.answers import Text, chat_logprobs, prompt_logprobs
+from qwen3np.serve.calls import Parts, forced
 from qwen3np.serve.fields import BadRequest
-from qwen3np.serve.scheduler import Token
-from qwen3np.serve.service import Service, Stream, collected, heading, prompt_logprobs, strings, usage
+from qwen3np.serve.scheduler import Prompt, Token
+from qwen3np.serve.service import Service, Stream, answered, strings
 from qwen3np.tokenizer import Tokenizer
 
+_KINDS = "chat.completion", "chat.completion.chunk", "chatcmpl"
 _TAKEN = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
@@ -23,6 +24,8 @@ def prompt_text(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> str:
     """The chat template's text of a request, for Tokenizer.encode_escaped: special tokens in its texts are text."""
     messages = [_message(message, n) for n, message in enumerate(fields["messages"])]
     extra = fields["chat_template_kwargs"] or {}
+    if fields["reasoning_effort"] == "none":
+        extra = {"enable_thinking": False, **extra}
     for name, value in extra.items():
         if name in _TAKEN or not isinstance(value, (bool, int, float, str)):
             raise BadRequest(f"chat_template_kwargs: {name[:100]!r} cannot be set", parameter="chat_template_kwargs")
@@ -65,12 +68,11 @@ def _escaped(value: Any, tokenizer: Tokenizer) -> Any:
 async def chat(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
     """Answer a request."""
     tokenizer = service.tokenizer
-    check_tools(fields["tools"] or [])
+    calls = forced(fields["tools"] or [], fields["tool_choice"], fields["parallel_tool_calls"])
     fields = {**fields, "tools": [] if fields["tool_choice"] == "none" else fields["tools"] or []}
     text = await asyncio.to_thread(prompt_text, tokenizer, fields)
     ids = await asyncio.to_thread(tokenizer.encode_escaped, text)
     inside = text.rstrip().endswith("<think>")
-    calls = forced(fields["tools"], fields["tool_choice"], fields["parallel_tool_calls"])
     most = fields["max_completion_tokens"] or fields["max_tokens"]
     if most == 0:
         raise BadRequest("max_tokens must be whole numbers from 1", parameter="max_tokens")
@@ -82,76 +84,63 @@ async def chat(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | 
         settings = service.settings(fields, most, tokenizer.turn_ends, grammar)
         top = fields["top_logprobs"] if fields["logprobs"] else None
         jobs.append({"ids": ids, "settings": settings, "row": row, "top": top, "prompt_top": fields["prompt_logprobs"]})
-    answers = service.answers(jobs)
-    if fields["stream"]:
-        return Stream(answers, _chunks(service, fields, answers, inside))
-    prompts, tokens = await collected(answers)
-    choices = [_choice(service, fields, n, answer, inside) for n, answer in enumerate(tokens)]
-    body = {**heading(service, "chat.completion", "chatcmpl"), "choices": choices, "usage": usage(answers, fields["n"])}
-    if fields["prompt_logprobs"] is not None:
-        body["prompt_logprobs"] = prompt_logprobs(prompts[0], tokenizer)
-    return body
-
-
-def _choice(service: Service, fields: Mapping[str, Any], index: int, tokens: list[Token], inside: bool) -> Any:
-    message: dict[str, Any] = {"role": "assistant", "content": None}
-    saying = _Saying(service, fields, inside)
-    for token in tokens:
-        for delta in saying.deltas(token):
-            for name, value in delta.items():
-                if name == "tool_calls":
-                    calls = [{key: part for key, part in call.items() if key != "index"} for call in value]
-                    message[name] = message.get(name, []) + calls
-                else:
-                    message[name] = (message.get(name) or "") + value
-    if "tool_calls" not in message and message["content"] is None:
-        message["content"] = ""
-    logprobs = chat_logprobs(tokens, service.tokenizer) if fields["logprobs"] else None
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": saying.reason}
-
-
-async def _chunks(
-    service: Service, fields: Mapping[str, Any], answers: Answers, inside: bool
-) -> AsyncIterator[dict[str, Any]]:
-    head = heading(service, "chat.completion.chunk", "chatcmpl")
-    sayings = [_Saying(service, fields, inside) for _ in answers.jobs]
-
-    def chunk(index: int, delta: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**head, "choices": [choice]}
-
-    for index in range(len(sayings)):
-        yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, event in answers.events():
-        if isinstance(event, Token):
-            deltas = sayings[index].deltas(event)
-            logprobs = chat_logprobs([event], service.tokenizer) if fields["logprobs"] else None
-            for n, delta in enumerate(deltas or ([{}] if logprobs else [])):
-                yield chunk(index, delta, None if n else logprobs)
-            if event.reason:
-                yield chunk(index, {}, None, sayings[index].reason)
-    if (fields["stream_options"] or {}).get("include_usage"):
-        yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
+    return await answered(service, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, inside))
 
 
 class _Saying:
-    """One answer: its tokens as the deltas of a message, and why it ended."""
+    """One answer, as service.Saying describes it."""
 
-    def __init__(self, service: Service, fields: Mapping[str, Any], inside: bool) -> None:
-        self.reason: str | None = None
-        self._text, self._calls = Text(service.tokenizer, strings(fields["stop"])), 0
-        self._parts = Parts(inside, bool(fields["tools"]))
+    def __init__(self, service: Service, fields: Mapping[str, Any], index: int, inside: bool) -> None:
+        self._tokenizer, self._fields, self._index = service.tokenizer, fields, index
+        self._text, self._parts = Text(service.tokenizer, strings(fields["stop"])), Parts(inside, bool(fields["tools"]))
+        self._message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+        self._calls, self._tokens = list[dict[str, Any]](), list[Token]()
+        self._prompt: Prompt | None = None
 
-    def deltas(self, token: Token) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for part in self._parts.add(self._text.add(token), last=token.reason is not None):
-            if "call" in part:
-                arguments = json.dumps(part["call"]["arguments"], ensure_ascii=False)
-                call: dict[str, Any] = {"index": self._calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-                call["function"] = {"name": part["call"]["name"], "arguments": arguments}
-                found.append({"tool_calls": [call]})
-                self._calls += 1
-            else:
-                found.append(part)
-        self.reason = "tool_calls" if self._calls and token.reason == "stop" else token.reason
-        return found
+    def start(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def add(self, event: Prompt | Token) -> list[dict[str, Any]]:
+        if isinstance(event, Prompt):
+            self._prompt = event
+            return []
+        self._tokens.append(event)
+        parts = self._parts.add(self._text.add(event), last=event.reason is not None)
+        deltas = [self._delta(name, text) for part in parts for name, text in part.items()]
+        logprobs = chat_logprobs([event], self._tokenizer) if self._fields["logprobs"] else None
+        chunks = [
+            self._chunk(delta, None if n else logprobs) for n, delta in enumerate(deltas or [{}] * bool(logprobs))
+        ]
+        return [*chunks, self._chunk({}, None, self._reason)] if event.reason else chunks
+
+    def whole(self) -> dict[str, Any]:
+        message = self._message | ({"tool_calls": self._calls} if self._calls else {})
+        if not self._calls and message["content"] is None:
+            message["content"] = ""
+        logprobs = chat_logprobs(self._tokens, self._tokenizer) if self._fields["logprobs"] else None
+        choice = {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": self._reason}
+        if self._prompt is not None and self._fields["prompt_logprobs"] is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self._prompt, self._tokenizer)
+        return choice
+
+    @property
+    def _reason(self) -> str | None:
+        reason = self._tokens[-1].reason
+        return "tool_calls" if self._calls and reason == "stop" else reason
+
+    def _chunk(self, delta: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _delta(self, name: str, text: str) -> dict[str, Any]:
+        """Add a part to the message, and return it as a stream says it."""
+        if name == "call":
+            function = {"name": text, "arguments": ""}
+            self._calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+            call = {**self._calls[-1], "function": dict(function)}
+        elif name == "arguments":
+            self._calls[-1]["function"]["arguments"] += text
+            call = {"function": {"arguments": text}}
+        else:
+            self._message[name] = (self._message.get(name) or "") + text
+            return {name: text}
+        return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from qwen3np.serve.answers import Answers, Text, completion_logprobs
+from qwen3np.serve.answers import Text, completion_logprobs, prompt_logprobs
 from qwen3np.serve.fields import BadRequest
-from qwen3np.serve.scheduler import Prompt, Token
-from qwen3np.serve.service import Service, Stream, collected, heading, prompt_logprobs, strings, usage
+from qwen3np.serve.scheduler import Job, Prompt, Token
+from qwen3np.serve.service import Service, Stream, answered, strings
+
+_KINDS = "text_completion", "text_completion", "cmpl"
 
 
 async def complete(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
@@ -31,45 +33,44 @@ async def complete(service: Service, fields: Mapping[str, Any]) -> dict[str, Any
             settings = service.settings(fields, fields["max_tokens"], grammar=grammar)
             options = {"row": len(jobs), "top": fields["logprobs"], "prompt_top": max(wanted, default=None)}
             jobs.append({"ids": ids, "settings": settings, **options})
-    answers = service.answers(jobs)
-    if fields["stream"]:
-        return Stream(answers, _chunks(service, fields, answers))
-    events, tokens = await collected(answers)
-    choices = [_choice(service, fields, n, answers, events[n], tokens[n]) for n in range(len(tokens))]
-    body = heading(service, "text_completion", "cmpl")
-    return {**body, "choices": choices, "usage": usage(answers, fields["n"])}
+    return await answered(service, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, job))
 
 
-def _choice(
-    service: Service, fields: Mapping[str, Any], index: int, answers: Answers, prompt: Prompt, tokens: list[Token]
-) -> dict[str, Any]:
-    text, before = Text(service.tokenizer, strings(fields["stop"])), ""
-    said, listed = "".join(map(text.add, tokens)), tokens
-    if fields["echo"]:
-        before = service.tokenizer.decode(answers.jobs[index].ids)
-        listed = [Token(answers.jobs[index].ids[0], None, []), *prompt.tokens, *tokens]
-    choice: dict[str, Any] = {
-        "index": index,
-        "text": before + said,
-        "logprobs": None if fields["logprobs"] is None else completion_logprobs(listed, service.tokenizer, 0),
-        "finish_reason": tokens[-1].reason if tokens else "length",
-    }
-    if fields["prompt_logprobs"] is not None:
-        choice["prompt_logprobs"] = prompt_logprobs(prompt, service.tokenizer)
-    return choice
+class _Saying:
+    """One answer, as service.Saying describes it."""
 
+    def __init__(self, service: Service, fields: Mapping[str, Any], index: int, job: Job) -> None:
+        self._tokenizer, self._fields, self._index, self._job = service.tokenizer, fields, index, job
+        self._text = Text(service.tokenizer, strings(fields["stop"]))
+        self._said, self._offset, self._tokens = "", 0, list[Token]()
+        self._prompt = Prompt([], 0)
 
-async def _chunks(service: Service, fields: Mapping[str, Any], answers: Answers) -> AsyncIterator[dict[str, Any]]:
-    head, tokenizer = heading(service, "text_completion", "cmpl"), service.tokenizer
-    texts, said = [Text(tokenizer, strings(fields["stop"])) for _ in answers.jobs], [0] * len(answers.jobs)
-    async for index, event in answers.events():
-        if isinstance(event, Token):
-            piece, logprobs = texts[index].add(event), None
-            if fields["logprobs"] is not None:
-                logprobs = completion_logprobs([event], tokenizer, said[index])
-            said[index] += len(tokenizer.token_bytes(event.id).decode(errors="ignore"))
-            if piece or logprobs or event.reason:
-                choice = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": event.reason}
-                yield {**head, "choices": [choice]}
-    if (fields["stream_options"] or {}).get("include_usage"):
-        yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
+    def start(self) -> list[dict[str, Any]]:
+        return []
+
+    def add(self, event: Prompt | Token) -> list[dict[str, Any]]:
+        if isinstance(event, Prompt):
+            self._prompt = event
+            return []
+        piece = self._text.add(event)
+        choice = self._choice(piece, [event], event.reason)
+        self._offset += len(self._tokenizer.token_bytes(event.id).decode(errors="ignore"))
+        self._said += piece
+        self._tokens.append(event)
+        return [choice] if piece or choice["logprobs"] or event.reason else []
+
+    def whole(self) -> dict[str, Any]:
+        before, listed, self._offset = "", self._tokens, 0
+        if self._fields["echo"]:
+            before = self._tokenizer.decode(self._job.ids)
+            listed = [Token(self._job.ids[0], None, []), *self._prompt.tokens, *self._tokens]
+        choice = self._choice(before + self._said, listed, self._tokens[-1].reason if self._tokens else "length")
+        if self._fields["prompt_logprobs"] is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self._prompt, self._tokenizer)
+        return choice
+
+    def _choice(self, text: str, tokens: list[Token], reason: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self._fields["logprobs"] is not None:
+            logprobs = completion_logprobs(tokens, self._tokenizer, self._offset)
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}

@@ -60,6 +60,11 @@ _TEXT = Rule(lambda x: isinstance(x, str), "a text", None)
 _ANY = Rule(lambda x: True, "anything", None)
 
 
+def _without(way_out: str) -> Rule:
+    """A field that would change the answer, and that this server cannot follow."""
+    return Rule(lambda x: not x, f"left out: {way_out}", None)
+
+
 def _switch(default: bool) -> Rule:
     return Rule(lambda x: isinstance(x, bool), "true or false", default)
 
@@ -96,8 +101,10 @@ _GENERATION = {
     "stream_options": _OBJECT,
     "prompt_logprobs": _optional(whole(0, _TOP)),
     "response_format": _OBJECT,
-    # accepted without effect
-    **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), _ANY),
+    # of vLLM's interface
+    **{f"guided_{kind}": _without("response_format does this") for kind in ("json", "regex", "choice", "grammar")},
+    "structured_outputs": _without("response_format does this"),
+    "use_beam_search": _without("answers are sampled, or greedy at temperature 0"),
 }
 COMPLETION = {
     "prompt": Rule(_is_prompts, f"a text, a list of ids, or up to {_TEXTS} of either", REQUIRED),
@@ -106,6 +113,7 @@ COMPLETION = {
     "logprobs": _optional(whole(0, _TOP)),
     "echo": _switch(False),
     "best_of": _optional(whole(1, 1)),
+    "suffix": _without("a text can only be continued"),
 }
 CHAT = {
     "messages": _needed(Rule(_is_list_of(dict), "a list of messages")),
@@ -121,6 +129,17 @@ CHAT = {
     "chat_template_kwargs": _OBJECT,
     "add_generation_prompt": _switch(True),
     "continue_final_message": _switch(False),
+    # "none" turns the reasoning off; the models know no other levels
+    "reasoning_effort": Rule(
+        lambda x: x in ("none", "minimal", "low", "medium", "high", "xhigh", "max"), "none, or minimal to max", None
+    ),
+    "functions": _without("tools are their successor"),
+    "function_call": _without("tool_choice is its successor"),
+    "audio": _without("answers are text"),
+    "modalities": Rule(lambda x: x == ["text"], '["text"]: answers are text', None),
+    "verbosity": Rule(lambda x: x == "medium", '"medium": the models know no other', None),
+    "web_search_options": _without("nothing is searched"),
+    "moderation": _without("nothing is moderated"),
 }
 EMBEDDINGS = {
     "input": Rule(_is_texts, f"a text, or up to {_TEXTS}", REQUIRED),
@@ -143,7 +162,7 @@ TOKENIZE = {
     "messages": _optional(CHAT["messages"]),
     "model": _TEXT,
     "return_token_strs": _switch(False),
-    **{name: CHAT[name] for name in ("tools", "chat_template_kwargs", "add_generation_prompt")},
+    **{name: CHAT[name] for name in ("tools", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt")},
     "continue_final_message": _switch(False),
 }
 DETOKENIZE = {"tokens": Rule(lambda x: isinstance(x, list) and all(map(_is_id, x)), "ids", REQUIRED), "model": _TEXT}
@@ -164,19 +183,22 @@ def decoded(body: bytes) -> Any:
     return given
 
 
-def checked(given: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Return the fields of a decoded body, with defaults for those that are missing or null. Raises BadRequest."""
+def checked(given: Any, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a decoded body, with defaults for those that are missing or null, and the names of others.
+
+    Clients send fields that other servers know: these are ignored. Raises BadRequest, for a name that is almost right
+    as well.
+    """
     if not isinstance(given, dict):
         raise BadRequest("the body must be a JSON object")
     for name, value in given.items():
         if name not in rules:
-            near = get_close_matches(name, rules, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadRequest(f"{name[:100]!r} is not supported{hint}", parameter=name[:100])
-        if value is not None and not rules[name].holds(value):
+            if near := get_close_matches(name, rules, 1, 0.9):
+                raise BadRequest(f"{name[:100]!r} is unknown; did you mean {near[0]}?", parameter=name[:100])
+        elif value is not None and not rules[name].holds(value):
             raise BadRequest(f"{name} must be {rules[name].supported}", parameter=name)
     found = {name: rule.default if given.get(name) is None else given[name] for name, rule in rules.items()}
     for name, value in found.items():
         if value is REQUIRED:
             raise BadRequest(f"{name} is missing: it must be {rules[name].supported}", parameter=name)
-    return found
+    return found, [name for name in given if name not in rules]

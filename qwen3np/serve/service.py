@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from qwen3np.errors import one_line
 from qwen3np.grammar import Grammars, Processor
@@ -14,8 +14,8 @@ from qwen3np.model import Model
 from qwen3np.rules import Rule
 from qwen3np.serve.answers import Answers
 from qwen3np.serve.fields import SETTINGS, BadRequest, checked
-from qwen3np.serve.scheduler import Busy, Prompt, Scheduler, Token
-from qwen3np.tokenizer import Tokenizer, said_in
+from qwen3np.serve.scheduler import Busy, Job, Prompt, Scheduler, Token
+from qwen3np.tokenizer import said_in
 
 
 class Stream(NamedTuple):
@@ -23,6 +23,22 @@ class Stream(NamedTuple):
 
     answers: Answers
     chunks: AsyncIterator[dict[str, Any]]
+
+
+class Saying(Protocol):
+    """One answer, as an endpoint writes it: the parts of its choice that each event adds."""
+
+    def start(self) -> Sequence[dict[str, Any]]:
+        """Return the choices of a stream's first chunks."""
+        ...
+
+    def add(self, event: Prompt | Token) -> Sequence[dict[str, Any]]:
+        """Return the choices of the chunks that say what this event makes certain."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """Return the choice of the whole answer, after its last event."""
+        ...
 
 
 class Service:
@@ -35,12 +51,12 @@ class Service:
         self.ends = frozenset(model.generation_defaults().get("stop_ids") or ())
         self.grammars = Grammars(model.text, model.config.vocab_size, self.ends | model.text.turn_ends)
 
-    def fields(self, given: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
-        """Return the fields of a request, checked, whose model is this one. Raises BadRequest."""
-        found = checked(given, rules)
+    def fields(self, given: Any, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list[str]]:
+        """Return what `checked` returns for a request to this model. Raises BadRequest."""
+        found, unknown = checked(given, rules)
         if found.get("model") not in (None, self.name):
             raise BadRequest(f"model: this server has {self.name!r} only", 404, "model")
-        return found
+        return found, unknown
 
     def settings(
         self, fields: Mapping[str, Any], most: int | None, ends: Collection[int] = (), grammar: Processor | None = None
@@ -81,10 +97,10 @@ class Service:
             )
         return None
 
-    def answers(self, requests: Sequence[dict[str, Any]]) -> Answers:
+    def answers(self, requests: Sequence[dict[str, Any]], streamed: bool) -> Answers:
         """Queue a job for each of these arguments of Scheduler.job."""
         until = time.monotonic() + self.timeout
-        return Answers(self.scheduler, [{**request, "until": until} for request in requests])
+        return Answers(self.scheduler, [{**request, "until": until} for request in requests], streamed)
 
     async def computed(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls in the scheduler's thread, between the tokens of answers, and return their results."""
@@ -118,11 +134,6 @@ def strings(stop: str | list[str] | None) -> list[str]:
     return [stop] if isinstance(stop, str) else stop or []
 
 
-def heading(service: Service, kind: str, prefix: str) -> dict[str, Any]:
-    """The fields that every reply and every chunk of an answer starts with."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.name}
-
-
 def usage(answers: Answers, choices: int) -> dict[str, Any]:
     """The tokens of a request; a prompt with several answers counts once."""
     prompts = answers.jobs[::choices]
@@ -133,16 +144,6 @@ def usage(answers: Answers, choices: int) -> dict[str, Any]:
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in prompts)},
     }
-
-
-def prompt_logprobs(event: Prompt, tokenizer: Tokenizer) -> list[Any]:
-    """The log-probabilities of a prompt's tokens but the first, each with the likeliest in its place, as in vLLM."""
-
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token)
-        return {"logprob": logprob, "decoded_token": data.decode(errors="replace"), "bytes": list(data)}
-
-    return [None, *({str(i): entry(i, lp) for i, lp in [(t.id, t.logprob), *t.top]} for t in event.tokens)]
 
 
 def failure(error: Exception) -> tuple[dict[str, Any], int]:
@@ -163,13 +164,37 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
     return {"error": body}, status
 
 
-async def collected(answers: Answers) -> tuple[list[Prompt], list[list[Token]]]:
-    """Wait for all answers: the event of each prompt, and the tokens of each answer."""
-    prompts: dict[int, Prompt] = {}
-    tokens: list[list[Token]] = [[] for _ in answers.jobs]
+async def answered(
+    service: Service,
+    fields: Mapping[str, Any],
+    jobs: Sequence[dict[str, Any]],
+    kinds: tuple[str, str, str],
+    say: Callable[[int, Job], Saying],
+) -> dict[str, Any] | Stream:
+    """Queue jobs and return their answers, whole or as a stream.
+
+    kinds: the `object` of the reply and of a chunk, and the start of the id. say: makes the Saying of each job.
+    """
+    answers = service.answers(jobs, fields["stream"])
+    whole, piece, prefix = kinds
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    sayings = [say(index, job) for index, job in enumerate(answers.jobs)]
+    if fields["stream"]:
+        return Stream(answers, _chunks({**head, "object": piece}, fields, answers, sayings))
+
     async for index, event in answers.events():
-        if isinstance(event, Prompt):
-            prompts[index] = event
-        else:
-            tokens[index].append(event)
-    return [prompts[index] for index in range(len(tokens))], tokens
+        sayings[index].add(event)
+    choices = [saying.whole() for saying in sayings]
+    return {**head, "object": whole, "choices": choices, "usage": usage(answers, fields["n"])}
+
+
+async def _chunks(
+    head: Mapping[str, Any], fields: Mapping[str, Any], answers: Answers, sayings: Sequence[Saying]
+) -> AsyncIterator[dict[str, Any]]:
+    for choice in (choice for saying in sayings for choice in saying.start()):
+        yield {**head, "choices": [choice]}
+    async for index, event in answers.events():
+        for choice in sayings[index].add(event):
+            yield {**head, "choices": [choice]}
+    if (fields["stream_options"] or {}).get("include_usage"):
+        yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
