@@ -27,7 +27,7 @@ def here(answers: Answers) -> Answering:
 def run(
     source: Path, out: Path, answering: Callable[[], Answering], *, in_order: bool = False, per_file: int | None = None
 ) -> Counter[str]:
-    """Answer a file of requests. Returns how many results there are, and how many of them are failures.
+    """Answer a file of requests. Returns how many results there are, in files that were complete, and failures.
 
     Parameters
     ----------
@@ -88,6 +88,7 @@ def _fill(
         if (found := tables.count(out, kind)) != len(keys):
             raise ValueError(f"{out}: has {found:,} results for {len(keys):,} requests; choose another name")
         counts["results"] += len(keys)
+        counts["complete"] += len(keys)
         return
 
     with Results(growing) as results:
@@ -114,13 +115,12 @@ def _fill(
         counts["failures"] += results.failed
         if grows:
             return
-        failed = results.failed
         with written_aside(out) as part:
             tables.write(part, kind, _ordered(growing, keys), len(keys))
-        if kind == ".npy" and failed:
+        if kind == ".npy" and results.failed:
             with written_aside(out.with_name(f"{out.name}.failed.jsonl")) as part, part.open("wb") as file:
                 file.writelines(line for line in _ordered(growing, keys) if is_failure(line))
-        growing.unlink()
+    growing.unlink()
 
 
 def _ordered(path: Path, keys: list[Key]) -> Iterator[bytes]:

@@ -79,21 +79,23 @@ def write(path: Path, kind: str, lines: Iterable[bytes], count: int) -> None:
         with _pyarrow().ipc.new_file(str(path), _schema()) as writer:
             for batch in _batches(lines):
                 writer.write_batch(batch)
+    elif kind == ".jsonl.zst":
+        with _pyarrow().output_stream(str(path), compression="zstd") as file:
+            file.writelines(lines)
+    elif kind == ".jsonl.gz":  # without name and time, so that equal lines are equal bytes
+        with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+            file.writelines(lines)
     else:
-        with _opened(path, kind, "wb") as file:
+        with path.open("wb") as file:
             file.writelines(lines)
 
 
-def _opened(path: Path, kind: str, mode: str = "rb") -> IO[bytes]:
+def _opened(path: Path, kind: str) -> IO[bytes]:
     if kind == ".jsonl.gz":
-        if mode == "wb":  # without name and time, so that equal lines are equal bytes
-            return gzip.GzipFile("", "wb", fileobj=path.open("wb"), mtime=0)  # pyright: ignore[reportReturnType]
         return gzip.open(path)  # pyright: ignore[reportReturnType]
     if kind == ".jsonl.zst":
-        if mode == "wb":
-            return _pyarrow().output_stream(str(path), compression="zstd")
         return io.BufferedReader(_pyarrow().input_stream(str(path), compression="zstd"))  # pyright: ignore[reportReturnType]
-    return path.open(mode)
+    return path.open("rb")
 
 
 def _rows(path: Path, kind: str) -> Iterator[bytes]:

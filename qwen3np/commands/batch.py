@@ -68,4 +68,6 @@ def run(arguments: argparse.Namespace) -> None:
             print("\n[stopped; the same command goes on from here]", file=sys.stderr)
             raise
     failed = f"{counts['failures']:,} failed" if counts["failures"] else "none failed"
+    if counts["complete"]:
+        failed = f"{counts['complete']:,} of them in files that were complete"
     print(f"[{counts['results']:,} results, {failed}: {arguments.output}]", file=sys.stderr)
