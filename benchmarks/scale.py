@@ -1,10 +1,10 @@
 """Measure `qwen3np batch` here, and simulate it on many machines.
 
-    python benchmarks/scale.py one --requests 20000          overhead over a bare loop, in one process
-    python benchmarks/scale.py processes --requests 100000   one process against --workers N: time, equal results
-    python benchmarks/scale.py dask --requests 10000         what Dask adds to a request; start, latency, bytes
-    python benchmarks/scale.py memory --model FOLDER         two workers on a mapped checkpoint: pages they share
-    python benchmarks/scale.py simulate                      the measured points, then 10, 100 and 1,000 machines
+    python benchmarks/scale.py one --requests 2500          what batch adds to a bare loop (QWEN3NP_NUM_THREADS=1)
+    python benchmarks/scale.py processes --requests 20000   one process against --workers N: time, equal results
+    python benchmarks/scale.py dask --requests 10000        what Dask adds to a request; start, latency, bytes
+    python benchmarks/scale.py memory --model FOLDER        two workers on a mapped checkpoint: pages they share
+    python benchmarks/scale.py simulate                     the measured points, then 10, 100 and 1,000 machines
 
 SCALE.md has the results and what follows from them.
 """
@@ -70,16 +70,16 @@ def one(folder: Path, count: int) -> None:
     seconds: dict[str, list[float]] = {"vectors alone": [], "vectors and tokens": [], "batch": []}
     for turn in range(3):
         for name, times in seconds.items():
-            out, began = folder / f"{name}{turn}.jsonl", time.perf_counter()
+            out, began = folder / f"{name}{turn}.jsonl", time.process_time()  # other programs do not count
             if name == "batch":
                 run(source, out, lambda: here(answers))
             else:
                 bare(out, name == "vectors and tokens")
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
     for name, times in seconds.items():
         own = min(times)
         print(
-            f"{name:20} {own:7.2f} s, {1e6 * own / count:6.0f} us a request; "
+            f"{name:20} {own:7.2f} s of a core, {1e6 * own / count:6.0f} us a request; "
             f"batch takes {min(seconds['batch']) / own:.3f} x"
         )
 

@@ -21,6 +21,7 @@ from qwen3np.batches.answers import Answers, Recipe, wrong_line
 from qwen3np.batches.requests import Request
 from qwen3np.ops.fast.threads import num_threads
 
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # as Dask has it: the threads are ours
 _PATIENCE = 20  # seconds in which a scheduler must answer
 _LOOK = 1.0  # seconds without a result after which idle workers get copies
 _working = threading.Lock()
@@ -48,8 +49,13 @@ def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
     # Ctrl-C reaches every process of a terminal; this one ends the others
     options["preload"] = ["import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"]
     each = max(num_threads() // workers, 1)
+    config: dict[str, Any] = {
+        "distributed.scheduler.worker-ttl": "60s",  # without a sign of life
+        # without Dask's MALLOC_TRIM_THRESHOLD_, which makes every array of a forward pass fault its pages in again
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(_ONE_THREAD, 1),
+    }
     with (
-        dask.config.set({"distributed.scheduler.worker-ttl": "60s"}),  # without a sign of life
+        dask.config.set(config),
         LocalCluster(n_workers=workers, threads_per_worker=each, **options) as here,
         Client(here) as client,
     ):
