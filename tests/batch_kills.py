@@ -37,7 +37,7 @@ def requests(count, seed=0):
         ["the", "sky", "is", "blue", "and", "Grass", "grows", "where", "Anna", "sees", "a", "bird"],
     )
     for n in range(count):
-        said = " ".join(rng.choices(words.split(), k=rng.randint(4, 30)))
+        said = " ".join(rng.choices(words, k=rng.randint(4, 30)))
         yield json.dumps({"custom_id": f"{n}", "url": "/v1/embeddings", "body": {"input": said}}) + "\n"
 
 
