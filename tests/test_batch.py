@@ -115,12 +115,13 @@ def test_results_are_a_function_of_the_requests(tmp_path, answers):
 
 
 def test_a_prefix_that_was_computed_before_changes_nothing(tmp_path, answers):
-    long = "The capital of France is Paris. " * 30
-    requests = [
-        {"custom_id": f"{n}", "url": "/v1/completions", "body": {"prompt": long, "max_tokens": 2}} for n in "ab"
-    ]
-    answer(written(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl", answers)
-    one, other = (json.dumps(r["response"]["body"]["usage"]) for r in results(tmp_path / "out.jsonl").values())
+    prompt = {"prompt": "The capital of France is Paris. " * 30, "max_tokens": 2}
+    source = written(tmp_path / "in.jsonl", [{"custom_id": "a", "url": "/v1/completions", "body": prompt}])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        answer(source, tmp_path / name / "out.jsonl", answers)
+    assert answers.service.scheduler.counts["reused_tokens"] >= 128
+    one, other = ((tmp_path / name / "out.jsonl").read_bytes() for name in ("one", "two"))
     assert one == other
 
 
