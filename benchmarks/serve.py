@@ -222,7 +222,7 @@ def decode(a):
     with server("--model", str(a.model)) as (address, *_):
 
         def ask(n):
-            asked = {"prompt": [n + 1, n + 2, n + 3], "max_tokens": 32, "temperature": 1.0, "seed": n}
+            asked = {"prompt": [n + 1, n + 2, n + 3], "max_tokens": 24, "temperature": 1.0, "seed": n}
             found = httpx.post(address + PATH, json=asked, timeout=600).json()
             return found["usage"]["completion_tokens"]
 

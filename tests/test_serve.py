@@ -6,14 +6,18 @@ import json
 import os
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawing import draw_any_config, draw_ids, trained_like
 
 import qwen3np
 from qwen3np.cli import main
 from qwen3np.embeddings import embed
+from qwen3np.model import Model
+from qwen3np.serve.scheduler import Scheduler, Token
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
 jsonschema = pytest.importorskip("jsonschema", reason="needs the extra `test`")
@@ -46,7 +50,7 @@ def test_models_health_and_metrics(server, client):
     assert all(re.fullmatch(r"# TYPE \w+ (counter|gauge)|\w+(\{.*\})? \d+", line) for line in lines)
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_drawn_completions_equal_generate(client, count):
     rng, ends = np.random.default_rng(count), MODEL.generation_defaults()["stop_ids"]
     for _ in range(count):
@@ -164,7 +168,7 @@ def test_a_final_message_is_continued(client):
 
 def test_an_answer_is_the_same_among_others(server):
     # their ends are banned, so that more than eight run at once
-    options = {"max_tokens": 30, "temperature": 0.8, "logprobs": 5, "logit_bias": {"2022": -100, "2024": -100}}
+    options = {"max_tokens": 20, "temperature": 0.8, "logprobs": 5, "logit_bias": {"2022": -100, "2024": -100}}
     bodies = [{**options, "prompt": f"{CAPITAL} {'and so on ' * (n % 4 * 12)}", "seed": n} for n in range(13)]
 
     def ask(body):
@@ -183,6 +187,36 @@ def test_an_answer_is_the_same_among_others(server):
     for thread in threads:
         thread.join()
     assert together == alone  # every bit of every log-probability: JSON holds the shortest text of each
+
+
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+def test_an_answer_is_the_same_among_others_in_every_kind_of_model(numerics):
+    """Experts, sliding windows, YaRN, biases: eleven answers at once have the ids and the bits that each has alone."""
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        config = draw_any_config(rng)
+        prompts = [draw_ids(rng, config, rng.integers(1, 200)).tolist() for _ in range(11)]
+        model = Model(config, trained_like(config, 1), None, {})
+        scheduler = Scheduler(model, waiting=99, memory=10**9, numerics=numerics)
+
+        def answers(which, scheduler=scheduler, prompts=prompts):
+            said, ended = {n: [] for n in which}, threading.Semaphore(0)
+
+            def tell(n, event):
+                said[n].append(event)
+                if isinstance(event, Exception) or getattr(event, "reason", None):
+                    ended.release()
+
+            settings = {"max_new_tokens": 6, "temperature": 1.0, "stop_ids": ()}
+            scheduler.submit(
+                *(scheduler.job(prompts[n], settings | {"seed": n}, partial(tell, n), top=2) for n in which)
+            )
+            for _ in which:
+                ended.acquire()
+            return {n: [(e.id, e.logprob, e.top) for e in events if isinstance(e, Token)] for n, events in said.items()}
+
+        assert answers(range(11)) == {n: answer for k in range(11) for n, answer in answers([k]).items()}
+        scheduler.close()
 
 
 def test_a_kept_prefix_changes_nothing(server):

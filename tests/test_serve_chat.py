@@ -102,6 +102,8 @@ def test_an_answer_falls_into_the_same_parts_however_it_is_cut(text, inside, too
         "<tool_call>\nno JSON\n</tool_call>",
         "<think>\nunfinished",
         "half <tool_call>{",
+        '<tool_call>\n{"name": "f", "arguments": {"a": {"b": "}"}, "c": [1]}}\n</tool_call>',
+        '<tool_call>{"arguments": {"a": "é"}, "name": "f"}</tool_call>',
     ],
 )
 def test_parts_are_those_of_the_conversation(text):
@@ -135,7 +137,10 @@ def test_a_demanded_tool_is_called_with_valid_arguments(client, choice):
     # the result goes back as clients send it, with the arguments as text
     back = [*ASK["messages"], whole.message.model_dump(exclude_none=True)]
     back.append({"role": "tool", "tool_call_id": call.id, "content": "42"})
-    assert client.chat.completions.create(**{**ASK, "messages": back}).choices[0].message.role == "assistant"
+    assert (
+        client.chat.completions.create(**{**ASK, "messages": back, "max_tokens": 1}).choices[0].message.role
+        == "assistant"
+    )
 
 
 def test_reasoning_is_apart_is_not_said(client):
@@ -164,14 +169,14 @@ def test_tools_and_templates_hold_no_special_tokens(client):
 
 def test_answers_validate_against_drawn_schemas(client):
     rng, finished = np.random.default_rng(0), 0
-    for n in range(8):
+    for n in range(5):
         schema = serving.drawn_schema(rng)
         form = {"type": "json_schema", "json_schema": {"name": "drawn", "schema": schema}}
         (choice,) = client.chat.completions.create(**ASK, response_format=form, temperature=1.0, seed=n).choices
         if choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), schema)
             finished += 1
-    assert finished >= 6
+    assert finished >= 4
 
 
 def test_an_answer_that_is_cut_says_so(client):

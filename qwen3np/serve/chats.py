@@ -76,6 +76,8 @@ async def chat(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | 
     most = fields["max_completion_tokens"] or fields["max_tokens"]
     if most == 0:
         raise BadRequest("max_tokens must be whole numbers from 1", parameter="max_tokens")
+    if fields["stream"] and fields["prompt_logprobs"] is not None:
+        raise BadRequest("prompt_logprobs does not stream", parameter="stream")
     after = tokenizer.token_to_id("</think>") if inside else None
     jobs: list[dict[str, Any]] = []
     for row in range(fields["n"]):
