@@ -136,10 +136,9 @@ def dask(folder: Path, count: int) -> None:
             single.append(time.perf_counter() - began)
         print(f"latency of a packet of one request: {1e3 * statistics.median(single):.2f} ms")
         pieces = [lines[n : n + size] for n in range(0, count, size)]
-        times: list[float] = []
+        times, moved = list[float](), 0
         for _ in range(3):
-            began = time.perf_counter()
-            moved = 0
+            began, moved = time.perf_counter(), 0
             for future in [client.submit(nothing, packet, pure=False) for packet in pieces]:
                 moved += len(future.result())
             times.append(time.perf_counter() - began)
@@ -244,8 +243,8 @@ def simulate(job: Job, machines: int, *, copies: bool = True, seed: int = 0) -> 
                 done.sort()
     whole = done[-1] + every * (job.packets - packets)
     busy = compute / every / sum(speeds)
-    parts = (busy, job.scheduler / every, job.client / every, job.moved / job.network / every)
-    return Run(whole, *(min(part, 1.0) for part in parts), load, done[-1] - idle[0][0])
+    scheduler, client, network = (cost / every for cost in (job.scheduler, job.client, job.moved / job.network))
+    return Run(whole, busy, scheduler, client, network, load, done[-1] - idle[0][0])
 
 
 # Measured here, as SCALE.md says: seconds, and tokens/s of a machine.

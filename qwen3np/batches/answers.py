@@ -64,9 +64,10 @@ class Recipe:
 
     def answers(self, share: float = 1.0) -> Answers:
         """Load the model. `share`: how much of this machine the process may use."""
-        options = {"progress": share == 1, **dict(self.options)}
+        options: dict[str, Any] = {"progress": share == 1, **dict(self.options)}
         if share < 1 and options.get("weights_dtype", "auto") == "auto":  # its own copy only if all may have one
-            size = 4 * count_parameters(load(self.model, **{**options, "weights_dtype": "mapped"}).config)["unique"]
+            options["weights_dtype"] = "mapped"
+            size = 4 * count_parameters(load(self.model, **options).config)["unique"]
             options["weights_dtype"] = "float32" if size < available_memory() / 2 * share else "mapped"
         model = load(self.model, **options)
         if self.rope_scaling is not None:
@@ -190,6 +191,7 @@ class Answers:
     def _line(self, request: Request, outcome: dict[str, Any] | Exception) -> bytes:
         """A line of results, without what differs between runs: ids and times drawn anew, and reused prefixes."""
         name, status = tag(request.key), 200
+        body: dict[str, Any]
         if isinstance(outcome, CheckpointError):
             raise outcome
         if isinstance(outcome, Exception):
@@ -218,8 +220,9 @@ def wrong_line(request: Request, code: str = "invalid_line") -> bytes:
 
 def key_of(result: Mapping[str, Any]) -> str | int:
     """The key of the request that a line of results belongs to. Raises KeyError and TypeError for other lines."""
-    custom_id, response = result["custom_id"], result["response"]
-    return result["error"]["line"] if custom_id is None and response is None else custom_id
+    if result["response"] is None and result["custom_id"] is None:
+        return result["error"]["line"]
+    return result["custom_id"]
 
 
 def is_failure(line: bytes) -> bool:

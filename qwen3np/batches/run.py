@@ -52,10 +52,11 @@ def run(
         raise ValueError(f"{out}: the results need another file than the requests")
     total, counts, started = sum(map(len, tables.lines_of(source))), Counter[str](), list[Answering]()
 
-    def answered(work: Iterator[list[Request]]) -> Iterator[tuple[Request, bytes]]:
-        for first in work:  # nothing is loaded if there is none
+    def answered(work: Iterable[list[Request]]) -> Iterator[tuple[Request, bytes]]:
+        rest = iter(work)
+        for first in rest:  # nothing is loaded if there is none
             started.extend([] if started else [answering()])
-            yield from started[0](chain([first], work))
+            yield from started[0](chain([first], rest))
 
     with bars()(total=total, desc="batch", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for n, requests in enumerate(_slices(requests_of(tables.lines_of(source)), per_file)):

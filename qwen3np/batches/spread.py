@@ -31,7 +31,7 @@ _working = threading.Lock()
 def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
     """Yield the client of this scheduler, or of as many worker processes here. Raises ValueError without either."""
     try:
-        import dask
+        import dask.config as dask_config
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise ValueError(f"more than one process needs {error.name}: pip install qwen3np[batch]") from None
@@ -55,7 +55,7 @@ def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_ONE_THREAD, 1),
     }
     with (
-        dask.config.set(config),
+        dask_config.set(config),
         LocalCluster(n_workers=workers, threads_per_worker=each, **options) as here,
         Client(here) as client,
     ):

@@ -126,8 +126,8 @@ def _batches(lines: Iterable[bytes]) -> Iterator[Any]:
 
 def _row(line: bytes) -> dict[str, Any]:
     """A line of results as a row: the body as JSON, except a vector."""
-    result = json.loads(line)
-    response = result["response"] or {"status_code": None, "body": None}
+    result: dict[str, Any] = json.loads(line)
+    response: dict[str, Any] = result["response"] or {"status_code": None, "body": None}
     vector = _vector(response["body"])
     if vector is not None:
         response["body"]["data"][0]["embedding"] = None
@@ -159,11 +159,11 @@ def _write_vectors(path: Path, lines: Iterable[bytes], count: int) -> None:
                 before += 1
                 continue
             if width is None:
-                width = len(vector)
+                width = vector.size
                 header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
                 np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.full((before, width), np.nan, "<f4").tobytes())
-            if vector is not None and len(vector) != width:
+            if vector is not None and vector.size != width:
                 raise ValueError(f".npy holds vectors of length {width}, unlike that of {result['custom_id']!r}")
             file.write((np.full(width, np.nan, "<f4") if vector is None else vector).tobytes())
     if width is None:
@@ -172,8 +172,8 @@ def _write_vectors(path: Path, lines: Iterable[bytes], count: int) -> None:
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow.ipc
-        import pyarrow.parquet
+        import pyarrow.ipc  # pyright: ignore[reportUnusedImport]
+        import pyarrow.parquet  # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ValueError("this format needs pyarrow: pip install qwen3np[batch]") from None
     return pyarrow
