@@ -155,10 +155,10 @@ def _write_vectors(path: Path, lines: Iterable[bytes], count: int) -> None:
             vector = _vector(response and response["body"])
             if vector is None and response and response["status_code"] == 200:
                 raise ValueError(f".npy holds one vector for each request, unlike {result['custom_id']!r}")
-            if vector is None and width is None:
-                before += 1
-                continue
             if width is None:
+                if vector is None:
+                    before += 1
+                    continue
                 width = vector.size
                 header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
                 np.lib.format.write_array_header_1_0(file, header)
