@@ -154,7 +154,7 @@ def memory(folder: Path, model: str, count: int) -> None:
     """Watch the pages of two workers on a mapped checkpoint: in all, and shared with the other."""
     import psutil
 
-    source = requests(folder, count, (60, 120))
+    source = requests(folder, count)
     arguments = [source, "-o", folder / "out.jsonl", "--workers", "2", "--model", model, "--weights-dtype", "mapped"]
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "qwen3np", "batch", *map(str, arguments)])

@@ -69,8 +69,11 @@ def end(process):
 
 def workers(client):
     """The worker processes of a client."""
-    children = psutil.Process(client.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    try:
+        children = psutil.Process(client.pid).children(recursive=True)
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def run(arguments, log):
