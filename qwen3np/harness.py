@@ -184,11 +184,12 @@ class Harness(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         most = given["max_gen_toks"]
         if most >= self.max_length:
             raise ValueError(f"max_gen_toks {most} leaves no room for a prompt in a context of {self.max_length}")
-        settings = {name: value for name, value in given.items() if name in GenerationSettings.__annotations__}
+        settings: dict[str, Any] = {
+            name: value for name, value in given.items() if name in GenerationSettings.__annotations__
+        }
+        settings |= {"max_new_tokens": most, "stop_strings": stops, "progress": False, **self._computed}
         batch = [(text.encode(prompt) or [self.eot_token_id])[-(self.max_length - most) :] for prompt in prompts]
-        answers, _ = self._model.generate(
-            batch, **{**settings, "max_new_tokens": most, "stop_strings": stops, "progress": False, **self._computed}
-        )
+        answers, _ = self._model.generate(batch, **settings)
         said = [text.decode(ids, skip_special_tokens=True) for ids in answers]
         return [postprocess_generated_text(one, stops, self._think_end) for one in said]
 

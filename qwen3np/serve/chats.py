@@ -119,8 +119,12 @@ class _Saying:
         message = self._message | ({"tool_calls": self._calls} if self._calls else {})
         if not self._calls and message["content"] is None:
             message["content"] = ""
-        logprobs = chat_logprobs(self._tokens, self._tokenizer) if self._fields["logprobs"] else None
-        choice = {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": self._reason}
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "message": message,
+            "logprobs": chat_logprobs(self._tokens, self._tokenizer) if self._fields["logprobs"] else None,
+            "finish_reason": self._reason,
+        }
         if self._prompt is not None and self._fields["prompt_logprobs"] is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._prompt, self._tokenizer)
         return choice
