@@ -17,7 +17,7 @@ from safetensors.numpy import load as read_tensors
 
 import qwen3np
 from qwen3np.batches.answers import Answers, Recipe
-from qwen3np.batches.requests import LONGEST, PACKET, packets, requests_of
+from qwen3np.batches.requests import LONGEST, PACKET, left_of, packets, requests_of
 from qwen3np.batches.results import Results
 from qwen3np.batches.run import here, run
 from qwen3np.cli import main
@@ -142,6 +142,13 @@ def test_packets_share_tokens_not_lines():
     longest = [packet[0].cost for packet in found]
     assert longest == sorted(longest, reverse=True)
     assert len(found[0]) * 5 < len(found[-2])
+
+
+def test_vectors_are_computed_with_the_same_others_again():
+    for requests, again in (([embedding(f"{n}", "x") for n in range(3)], 3), ([*drawn(5)][4:], 0)):
+        (packet,) = packets(requests_of(json.dumps(request).encode() for request in requests))
+        assert left_of(packet, {request.key for request in packet}) == []
+        assert len(left_of(packet, {packet[0].key})) == again
 
 
 @pytest.mark.parametrize("end", [b"", b'{"id": "batch_req', b'{"id": "x", "custom_id": "request 3", "response": null'])
