@@ -1309,6 +1309,57 @@ GROUPS = [
         },
     ),
     (
+        "batches/requests.py",
+        "batch",
+        {
+            "a repeated custom_id answered twice": ('if found["custom_id"] in seen:', "if False:"),
+            "packets of lines, not tokens": ("tokens += request.cost", "tokens += 80"),
+            "the shortest first": ("-request.cost, request.line", "request.cost, request.line"),
+            "vectors computed with whatever is left": ("return packet if left and", "return left if left and"),
+        },
+    ),
+    (
+        "batches/answers.py",
+        "batch",
+        {
+            "the machine in exact fingerprints": ('if engine != "exact":', "if True:"),
+            "one seed for all": ("int(tag(request.key)[:16], 16)", "0"),
+            "a text that is too long fails its packet": (
+                "yield from self._embedded([requests[n]], [found[n]])",
+                "yield requests[n], error",
+            ),
+            "a changed checkpoint is the requests' fault": ("if isinstance(outcome, CheckpointError):", "if False:"),
+            "reused prefixes in results": ('del body["usage"]["prompt_tokens_details"]', "pass"),
+        },
+    ),
+    (
+        "batches/results.py",
+        "batch",
+        {
+            "half a line stays": (
+                "            self._file.truncate(self._end)\n        except",
+                "            pass\n        except",
+            ),
+            "a full disk leaves half a line": (
+                "with suppress(OSError):\n                self._file.truncate(self._end)",
+                "with suppress(OSError):\n                pass",
+            ),
+            "a result written twice": ("if key in self.done:", "if False:"),
+            "two processes write": ("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        },
+    ),
+    (
+        "batches/run.py",
+        "batch_tables",
+        {
+            "other results taken for these": ("!= len(keys):", "< 0:"),
+            "results in the order in which they came": (
+                "for key in keys:\n            file",
+                "for key in places:\n            file",
+            ),
+        },
+    ),
+    (
         "routing.py",
         "routing",
         {
@@ -1384,6 +1435,26 @@ GROUPS = [
             "the limit of tokens forgotten": ('{"max_tokens": "max_new_tokens", **SETTINGS}', "SETTINGS"),
             "biases among the defaults": ("isinstance(defaults.get(ours), (int, float))", "ours in defaults"),
             "every template can think": ('"enable_thinking" in (service.tokenizer.chat_template or "")', "True"),
+        },
+    ),
+    (
+        "batches/tables.py",
+        "batch batch_tables",
+        {
+            "failures before the first vector left out": ("before += 1", "before += 0"),
+            "the end of a long line is another line": ("while len(rest) == LONGEST + 1 and", "while False and"),
+        },
+    ),
+    (
+        "batches/spread.py",
+        "batch_spread",
+        {
+            "requests lost with one that kills workers": (
+                "(packet[: len(packet) // 2], packet[len(packet) // 2 :])",
+                "(packet[: len(packet) // 2],)",
+            ),
+            "models not compared": ("if len(models) > 1:", "if False:"),
+            "all packets under way at once": ("len(under_way) < most", "True"),
         },
     ),
     (

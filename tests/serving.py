@@ -14,7 +14,7 @@ import uvicorn
 import qwen3np
 from qwen3np.serve import fields
 from qwen3np.serve.app import application
-from qwen3np.serve.scheduler import Busy, Scheduler
+from qwen3np.serve.scheduler import Scheduler
 from qwen3np.serve.service import Service
 
 http = httpx.Client(timeout=60)
