@@ -744,6 +744,7 @@ GROUPS = [
             "wrong guesses change nothing": ("self.right += WEIGHT *", "self.right += 0 *"),
             "no pause where it does not pay": ("self.wait = self.waited\n", "pass\n"),
             "further rows are free": ("(1 + n * self.cost)", "1"),
+            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
             "edits see guesses": ('if settings["edit"] is not None:', "if False:"),
             "a small model beyond its context": (
                 "len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length",
@@ -763,7 +764,6 @@ GROUPS = [
                 "                cache.lengths[cache.rows[answer.row]] = answer.end\n",
                 "                pass\n",
             ),
-            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
             "processors see guesses": ('{**settings, "logits_processors": ()}', "settings"),
         },
     ),
