@@ -141,7 +141,7 @@ class Later(Recording):
     ("head_dim", "late"),
     [
         (16, True),
-        (128, False),
+        pytest.param(128, False, marks=pytest.mark.slow),
         pytest.param(16, False, marks=pytest.mark.slow),
         pytest.param(128, True, marks=pytest.mark.slow),
     ],
