@@ -10,6 +10,7 @@ if (
 ) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from qwen3np.audit import audit
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.conversation import Conversation
@@ -38,7 +39,9 @@ __all__ = [
     "NonFiniteError",
     "Tokenizer",
     "Weights",
+    "audit",
     "count_parameters",
+    "damage",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
     "embed",
     "forward",
     "generate",
@@ -62,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from qwen3np.settings import sampling_parameters
 
         return sampling_parameters
+    if name == "damage":
+        from qwen3np.audit.damage import damage
+
+        return damage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from qwen3np.errors import CheckpointError, ContextOverflowError, NonFiniteError
 from qwen3np.memory import require_cache, require_memory
 from qwen3np.numerics import Array, Edit, Numerics, Trace, named
 from qwen3np.padding import on_the_right, padded, unpadded
+from qwen3np.routing import replayed
 from qwen3np.weights import LoadedWeights, identity, weight_shapes
 
 LARGE = 1 << 28  # bytes: for larger logits we first check that there is enough free memory
@@ -40,6 +41,7 @@ def forward(
     trace: Trace | None = None,
     edit: Edit | None = None,
     attention_mask: ArrayLike | None = None,
+    routed_experts: ArrayLike | None = None,
 ) -> Array:
     """Compute the logits of the next token after each position.
 
@@ -70,6 +72,10 @@ def forward(
     attention_mask
         For padded ids (B, S): 1 for tokens, 0 for padding, on the left or on the right. Logits at padding are 0. Points
         are recorded with all rows moved to the left.
+    routed_experts
+        (B, S, L, k), or (S, L, k) read as B = 1: the experts of each token in each layer, instead of the router's
+        choice, as an engine recorded them; -1 in all k places leaves the choice to the router. Their weights are still
+        the router's, and dense layers ignore theirs.
 
     Returns
     -------
@@ -91,8 +97,10 @@ def forward(
 
     """
     if attention_mask is not None:
-        if cache is not None:
-            raise ValueError("attention_mask: cannot be combined with a cache, which knows where its sequences end")
+        if cache is not None or routed_experts is not None:
+            raise ValueError(
+                "attention_mask: cannot be combined with a cache or routed_experts, which know each position"
+            )
         rows = unpadded(input_ids, attention_mask)
         options: dict[str, Any] = {"numerics": numerics, "engine": engine, "head": head, "trace": trace, "edit": edit}
         return padded(forward(weights, config, on_the_right(rows), **options), rows, attention_mask, last_only)
@@ -101,6 +109,8 @@ def forward(
     if head and not config.tie_word_embeddings and "lm_head.weight" not in weights:
         raise ValueError("weights: there is no lm_head.weight: this checkpoint makes embeddings, not text")
     ids = checked_ids(input_ids, config)
+    if routed_experts is not None:
+        edit = replayed(routed_experts, config, ids, edit)
     if head and not last_only:
         _require_room(ids.size, config, num)
     last: int = ids.shape[1]

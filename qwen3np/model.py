@@ -42,6 +42,7 @@ class ForwardOptions(TypedDict, total=False):
     trace: Trace | None
     edit: Edit | None
     attention_mask: ArrayLike | None
+    routed_experts: ArrayLike | None
 
 
 class ScoreOptions(TypedDict, total=False):

@@ -1192,6 +1192,147 @@ GROUPS = [
         },
     ),
     (
+        "audit/damage_kinds.py",
+        "damage_kinds",
+        {
+            "routers quantised": ("if w.ndim == 2 and not is_router(name)", "if w.ndim == 2"),
+            "zero point of int8": ("np.full((1, out), 128, np.uint8)", "np.full((1, out), 127, np.uint8)"),
+            "fp8 scale from the mean": ("np.abs(blocks).max((1, 3)) / FLOAT", "np.abs(blocks).mean((1, 3)) / FLOAT"),
+            "large keys are NaN in fp8": ('np.clip(x, -448, 448) if kind == "fp8" else x', "x"),
+            "blocks across heads": ("by_head(short, x, config.head_dim)", "short(x)"),
+        },
+    ),
+    (
+        "audit/damage_runs.py",
+        "damage",
+        {
+            "whole windows scored": ("slice(window // 2, window - 1)", "slice(0, window - 1)"),
+            "KL of the model to the reference": (
+                "np.exp(ours) * (ours - theirs)",
+                "np.exp(theirs) * (theirs - ours)",
+            ),
+            "tokens predict themselves": ("self.ids[:, 1:][:, scored(", "self.ids[:, scored("),
+            "tied head counted twice": (
+                'if not callable(w) and not (self.tied and t == "lm_head.weight")',
+                "if not callable(w)",
+            ),
+            "another rope is no matter": ("if theirs.get(key) != value]:", "if False]:"),
+        },
+    ),
+    (
+        "audit/damage_parts.py",
+        "damage",
+        {
+            "the layer twice": ("for view in views]), n + 1)", "for view in views]), n)"),
+            "saved is what is left": ("saved = kl - left_out[part.tensors]", "saved = left_out[part.tensors]"),
+            "share without what is saved": ("(alone[part.tensors] + saved) / 2 / kl", "alone[part.tensors] / kl"),
+            "moved scales of norms unnoticed": ("moved = _error(", "moved = 0 * _error("),
+            "moved scales of matrices unnoticed": ("(part.weight_error or 0) > MATRIX_MOVED", "False"),
+            "worth without bytes": ("key=lambda part: -part.alone / part.extra", "key=lambda part: -part.alone"),
+            "budget never spent": ("left -= part.extra", "left -= 0"),
+            "each expert a part": ('".experts.*.", name)', '".experts.0.", name)'),
+        },
+    ),
+    (
+        "audit/damage_activations.py",
+        "damage",
+        {
+            "negative numbers ignored": ("sizes = np.abs(x)", "sizes = x.copy()"),
+            "place in the window": ("start + int(place[", "int(place["),
+        },
+    ),
+    (
+        "audit/damage.py",
+        "damage",
+        {"parts on the first windows": ("np.linspace(0, len(ids) - 1, min(", "np.linspace(0, ranked - 1, min(")},
+    ),
+    (
+        "audit/rollouts.py",
+        "rollouts",
+        {
+            "masked tokens count": ("rows = [r if k[0][1] else {}", "rows = [r if True else {}"),
+            "padding in the prompt": ("if seen]", "if True]"),
+            "no limit on tokens": ("            if tokens > TOKENS:\n", "            if False:\n"),
+        },
+    ),
+    (
+        "audit/forms.py",
+        "rollouts",
+        {
+            "SGLang's pairs the other way": (
+                "return [(entry[1], number(entry[0]))]",
+                "return [(entry[0], number(entry[1]))]",
+            ),
+            "the prompt's numbers first": ("        return entries[-count:]\n", "        return entries[:count]\n"),
+            "impossible is a number": ("-math.inf if x <= IMPOSSIBLE else float(x)", "float(x)"),
+            "digits are ids in texts": (
+                "return [(text, number(x)) for text, x",
+                "return [(int(text), number(x)) for text, x",
+            ),
+        },
+    ),
+    (
+        "routing.py",
+        "routing",
+        {
+            "the router's choice is lost": ("np.where(given < 0, x, given)", "given"),
+            "twice is once": ("(twice | outside)", "outside"),
+            "edits come first": ("else edit(name, x)", "else edit(name, x * 0)"),
+        },
+    ),
+    (
+        "audit/endpoint.py",
+        "endpoint",
+        {
+            "redirects followed": ("build_opener(_NoRedirects)", "build_opener()"),
+            "any length": ("if len(found) > LARGEST:", "if False:"),
+            "any time": ("thread.join(TIMEOUT)", "thread.join()"),
+            "any scheme": ('parts.scheme not in ("http", "https") or not parts.hostname', "not parts.netloc"),
+            "the echoed prompt is read twice": ("Fields(), echoed=True)", "Fields())"),
+        },
+    ),
+    (
+        "audit/processed.py",
+        "audit",
+        {
+            "penalty on the prompt": ("np.unique(own, return_counts=True)", "np.unique(ids, return_counts=True)"),
+            "top-p keeps one less": (
+                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1",
+                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1)",
+            ),
+            "min-p of all": ("ordered[:, :1] + np.log(value)", "np.log(value)"),
+        },
+    ),
+    (
+        "audit/measure.py",
+        "audit",
+        {
+            "states one late": ("x[b, p - 1 : p - 1 + len(r.ids)]", "x[b, p : p + len(r.ids)]"),
+            "steps of two": ("range(starts[0], width) if self.stepped", "range(starts[0], width, 2) if self.stepped"),
+            "experts a position late": ("count - 1: 0,", "count - 1: 1,"),
+            "experts not replayed": ("return np.where(given < 0, chosen, given)", "return chosen"),
+        },
+    ),
+    (
+        "audit/causes.py",
+        "audit",
+        {
+            "all rounding is float32's": ('MARGIN = {"float32": 4.0,', 'MARGIN = {"float32": 4e5,'),
+            "no other ids left out": ("court.theirs[:, 1:] = np.nan", "pass"),
+            "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
+        },
+    ),
+    (
+        "audit/report.py",
+        "audit",
+        {
+            "ratios upside down": ("    ratio = np.exp(-d)\n", "    ratio = np.exp(d)\n"),
+            "k3 without its control": ("np.expm1(np.clip(-d, None, 50)) + d", "np.expm1(np.clip(-d, None, 50))"),
+            "context one late": ("ids[:position][-CONTEXT:]", "ids[: position + 1][-CONTEXT:]"),
+            "the least different first": ("np.argsort(-np.abs(e)", "np.argsort(np.abs(e)"),
+        },
+    ),
+    (
         "serve/scheduler.py",
         "serve_limits serve",
         {

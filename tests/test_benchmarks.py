@@ -6,7 +6,9 @@ import json
 import re
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
+import damage
 import formats
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from random_checkpoint import SIZES, write_random_checkpoint
 from roofline import attention_work, part_table
 
 from qwen3np import Config, Model, init_weights, load, save_checkpoint
+from qwen3np.audit.damage_kinds import what_if
 from qwen3np.cli import main
 from qwen3np.commands.bench import filled_cache, seconds
 from qwen3np.stored import kind
@@ -140,3 +143,19 @@ def test_counts_of_verdicts(capsys):
     ):
         count(some)
         assert said in capsys.readouterr().out
+
+
+def test_damage_stores_what_llama_cpp_stores(builtin):
+    ids = builtin.text.encode((Path(__file__).parent / "golden" / "facts.txt").read_text(encoding="utf-8"))
+    quantised = replace(builtin, weights=what_if(builtin.weights, "q4_0"))
+    kl = damage.as_llama_stores(builtin, quantised, ids, 64)
+    found = [kl.mean(), np.median(kl), np.quantile(kl, 0.99), kl.max()]
+    printed = [0.009499, 0.002641, 0.108979, 0.254563]  # by llama.cpp: see LLAMA in test_damage.py
+    np.testing.assert_allclose(found, printed, rtol=0, atol=5e-6)
+
+
+def test_damage_finds_the_truth_when_it_measures_everything(config, weights):
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 32).tolist()
+    report = damage.truth(Model(config, weights, None, {}), "fp8", ids, 16, 2)
+    assert report.count("| 5 of 5, in this order | 1.000 |") == 6
+    assert report.count("| 2 of 2, in this order | 1.000 |") == 3  # layers

@@ -264,7 +264,7 @@ def test_numerics_of_one_name_are_one_object():
 # What reads top to bottom: a file imports only what stands above it. "." ends a package's name: all of its files.
 ORDER = [
     *("errors", "terminal", "memory", "numerics", "stored", "rules", "config", "cache", "rope", "qwen3"),
-    *("ops", "weights", "padding", "guard", "processors", "settings", "sampling", "drafts", "generate"),
+    *("ops", "weights", "padding", "routing", "guard", "processors", "settings", "sampling", "drafts", "generate"),
     "scoring",
     *(
         "files.",
@@ -278,7 +278,7 @@ ORDER = [
         "embeddings",
         "conversation",
     ),
-    *("harness", "verify", "published.", "porting.", "training.", "study.", "serve.", "commands.", "cli", "__main__"),
+    *("harness", "verify", "published.", "porting.", "training.", "study.", "audit.", "serve.", "commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("model", "embeddings")}

@@ -61,7 +61,7 @@ def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("guide", [*GUIDES, "qwen3np/porting/README.md"])
+@pytest.mark.parametrize("guide", [*GUIDES, "qwen3np/porting/README.md", "qwen3np/audit/README.md"])
 def test_links_lead_to_files(guide):
     text = (ROOT / guide).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

@@ -67,7 +67,7 @@ SHORT: dict[str, Short] = {
 }
 
 
-def _heads(short: Short, x: Array, head_dim: int) -> Array:
+def by_head(short: Short, x: Array, head_dim: int) -> Array:
     """Shorten values (B, T, K * Dh) head by head."""
     return short(x.reshape(*x.shape[:2], -1, head_dim)).reshape(x.shape)
 
@@ -79,7 +79,7 @@ def cached(short: Short) -> dict[str, Change]:
         return run(at, q, short(k))
 
     def context(run: Change, at: Place, probs: Array, v: Array) -> Array:
-        return run(at, probs, _heads(short, v, at.config.head_dim))
+        return run(at, probs, by_head(short, v, at.config.head_dim))
 
     return {"self_attn.scores": scores, "self_attn.context": context}
 

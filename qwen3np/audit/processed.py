@@ -1,0 +1,208 @@
+"""Log-probabilities after sampling's settings: which temperature, filter and penalties an engine applied before it
+reported them. Each setting is fitted to the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from qwen3np.audit.measure import away, size
+from qwen3np.audit.rollouts import Rollout
+from qwen3np.numerics import Array
+from qwen3np.porting.logprobs import log_softmax
+
+POSITIONS, NUMBERS = 192, 4 << 20  # on which settings are fitted, and of their logits together
+GAIN = 1.25  # how much smaller the difference must become with one more setting
+TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0)
+GRIDS: dict[str, tuple[float, ...]] = {
+    "temperature": TEMPERATURES,
+    "repetition_penalty": (0.9, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0),
+    "presence_penalty": (-1.0, -0.5, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0),
+    "frequency_penalty": (-1.0, -0.5, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0),
+}
+TOP_K = (1, 2, 3, 4, 5, 8, 10, 15, 16, 20, 25, 30, 32, 40, 50, 64, 80, 100, 128, 200, 256, 500, 512, 1000, 1024)
+TOP_P = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+MIN_P = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
+FILTERS: dict[str, tuple[float, ...]] = {"top_k": TOP_K, "top_p": TOP_P, "min_p": MIN_P}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings in the order in which they are applied; the defaults change nothing."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    temperature: float = 1.0
+    top_k: float = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def changed(self) -> dict[str, float]:
+        """The settings that do something."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if value != getattr(NEUTRAL, name)}
+
+    def __str__(self) -> str:
+        """The settings in words: temperature 0.7 and top_p 0.9."""
+        return " and ".join(f"{name} {value:.4g}" for name, value in self.changed.items())
+
+    def scaled(self, logits: Array, before: Sequence[Array], new: Sequence[Array]) -> Array:
+        """Return logits (n, V) after penalties and temperature. before and new: the ids so far, and those generated."""
+        y = logits.astype(np.float64)
+        for row, ids, own in zip(y, before, new, strict=True):
+            if self.repetition_penalty != 1:
+                seen = np.unique(ids)
+                row[seen] *= np.where(row[seen] < 0, self.repetition_penalty, 1 / self.repetition_penalty)
+            if self.presence_penalty or self.frequency_penalty:
+                seen, counts = np.unique(own, return_counts=True)
+                row[seen] -= self.presence_penalty + self.frequency_penalty * counts
+        return y / self.temperature
+
+    def view(self, logits: Array, rollout: Rollout, rows: slice) -> Array:
+        """Return what an engine reports that applies these settings first."""
+        places = range(rows.start, rows.stop)
+        new = [np.array(rollout.ids[:i], np.int64) for i in places]
+        logp = log_softmax(self.scaled(logits, [np.array([*rollout.prompt, *own], np.int64) for own in new], new))
+        for name in FILTERS:
+            if (value := getattr(self, name)) != getattr(NEUTRAL, name):
+                order = np.argsort(-logp, axis=-1, kind="stable")
+                kept = _kept(name, value, np.take_along_axis(logp, order, -1))[:, None]
+                dropped = np.zeros(logp.shape, np.bool_)
+                np.put_along_axis(dropped, order, np.arange(logp.shape[-1]) >= kept, -1)
+                logp = log_softmax(np.where(dropped, -np.inf, logp))
+        return logp
+
+
+NEUTRAL = Settings()
+
+
+def _kept(name: str, value: float, ordered: Array) -> Array:
+    """Return how many of the likeliest ids (n,) a filter keeps, of log-probabilities (n, V) in descending order."""
+    if name == "top_k":
+        return np.full(len(ordered), min(int(value), ordered.shape[-1]))
+    if name == "top_p":  # the fewest whose probabilities reach p
+        return np.minimum((np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1, ordered.shape[-1])
+    return (ordered >= ordered[:, :1] + np.log(value)).sum(-1)
+
+
+@dataclass
+class _Fit:
+    """Some positions with all of their logits, and what the engine reported there."""
+
+    logits: Array  # (n, V)
+    found: Array  # (n, 1 + K)
+    theirs: Array
+    before: list[Array]
+    new: list[Array]
+
+    def error(self, settings: Settings) -> float:
+        logp = log_softmax(settings.scaled(self.logits, self.before, self.new))
+        filters = {name: value for name, value in settings.changed.items() if name in FILTERS}
+        return min(self._filtered(logp, [filters]), default=np.inf)
+
+    def _filtered(self, logp: Array, candidates: Sequence[dict[str, float]]) -> list[float]:
+        """Return the errors under each of several filters: they add the same to all ids that they keep."""
+        ordered = -np.sort(-logp, axis=-1)
+        mass = np.logaddexp.accumulate(ordered, -1) if any(candidates) else ordered
+        mine, errors = np.take_along_axis(logp, np.maximum(self.found, 0), -1), list[float]()
+        for filters in candidates:
+            kept = np.full(len(logp), logp.shape[-1])
+            for name, value in filters.items():
+                kept = np.minimum(kept, _kept(name, value, ordered))
+            last = np.maximum(kept - 1, 0)[:, None]
+            y = mine - (np.take_along_axis(mass, last, -1) if filters else 0)
+            y = np.where(mine < np.take_along_axis(ordered, last, -1) - 1e-12, -np.inf, y)
+            errors.append(size(away(self.theirs, y)))
+        return errors
+
+    def with_filters(self, settings: Settings) -> tuple[float, Settings]:
+        """Return the best single filter at this temperature and these penalties."""
+        logp = log_softmax(settings.scaled(self.logits, self.before, self.new))
+        some = [{name: value} for name, values in FILTERS.items() for value in values if name not in settings.changed]
+        some = [one for one in some if one.get("top_k", 1) < logp.shape[-1]]
+        errors = self._filtered(logp, some)
+        best = int(np.argmin(errors))
+        return errors[best], replace(settings, **some[best])
+
+
+def _searched(f: Callable[[float], float], low: float, high: float) -> float:
+    """Return where f is smallest between two numbers (golden section)."""
+    ratio = (5**0.5 - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    fa, fb = f(a), f(b)
+    for _ in range(48):
+        if fa < fb:
+            high, b, fb = b, a, fa
+            a = high - ratio * (high - low)
+            fa = f(a)
+        else:
+            low, a, fa = a, b, fb
+            b = low + ratio * (high - low)
+            fb = f(b)
+    return (low + high) / 2
+
+
+def _refined(fit: _Fit, settings: Settings, error: float) -> tuple[float, Settings]:
+    """Return settings whose numbers are fitted, or rounder ones that are as good."""
+    for name, value in settings.changed.items():
+        if name in GRIDS:
+            grid = sorted({*GRIDS[name], value, getattr(NEUTRAL, name)})
+            place = grid.index(value)
+            low, high = grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)]
+            best = _searched(lambda x, name=name, s=settings: fit.error(replace(s, **{name: x})), low, high)
+            tried = [replace(settings, **{name: float(f"{best:.{digits}g}")}) for digits in (1, 2, 3, 4, 12)]
+            errors = [fit.error(one) for one in tried]
+            least = min(errors)
+            if least < error:
+                first = next(i for i, e in enumerate(errors) if e <= 1.05 * least)
+                settings, error = tried[first], errors[first]
+    return error, settings
+
+
+def _cost(found: tuple[float, Settings]) -> float:
+    """Return an error that each setting makes GAIN times larger."""
+    return found[0] * GAIN ** len(found[1].changed)
+
+
+def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
+    """Return the settings that explain what the engine reported best; NEUTRAL if none helps. logits: (n, V) each.
+
+    Settings are added one by one, the best first, as long as the difference becomes GAIN times smaller.
+    """
+    room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), 8)
+    rows = [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
+    rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, room).astype(int))]
+    width = max(r.found.shape[1] for r in rollouts)
+
+    def padded(x: Array, fill: float) -> Array:
+        return np.pad(x, (0, width - len(x)), constant_values=fill)
+
+    fit = _Fit(
+        np.stack([logits[n][i] for n, i in rows]),
+        np.stack([padded(rollouts[n].found[i], -1) for n, i in rows]),
+        np.stack([padded(rollouts[n].logprobs[i], np.nan) for n, i in rows]),
+        [np.array([*rollouts[n].prompt, *rollouts[n].ids[:i]]) for n, i in rows],
+        [np.array(rollouts[n].ids[:i], np.int64) for n, i in rows],
+    )
+    settings, error = NEUTRAL, fit.error(NEUTRAL)
+    while len(settings.changed) < 4:
+        tried = [
+            (fit.error(one), one)
+            for name, grid in GRIDS.items()
+            if name not in settings.changed
+            for one in (replace(settings, **{name: value}) for value in grid)
+        ]
+        # a filter hides the temperature, which changes what it keeps: both together
+        temperatures = (settings.temperature,) if "temperature" in settings.changed else TEMPERATURES[4:13]
+        tried += [fit.with_filters(replace(settings, temperature=t)) for t in temperatures]
+        leaders = sorted(tried, key=_cost)[:3]
+        least, best = min((_refined(fit, one, e) for e, one in leaders), key=_cost)
+        if not least * GAIN < error:
+            break
+        settings, error = best, least
+    return settings
