@@ -20,10 +20,11 @@ from browsing import contrast, luminance, press, require_names, set_theme, text
 
 import qwen3np
 from qwen3np.files.hub import BUILTIN
+from qwen3np.serve.scheduler import Busy
 from qwen3np.tokenizer import Tokenizer
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
-http, serve, Busy = serving.http, serving.serve, serving.Busy
+http, serve = serving.http, serving.serve
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
