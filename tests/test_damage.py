@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -404,7 +405,7 @@ def test_picture(tmp_path, monkeypatch):
     ids = draw_ids(np.random.default_rng(0), SPARSE, 2 * WINDOW)
     found = qwen3np.damage(model(SPARSE), "q8_0", ids, window=WINDOW, progress=False)
     with monkeypatch.context() as without:
-        without.setattr("qwen3np.audit.damage_picture.find_spec", lambda name: None)
+        without.setattr(sys.modules["qwen3np.audit.damage_picture"], "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="needs matplotlib: pip install"):
             draw(found, tmp_path / "x.svg")
     if importlib.util.find_spec("matplotlib") is None:
