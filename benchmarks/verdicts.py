@@ -2,14 +2,16 @@
 
     PYTHONPATH=tests python benchmarks/verdicts.py right [--from 0 --to 2000] [--numerics float32] [--part diagnose]
     PYTHONPATH=tests python benchmarks/verdicts.py orders [--from 0 --to 300]
+    PYTHONPATH=tests python benchmarks/verdicts.py hidden [--from 0 --to 25]
     PYTHONPATH=tests python benchmarks/verdicts.py bugs [--numerics float32] [--part all]
     PYTHONPATH=tests python benchmarks/verdicts.py settings [--layers 4] [--part all]
     PYTHONPATH=tests python benchmarks/verdicts.py logprobs [--part top]
 
 `right`: right ports on models drawn over the family, tiny ones and one-token prompts among them: alarms. `orders`: the
-same at 28 layers, 1,000 tokens, and other sizes that programs have. `bugs`: the bugs of tests/foreign_bugs.py, which no
-catalogue has: the first wrong point, and causes that are called sure. `settings`: what a port's author may choose, at
-the widths of Qwen3-0.6B. `logprobs`: the catalogue's bugs from logits, and from log-probabilities.
+same at 28 layers, 1,000 tokens, and other sizes that programs have. `hidden`: bugs smaller than rounding, which only
+their pattern shows. `bugs`: the bugs of tests/foreign_bugs.py, which no catalogue has: the first wrong point, and
+causes that are called sure. `settings`: what a port's author may choose, at the widths of Qwen3-0.6B. `logprobs`: the
+catalogue's bugs from logits, and from log-probabilities. `views`: right ports, seen through log-probabilities alone.
 """
 
 from __future__ import annotations
@@ -25,23 +27,13 @@ from foreign_bugs import BUGS
 from foreign_right import draw_port
 from foreign_settings import SETTINGS, chosen
 
-from qwen3np.config import Config
 from qwen3np.numerics import BFLOAT16
 from qwen3np.porting import compare, record
 from qwen3np.porting.diagnose import diagnose
+from qwen3np.porting.fixture import UNTIED
 
 SHORT = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
-KIT = Config(
-    vocab_size=101,
-    hidden_size=40,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e6,
-    max_position_embeddings=2048,
-)
+KIT = replace(UNTIED, max_position_embeddings=2048)
 WIDE = replace(  # the widths of Qwen3-0.6B, with fewer ids
     KIT,
     vocab_size=2048,
@@ -50,6 +42,14 @@ WIDE = replace(  # the widths of Qwen3-0.6B, with fewer ids
     num_attention_heads=16,
     num_key_value_heads=8,
     head_dim=128,
+)
+NARROW = replace(
+    KIT,
+    hidden_size=16,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
 )
 PARTS = {
     "all": lambda name: True,
@@ -125,7 +125,7 @@ def orders(arguments):
     """Right ports at sizes that programs have: 28 layers, 1,000 tokens, wide rows, one token."""
     shapes = {
         "28 layers": (replace(KIT, num_hidden_layers=28), 12),
-        "1,000 tokens": (KIT, 1000),
+        "1,000 tokens": (NARROW, 1000),
         "wide": (replace(KIT, hidden_size=2048, intermediate_size=3072), 16),
         "heads of 128": (replace(KIT, head_dim=128, num_attention_heads=8, num_key_value_heads=2), 40),
         "one token": (KIT, 1),
@@ -136,12 +136,50 @@ def orders(arguments):
         rng = np.random.default_rng([19, seed])
         name = list(shapes)[seed % len(shapes)]
         config, length = shapes[name]
+        if seed % 60 == 1:
+            name, config = "28 layers, 1,000 tokens", replace(NARROW, num_hidden_layers=28)
         found, said = judged(seed, config, length, 1, 1, arguments.numerics or "float32", rng)
         total += 1
         if found.verdict == "different" or found.settings:
             alarms += 1
             print(f"ALARM {name}, {said}: {tell(found)}", flush=True)
     print(f"other orders of summation: {alarms} alarms of {total}")
+
+
+def hidden(arguments):
+    """Bugs of 16-bit ports that are smaller than rounding at each point: how often their pattern is found."""
+
+    def coarse(port):
+        return port.frequencies().astype(BFLOAT16).astype(np.float64)
+
+    def rope(own, at, x, positions):
+        port = own.__self__
+        turns = np.exp(1j * positions[:, None] * coarse(port))[:, None]
+        half = x.shape[-1] // 2
+        z = (x[..., :half].astype(np.float64) + 1j * x[..., half:]) * turns
+        return np.moveaxis(np.concatenate((z.real, z.imag), -1), 2, 1)
+
+    planted = {
+        "norm: rms_norm_eps is 1e-5": {"norm": lambda own, at, x: own(x, eps=1e-5)},
+        "rotary: inv_freq in bfloat16": {"rope": rope},
+    }
+    counts = {name: [0, 0, 0, 0] for name in planted}  # runs; different by distance; by pattern; of these named right
+    for seed in range(arguments.first, arguments.last):
+        rng = np.random.default_rng([21, seed])
+        config = replace(draw_any_config(rng), rope_scaling=None, num_experts=0, rms_norm_eps=1e-6)
+        weights = short_weights(config, seed)
+        golden = record(weights, config, draw_ids(rng, config, 1, int(rng.integers(16, 62))), steps=2)
+        for name, replaced in planted.items():
+            for short in (np.float16, BFLOAT16):
+                dump = Foreign(config, weights, short, **replaced).run(golden)
+                apart = compare(golden, dump, weights=weights).verdict == "different"
+                found = diagnose(golden, dump, weights=weights)
+                named = bool(found.causes) and name in (found.causes[0].name, *found.causes[0].alike)
+                by_pattern = not apart and found.verdict == "different"
+                for i, hit in enumerate((True, apart, by_pattern, by_pattern and named)):
+                    counts[name][i] += hit
+    for name, (total, apart, by_pattern, named) in counts.items():
+        print(f"{name}: {total} ports; {apart} seen by distance; of the others {by_pattern} by pattern, {named} named")
 
 
 # --- bugs, settings, log-probabilities --------------------------------------------------------------------------------
@@ -271,7 +309,7 @@ def views(arguments):
 
 
 if __name__ == "__main__":
-    measures = (right, orders, bugs, settings, logprobs, views)
+    measures = (right, orders, hidden, bugs, settings, logprobs, views)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[f.__name__ for f in measures])
     parser.add_argument("--from", dest="first", type=int, default=0, help="the first seed, bug or setting")
@@ -282,7 +320,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
-    defaults = {"right": 2000, "orders": 300, "views": 25}
+    defaults = {"right": 2000, "orders": 300, "views": 25, "hidden": 25}
     arguments.last = defaults.get(arguments.what) if arguments.last is None else arguments.last
     with np.errstate(all="ignore"):
         next(f for f in measures if f.__name__ == arguments.what)(arguments)

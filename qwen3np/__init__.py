@@ -40,6 +40,7 @@ __all__ = [
     "Tokenizer",
     "Weights",
     "audit",
+    "batch",
     "count_parameters",
     "damage",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
     "embed",
@@ -69,4 +70,8 @@ def __getattr__(name: str) -> Any:
         from qwen3np.audit.damage import damage
 
         return damage
+    if name == "batch":
+        from qwen3np.batches import batch
+
+        return batch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from qwen3np.terminal import guarded
 
 # modules of qwen3np.commands
 COMMANDS = (
-    *("generate", "chat", "serve", "score", "embed", "rerank", "info", "convert"),
+    *("generate", "chat", "serve", "batch", "score", "embed", "rerank", "info", "convert"),
     *("trace", "compare", "diagnose", "fixture", "audit", "verify", "damage"),
     *("tour", "view", "train", "bench"),
 )

@@ -9,6 +9,8 @@ without guesses. (Leviathan et al., 2022, https://arxiv.org/abs/2211.17192, keep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +19,7 @@ from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.guard import forward
 from qwen3np.numerics import Array
+from qwen3np.sampling import sample
 from qwen3np.settings import Checkpoint
 from qwen3np.weights import count_parameters
 
@@ -110,3 +113,35 @@ def drafts_of(settings: Mapping[str, Any], config: Config, room: int) -> Drafts 
         price = count_parameters(model.config)["active"] / count_parameters(config)["active"]
         return Drafts(small_model(model, room), MOST, price)
     return Drafts(look_up, most) if (most := settings["prompt_lookup_num_tokens"]) else None
+
+
+@dataclass(eq=False)
+class Answer:
+    """One sequence of a batch, as it grows."""
+
+    row: int
+    ids: Array  # (N,): the prompt and the new ids, with room for all of them
+    end: int  # how many there are
+    most: int  # at most this many are new
+    rng: np.random.Generator
+    drafts: Drafts | None
+    new: list[int] = field(default_factory=list[int])
+    guesses: list[int] = field(default_factory=list[int])  # at the ids after the newest
+    done: bool = False
+
+    def add(self, new: int) -> None:
+        """Append a new id."""
+        self.ids[self.end] = new
+        self.new.append(new)
+        self.end += 1
+
+    def guess(self, settings: dict[str, Any]) -> None:
+        """Guess at the next ids; what chooses among a draft's logits has the random numbers that they will have."""
+        if self.drafts is None:
+            return
+        rng = deepcopy(self.rng)
+
+        def choose(logits: Array, guesses: list[int]) -> int:
+            return sample(logits, settings, rng, [*self.ids[: self.end], *guesses], len(self.new) + len(guesses))
+
+        self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)

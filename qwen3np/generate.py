@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
@@ -14,7 +12,7 @@ import numpy as np
 from qwen3np import guard
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.drafts import Drafts, drafts_of
+from qwen3np.drafts import Answer, drafts_of
 from qwen3np.errors import ContextOverflowError
 from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
@@ -27,38 +25,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PREFILL_CHUNK = 512  # positions of a long prompt computed at once: enough to be bound by arithmetic, not by memory
-
-
-@dataclass(eq=False)
-class _Answer:
-    """One sequence of a batch, as it grows."""
-
-    row: int
-    ids: Array  # (N,): the prompt and the new ids, with room for all of them
-    end: int  # how many there are
-    most: int  # at most this many are new
-    rng: np.random.Generator
-    drafts: Drafts | None
-    new: list[int] = field(default_factory=list[int])
-    guesses: list[int] = field(default_factory=list[int])  # at the ids after the newest
-    done: bool = False
-
-    def add(self, new: int) -> None:
-        """Append a new id."""
-        self.ids[self.end] = new
-        self.new.append(new)
-        self.end += 1
-
-    def guess(self, settings: dict[str, Any]) -> None:
-        """Guess at the next ids; what chooses among a draft's logits has the random numbers that they will have."""
-        if self.drafts is None:
-            return
-        rng = deepcopy(self.rng)
-
-        def choose(logits: Array, guesses: list[int]) -> int:
-            return sample(logits, settings, rng, [*self.ids[: self.end], *guesses], len(self.new) + len(guesses))
-
-        self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)
 
 
 class Step(NamedTuple):
@@ -200,13 +166,13 @@ def _run(
 ) -> Iterator[Step]:
     """Yield the steps of prompts that were checked, at most `most` of each, with room for all of them in the cache."""
     stop, stop_ids, until = settings["stop"], settings["stop_ids"], time.monotonic() + (settings["max_time"] or inf)
-    rngs, answers, passed = generators(settings["seed"], len(prompts)), list[_Answer](), list[Array]()
+    rngs, answers, passed = generators(settings["seed"], len(prompts)), list[Answer](), list[Array]()
     for row, (prompt, n) in enumerate(zip(prompts, most, strict=True)):
         if row and prompt == prompts[row - 1] and settings["edit"] is None:  # another answer to the same prompt
             _copy(cache, row - 1, row, len(prompt))
         passed.append(_prefill(weights, config, prompt, cache.select([row]), settings))
         drafts = drafts_of(settings, config, len(prompt) + n)
-        answers.append(_Answer(row, np.array(prompt + [0] * n), len(prompt), n, rngs[row], drafts))
+        answers.append(Answer(row, np.array(prompt + [0] * n), len(prompt), n, rngs[row], drafts))
     active = answers
     while active:
         for answer, logits in zip(active, passed, strict=True):
@@ -229,7 +195,7 @@ def _run(
 
 
 def _passes(
-    weights: Weights, config: Config, active: list[_Answer], cache: KVCache, settings: dict[str, Any]
+    weights: Weights, config: Config, active: list[Answer], cache: KVCache, settings: dict[str, Any]
 ) -> list[Array]:
     """Return, for each sequence, the logits after its newest id and after each guess at the next: (1 + guesses, V).
 

@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core: more threads 
 
 import numpy as np
 import pytest
+from browsing import chromium
 from drawing import trained_like
 from hypothesis import HealthCheck, Phase, settings
 from threadpoolctl import threadpool_limits
@@ -51,6 +52,13 @@ def kit(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kit") / "Satz 雪"
     main(["fixture", "-o", str(folder)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for the tests of pages; skips them where it is missing."""
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -744,6 +744,7 @@ GROUPS = [
             "wrong guesses change nothing": ("self.right += WEIGHT *", "self.right += 0 *"),
             "no pause where it does not pay": ("self.wait = self.waited\n", "pass\n"),
             "further rows are free": ("(1 + n * self.cost)", "1"),
+            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
             "edits see guesses": ('if settings["edit"] is not None:', "if False:"),
             "a small model beyond its context": (
                 "len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length",
@@ -763,7 +764,6 @@ GROUPS = [
                 "                cache.lengths[cache.rows[answer.row]] = answer.end\n",
                 "                pass\n",
             ),
-            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
             "processors see guesses": ('{**settings, "logits_processors": ()}', "settings"),
         },
     ),
@@ -1088,11 +1088,48 @@ GROUPS = [
         },
     ),
     (
+        "porting/shapes.py",
+        "verdicts",
+        {
+            "heads in groups not joined": ("for form in forms for found", "for form in forms[:1] for found"),
+            "vocabulary not cut": ('*("f" if kind == "lm_head" else "")', '*""'),
+            "features of two sequences side by side": (
+                'if part[0] == "B" and part[1] in "df" and "S" in axes:',
+                "if False:",
+            ),
+            "no cache of repeated heads": ("for notes, form in forms:", "for notes, form in forms[:1]:"),
+        },
+    ),
+    (
+        "porting/diagnose.py",
+        "verdicts",
+        {
+            "no pattern next to a setting": (
+                "result.reports, point, result.table))",
+                "result.reports, point, POINTS))",
+            ),
+            "bugs of decode steps alone not tried": (
+                "if bench.adding and all(split_pass(name)[0] for name in bench.adding):",
+                "if False:",
+            ),
+        },
+    ),
+    (
+        "porting/compare.py",
+        "verdicts",
+        {
+            "mixed digits not seen": ("and _is_mixed(aligned):", "and False:"),
+            "no word on a smaller bug": ("any(s.explained < WHOLE for s in settings)", "False"),
+        },
+    ),
+    (
         "porting/judge.py",
         "compare",
         {
             "ulps of the best number": ("(error[seen] / place).max()", "(error[seen] / place).min()"),
             "key heads numbered as query heads": ('is not None and kind[0] != "k"', "is not None"),
+            "a shape that fits no layout is a bug": ('PointReport(name, "unread",', 'PointReport(name, "different",'),
+            "nothing said of such a shape": ("    if aligned.misfits:\n", "    if False:\n"),
         },
     ),
     (
@@ -1272,6 +1309,57 @@ GROUPS = [
         },
     ),
     (
+        "batches/requests.py",
+        "batch",
+        {
+            "a repeated custom_id answered twice": ('if found["custom_id"] in seen:', "if False:"),
+            "packets of lines, not tokens": ("tokens += request.cost", "tokens += 80"),
+            "the shortest first": ("-request.cost, request.line", "request.cost, request.line"),
+            "vectors computed with whatever is left": ("return packet if left and", "return left if left and"),
+        },
+    ),
+    (
+        "batches/answers.py",
+        "batch",
+        {
+            "the machine in exact fingerprints": ('if engine != "exact":', "if True:"),
+            "one seed for all": ("int(tag(request.key)[:16], 16)", "0"),
+            "a text that is too long fails its packet": (
+                "yield from self._embedded([requests[n]], [found[n]])",
+                "yield requests[n], error",
+            ),
+            "a changed checkpoint is the requests' fault": ("if isinstance(outcome, CheckpointError):", "if False:"),
+            "reused prefixes in results": ('del body["usage"]["prompt_tokens_details"]', "pass"),
+        },
+    ),
+    (
+        "batches/results.py",
+        "batch",
+        {
+            "half a line stays": (
+                "            self._file.truncate(self._end)\n        except",
+                "            pass\n        except",
+            ),
+            "a full disk leaves half a line": (
+                "with suppress(OSError):\n                self._file.truncate(self._end)",
+                "with suppress(OSError):\n                pass",
+            ),
+            "a result written twice": ("if key in self.done:", "if False:"),
+            "two processes write": ("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        },
+    ),
+    (
+        "batches/run.py",
+        "batch_tables",
+        {
+            "other results taken for these": ("!= len(keys):", "< 0:"),
+            "results in the order in which they came": (
+                "for key in keys:\n            file",
+                "for key in places:\n            file",
+            ),
+        },
+    ),
+    (
         "routing.py",
         "routing",
         {
@@ -1330,6 +1418,43 @@ GROUPS = [
             "k3 without its control": ("np.expm1(np.clip(-d, None, 50)) + d", "np.expm1(np.clip(-d, None, 50))"),
             "context one late": ("ids[:position][-CONTEXT:]", "ids[: position + 1][-CONTEXT:]"),
             "the least different first": ("np.argsort(-np.abs(e)", "np.argsort(np.abs(e)"),
+        },
+    ),
+    (
+        "serve/page.py",
+        "serve_page",
+        {
+            "any inline script": ("script-src {_hash(script)}", "script-src 'unsafe-inline'"),
+            "any server may be asked": ("connect-src 'self'", "connect-src *"),
+            "shown inside other pages": ("frame-ancestors 'none'", "frame-ancestors *"),
+            "strings may become HTML": ("require-trusted-types-for 'script'; ", ""),
+            "hash of another text": ("hashlib.sha256(text.encode())", "hashlib.sha256(text.strip().encode())"),
+            "no style": ('f"<style>{style}</style>"', '"<style></style>"'),
+            "types are guessed": (', "X-Content-Type-Options": "nosniff"', ""),
+            "defaults under other names": ("{theirs: defaults[ours]", "{ours: defaults[ours]"),
+            "the limit of tokens forgotten": ('{"max_tokens": "max_new_tokens", **SETTINGS}', "SETTINGS"),
+            "biases among the defaults": ("isinstance(defaults.get(ours), (int, float))", "ours in defaults"),
+            "every template can think": ('"enable_thinking" in (service.tokenizer.chat_template or "")', "True"),
+        },
+    ),
+    (
+        "batches/tables.py",
+        "batch batch_tables",
+        {
+            "failures before the first vector left out": ("before += 1", "before += 0"),
+            "the end of a long line is another line": ("while len(rest) == LONGEST + 1 and", "while False and"),
+        },
+    ),
+    (
+        "batches/spread.py",
+        "batch_spread",
+        {
+            "requests lost with one that kills workers": (
+                "(packet[: len(packet) // 2], packet[len(packet) // 2 :])",
+                "(packet[: len(packet) // 2],)",
+            ),
+            "models not compared": ("if len(models) > 1:", "if False:"),
+            "all packets under way at once": ("len(under_way) < most", "True"),
         },
     ),
     (

@@ -278,19 +278,8 @@ ORDER = [
         "embeddings",
         "conversation",
     ),
-    *(
-        "harness",
-        "verify",
-        "published.",
-        "porting.",
-        "training.",
-        "study.",
-        "audit.",
-        "serve.",
-        "commands.",
-        "cli",
-        "__main__",
-    ),
+    *("harness", "verify", "published.", "porting.", "training.", "study.", "audit.", "serve.", "batches."),
+    *("commands.", "cli", "__main__"),
 ]
 # Imports inside a function that point down the list, each for a reason given there.
 DOWNWARDS = {("config", "files.hf_config"), ("model", "embeddings")}

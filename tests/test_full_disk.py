@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from drawing import trained_like
 from test_training import DOCUMENTS, SETTINGS, SIZES, trained
@@ -232,3 +234,24 @@ def test_the_kit_of_a_port(disk, refused):
         (line,) = refused("fixture", "-o", disk.folder / "kit")
         assert "No space left on device" in line or "File too large" in line
         assert list(disk.folder.iterdir()) == left
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.npy"])
+def test_a_batch_goes_on_when_there_is_space_again(disk, name, refused, tmp_path):
+    source, out = tmp_path / "requests.jsonl", disk.folder / name
+    growing = out if name == "results.jsonl" else disk.folder / f"{name}.growing.jsonl"
+    body = {"url": "/v1/embeddings", "body": {"input": "The sky is blue."}}
+    source.write_text("".join(json.dumps({"custom_id": f"{n}", **body}) + "\n" for n in range(40)))
+    with disk.full():
+        told(refused("batch", source, "-o", out), growing)
+    lines = growing.read_bytes().splitlines(keepends=True)
+    assert 0 < len(lines) < 40
+    assert all(line.endswith(b"}\n") for line in lines)
+    main(["batch", str(source), "-o", str(out)])
+    if name == "results.jsonl":
+        found = out.read_bytes().splitlines(keepends=True)
+        assert found[: len(lines)] == lines
+        assert {json.loads(line)["custom_id"] for line in found} == {f"{n}" for n in range(40)}
+        assert len(found) == 40
+    else:
+        assert len(np.load(out)) == 40

@@ -10,7 +10,7 @@ import pytest
 from drawing import draw_ids, trained_like
 from foreign import Foreign
 from foreign_bugs import BUGS
-from foreign_settings import chosen, quantised
+from foreign_settings import SETTINGS, brain, chosen, half, quantised
 from safetensors.numpy import load_file, save_file
 
 from qwen3np import save_checkpoint
@@ -137,8 +137,15 @@ class Later(Recording):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("head_dim", [16, 128])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "late"),
+    [
+        (16, True),
+        pytest.param(128, False, marks=pytest.mark.slow),
+        pytest.param(16, False, marks=pytest.mark.slow),
+        pytest.param(128, True, marks=pytest.mark.slow),
+    ],
+)
 def test_right_ways_to_rotate(config, way, head_dim, late):
     """In 60 positions from 0, and in the last 60 of 32,768; an inv_freq in bfloat16 stays wrong."""
     config = replace(config, num_hidden_layers=1, head_dim=head_dim, max_position_embeddings=40_960)
@@ -216,28 +223,53 @@ def test_misread_points(golden, short_weights):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-CHOSEN = (
-    "KV cache in float16",
-    "KV cache in bfloat16",
-    "KV cache in 8 bits, one scale for each head",
-    "norms in bfloat16",
-    "norms in float16",
-    "inputs quantised to 8 bits with a scale for each row",
+FAST = {("KV cache in float16", "logits"), ("norms in bfloat16", "layers"), ("activations in float16", "all")}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(name, part, marks=[] if (name, part) in FAST else pytest.mark.slow)
+        for name in SETTINGS
+        for part in ("all", "layers", "logits")
+    ],
 )
-
-
-@pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("part", ["all", "layers", "logits"])
 def test_settings(config, short_weights, golden, name, part):
-    replaced, _ = chosen(name, short_weights)
-    dump = Foreign(config, short_weights, **replaced).run(golden)
+    replaced, own = chosen(name, short_weights)
+    dump = Foreign(config, own, **replaced).run(golden)
     if part != "all":
         endings = ("lm_head",) if part == "logits" else ("layers.0", "layers.1", "lm_head")
         dump = {k: x for k, x in dump.items() if k.endswith(endings)}
     found = compare(golden, dump, weights=short_weights)
+    name = name.partition(", embedding")[0]
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
-    assert found.settings[0].explained > 0.9
+    assert found.settings[0].explained > (0.6 if part == "logits" else 0.8)
     assert found.meaning.startswith(f"float32 rounding, but for what was chosen: {name} explains ")
+
+
+IN_PART = {
+    "residual stream in float16": {"add": lambda own, at, x, y: half(own(x, y))},
+    "rotated heads in bfloat16": {"rope": lambda own, at, x, positions: brain(own(x, positions))},
+    "logits in bfloat16": {"head": lambda own, at, x: brain(own(x))},
+    "probabilities in float16": {"probs": lambda own, at, s: half(own(s))},
+    "keys cached in float16": {"cache": lambda own, at, kind, old, x: own(kind, old, half(x) if kind == "k" else x)},
+}
+OPERATIONS = ("linear", "norm", "rope", "scores", "probs", "context", "act", "add")
+
+
+@pytest.mark.parametrize(
+    "name", [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(IN_PART)]
+)
+def test_settings_in_part(config, short_weights, golden, name):
+    dump = Foreign(config, short_weights, **IN_PART[name]).run(golden)
+    found = compare(golden, dump if "cached" not in name else logits(dump), weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
+
+
+def test_one_layer_in_16_bits(config, short_weights, golden):
+    kept = {o: lambda own, at, *x: half(own(*x)) if at.layer == 0 else own(*x) for o in OPERATIONS}
+    found = compare(golden, Foreign(config, short_weights, **kept).run(golden), weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", ["layers in float16 (in layer 0 alone)"])
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------
@@ -247,7 +279,7 @@ def logits(dump):
     return {name: x for name, x in dump.items() if name.endswith("lm_head")}
 
 
-@pytest.mark.parametrize("short", [np.float32, BFLOAT16])
+@pytest.mark.parametrize("short", [np.float32, pytest.param(BFLOAT16, marks=pytest.mark.slow)])
 def test_numbers_are_fitted(config, short_weights, golden, short):
     """A theta and an eps that are not in the catalogue, from all points and from logits."""
     for key, value, name in (
@@ -299,6 +331,14 @@ def test_what_cannot_be_told_apart(config, short_weights, golden):
     best = diagnose(golden, dump, weights=short_weights).causes[0]
     assert (best.name, best.alike) == ("rotary: cos and sin exchanged", ())
 
+    def blind(own, at, s):
+        own_place = np.arange(s.shape[-1]) == s.shape[-1] - 1
+        return own(np.where(own_place, -np.inf, s)) if at.prefix else own(s)
+
+    dump = Foreign(config, short_weights, BFLOAT16, probs=blind).run(golden)
+    best = diagnose(golden, logits(dump), weights=short_weights).causes[0]
+    assert "attention: a position does not see itself" in (best.name, *best.alike)
+
 
 def test_a_bug_below_rounding(config, short_weights, golden):
     """An eps of 1e-5 in bfloat16: no distance shows it, its pattern does."""
@@ -314,7 +354,9 @@ def test_a_bug_below_rounding(config, short_weights, golden):
     assert right.verdict == "rounding"
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize(
+    "bug", [bug if i % 4 == 0 else pytest.param(bug, marks=pytest.mark.slow) for i, bug in enumerate(BUGS)]
+)
 def test_bugs_that_no_catalogue_has(config, short_weights, golden, bug):
     replaced, first = BUGS[bug]
     dump = Foreign(config, short_weights, **replaced).run(golden)
@@ -335,7 +377,10 @@ SHAPES = {
     "transposed": ("model.layers.0.mlp.up_proj", lambda x: x[0].T),
     "equal sequences": ("model.layers.0.self_attn.q_rope", lambda x: np.concatenate([x] * 3)),
     "all in one row": ("model.layers.0", lambda x: x.ravel()),
+    "query heads in groups": ("model.layers.0.self_attn.scores", lambda x: x.reshape(2, 3, *x.shape[2:])),
+    "padded vocabulary": ("lm_head", lambda x: np.pad(x, ((0, 0), (0, 0), (0, 27)), constant_values=-np.inf)),
 }
+EQUAL = "equal in every bit; all 123 recorded points compared"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -343,7 +388,7 @@ def test_shapes(golden, shape):
     name, change = SHAPES[shape]
     dump = dict(golden.points)
     dump[name] = change(dump[name])
-    assert compare(golden, dump).verdict == "equal"
+    assert compare(golden, dump).meaning == EQUAL
     if shape == "equal sequences":
         dump[name] = dump[name].copy()
         dump[name][1, 2, 5] += 1  # in one of them
@@ -356,8 +401,24 @@ def test_a_cache_of_fixed_length(golden):
         name = f"decode.{i}.model.layers.0.self_attn.k_rope"
         cache = np.zeros((1, 2, 64, 16), np.float32)
         cache[:, :, PROMPT + i] = golden.points[name][:, :, 0]
-        dump[name] = cache
-    assert compare(golden, dump).verdict == "equal"
+        dump[name] = np.repeat(cache, 3, 1) if i else cache
+    assert compare(golden, dump).meaning == EQUAL
+
+
+def test_a_shape_that_fits_no_layout(golden):
+    """Said, but no bug: gate and up in one matrix, and positions of another prompt."""
+    for name, change in (
+        ("model.layers.0.mlp.gate_proj", lambda x: np.concatenate((x, x + 1), -1)),
+        ("model.norm", lambda x: x[:, :-1]),
+    ):
+        dump = {**golden.points, name: change(golden.points[name])}
+        found = compare(golden, dump)
+        assert (found.verdict, report(found, name).verdict) == ("equal", "unread")
+        assert f"122 of 123 recorded points compared; no layout fits {name} (shape (1, " in found.meaning
+        with pytest.raises(ValueError, match=f"nothing in the dump is {name}"):
+            compare(golden, dump, require=[name])
+        with pytest.raises(ValueError, match="no shape fits"):
+            compare(golden, {name: dump[name]})
 
 
 def log_softmax(x):
@@ -376,7 +437,7 @@ def likeliest(dump, count):
     return views
 
 
-@pytest.mark.parametrize("short", [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("short", [np.float32, BFLOAT16, pytest.param(np.float16, marks=pytest.mark.slow)])
 def test_log_probabilities(config, short_weights, golden, short):
     right = Foreign(config, short_weights, short).run(golden)
     wrong = Foreign(replace(config, rope_theta=1e4), short_weights, short).run(golden)
@@ -511,7 +572,9 @@ def printed(data):
     return of
 
 
-@pytest.mark.parametrize("file", PORTS)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if "jax" in f or "s06b/tiny" in f else f for f in PORTS]
+)
 def test_ports(printed, file):
     golden, weights, dump, options = printed(file)
     found = compare(golden, dump, weights=weights, **options)
@@ -562,3 +625,26 @@ def test_a_setting_hides_no_bug(config, short_weights, golden):
         ("norm: rms_norm_eps is 1e-5", True),
         ("KV cache in float16", True),
     ]
+    found = diagnose(golden, logits(dump), weights=short_weights)
+    assert found.verdict == "different"
+    assert found.causes[0].name == "norm: rms_norm_eps is 1e-5"
+    assert not any(c.sure for c in found.causes)
+    assert "KV cache in float16 explains 92 %" in found.known[0]
+    assert "or a smaller bug" in found.known[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"rope": lambda own, at, x, positions: own(x, -positions)}, "rotary: sign of sin flipped"),
+        ({"norm": lambda own, at, x: own(x, eps=1e-5)}, "norm: rms_norm_eps is 1e-5"),
+    ],
+    ids=["larger", "as large"],
+)
+def test_a_bug_with_a_setting(config, short_weights, golden, wrong, cause):
+    """From logits, a bug next to a cache in float16: other causes that the dump cannot tell apart are listed."""
+    replaced, _ = chosen("KV cache in float16", short_weights)
+    dump = Foreign(config, short_weights, **wrong, **replaced).run(golden)
+    best = diagnose(golden, logits(dump), weights=short_weights).causes[0]
+    assert f"KV cache in float16 and {cause}" in (best.name, *best.alike)

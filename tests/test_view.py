@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browsing import contrast, luminance, press, require_names, set_theme, text
 
 from qwen3np import NonFiniteError, forward
 from qwen3np.cli import main
@@ -231,33 +231,13 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(prompt, out, messag
 # ----- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window, driven by selenium (the extra `browser`) through Debian's chromium-driver."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: the extra `browser`")
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "window-size=1280,900", *quiet):
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    yield browser
-    browser.quit()
-
-
 @pytest.fixture
 def opened(browser, html, tmp_path):
     """Open a page in the browser; afterwards its console must be empty, and it must have asked for nothing."""
 
     def open_page(html=html):
         (tmp_path / "view.html").write_text(html, encoding="utf-8")
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        set_theme(browser)
         browser.get((tmp_path / "view.html").as_uri())
         return browser
 
@@ -265,17 +245,6 @@ def opened(browser, html, tmp_path):
     # "rendering" is advice on how the tests read the picture
     assert [entry for entry in browser.get_log("browser") if entry["source"] != "rendering"] == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-
-
-def text(browser, selector):
-    return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
-
-
-def press(browser, *keys):
-    from selenium.webdriver.common.keys import Keys
-
-    for key in keys:
-        browser.switch_to.active_element.send_keys(getattr(Keys, key))
 
 
 @pytest.mark.parametrize(
@@ -378,35 +347,23 @@ def test_the_keyboard_reaches_everything(opened, seen, builtin):
 
 def test_screen_readers_get_a_name_for_everything(opened):
     browser = opened()
-    nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
-    assert {"radiogroup", "radio", "slider", "grid", "columnheader", "rowheader", "status", "application"} <= set(roles)
-    for node in nodes:
-        focusable = {p["name"]: p["value"]["value"] for p in node.get("properties", []) if "value" in p["value"]}
-        if focusable.get("focusable") and node["role"]["value"] != "RootWebArea":
-            assert node["name"]["value"].strip(), node
+    roles = require_names(browser)
+    assert {"radiogroup", "radio", "slider", "grid", "columnheader", "rowheader", "status", "application"} <= roles
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_both_themes_can_be_read(opened, theme):
     """Text on what it stands on: a contrast of 4.5 at least (WCAG 2.2, 1.4.3)."""
     browser = opened()
-    features = [{"name": "prefers-color-scheme", "value": theme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    set_theme(browser, theme)
     names = ("text", "muted", "back", "panel", "heat", "pick", "pick-back", "hidden")
     colours = browser.execute_script("return arguments[0].map((name) => colour(`--${name}`))", names)
-
-    def luminance(rgb):
-        x = np.array(rgb) / 255
-        return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
-
     light = dict(zip(names, map(luminance, colours), strict=True))
     assert (light["back"] > 0.5) == (theme == "light")
     on = {"text": ("back", "panel", "heat", "pick-back"), "muted": ("back", "panel"), "pick": ("back", "pick-back")}
     for front, backs in on.items():
         for back in backs:
-            high, low = sorted((light[front], light[back]), reverse=True)
-            assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
+            assert contrast(light[front], light[back]) >= 4.5, (front, back)
     last = "return [...$('picture').getContext('2d').getImageData(MARGIN + (S - 0.5) * CELL, MARGIN + 5, 1, 1).data]"
     from selenium.webdriver.support.wait import WebDriverWait
 

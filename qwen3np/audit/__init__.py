@@ -38,8 +38,12 @@ def audit(
 
     Returns
     -------
-    The verdict ("rounding" or "different"), its causes, and all measured numbers. ValueError for rollouts that cannot
-    be used; it says where and why.
+    The verdict ("rounding" or "different"), its causes, and all measured numbers.
+
+    Raises
+    ------
+    ValueError
+        For rollouts that cannot be used; it says where and why.
 
     Examples
     --------

@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and arguments.api_key is None:
         print("[anyone who reaches this address may use the model: --api-key restricts that]", file=sys.stderr)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"serving {service.name} at http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"serving {service.name}: a chat at {address}/, the API at {address}/v1", file=sys.stderr, flush=True)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -35,10 +35,13 @@ def written_aside(path: Path) -> Generator[Path]:
             shutil.copymode(path, part)
         os.replace(part, path)
     except OSError as error:
-        reason = error.strerror or error  # NumPy's error for a full disk has no errno
-        raise ValueError(
-            f"{path}: cannot be written ({reason}); free some space there, or choose another place"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # it is not there, or the disk is read-only
             part.unlink()
+
+
+def unwritable(path: Path, error: OSError) -> ValueError:
+    """The error for a file that cannot be written, or not completely."""
+    reason = error.strerror or error  # NumPy's error for a full disk has no errno
+    return ValueError(f"{path}: cannot be written ({reason}); free some space there, or choose another place")

@@ -228,7 +228,7 @@ def _in_order(found: dict[str, Found]) -> None:
 def _precedence(name: str, point: str) -> int:
     """Return the order of names of one point: plain ones, translated ones, and those that only lack their "model.".
 
-    llama.cpp's graph has a `norm` beside `result_norm`, and that is the final norm before its weight.
+    llama.cpp's graph has both a `norm` and a `result_norm`; the former is the final norm before its weight.
     """
     own_pass, own = split_pass(name)
     return 0 if name == point else 2 if point == f"{own_pass}model.{own}" else 1
@@ -343,23 +343,25 @@ def _found(name: str, x: Array, golden: Recording, shape: tuple[int, ...], permu
     return Found(notes, whole, part, truth, fault)
 
 
+def digits(name: str, here: Found) -> str | None:
+    """Return the precision to which the numbers of a point belong; None for points that do not show it."""
+    if name.endswith(("embed_tokens", "probs", "scores", CHOICE)):  # gathered, zeros, integers
+        return None
+    if here.view is not None:
+        return here.view.precision if here.view.precision != "float32" else None
+    sample = here.whole.ravel()[:65536]
+    sample = sample[np.isfinite(sample)].astype(np.float64)
+    if not sample.any():
+        return None
+    with np.errstate(over="ignore"):
+        kept = {p: np.mean(sample.astype(t).astype(np.float64) == sample) for p, t in _SHORT.items()}
+    return next((p for p in _SHORT if kept[p] > 0.99), "float32")
+
+
 def _precision(found: Mapping[str, Found]) -> str:
-    """Return the precision to which the digits of most points belong. Non-finite numbers are ignored."""
-    votes: dict[str, int] = dict.fromkeys(PRECISIONS, 0)
-    for name, here in found.items():
-        if name.endswith(("embed_tokens", "probs", "scores", CHOICE)):  # gathered, zeros, integers
-            continue
-        if here.view is not None:
-            votes[here.view.precision] += here.view.precision != "float32"
-            continue
-        sample = here.whole.ravel()[:65536]
-        sample = sample[np.isfinite(sample)].astype(np.float64)
-        if not sample.any():
-            continue
-        with np.errstate(over="ignore"):
-            kept = {p: np.mean(sample.astype(t).astype(np.float64) == sample) for p, t in _SHORT.items()}
-        votes[next((p for p in _SHORT if kept[p] > 0.99), "float32")] += 1
-    return max(votes, key=lambda p: votes[p])
+    """Return the precision of most points."""
+    votes = [digits(name, here) for name, here in found.items()]
+    return max(PRECISIONS, key=votes.count)
 
 
 _SHORT: dict[str, Any] = {"bfloat16": BFLOAT16, "float16": np.float16}

@@ -12,16 +12,17 @@ from qwen3np.numerics import Array
 from qwen3np.porting.bench import TINY, Bench, Trial, by_rank, told_apart, usable
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug
-from qwen3np.porting.compare import Compared, compared, per_cent
+from qwen3np.porting.compare import WHOLE, Compared, compared, per_cent
 from qwen3np.porting.fits import FAMILIES, fitted, neighbours
-from qwen3np.porting.matched import matches
-from qwen3np.porting.points import POINTS, split_layer
+from qwen3np.porting.matched import Match, matches
+from qwen3np.porting.points import POINTS, split_layer, split_pass
 from qwen3np.porting.record import Recording
 from qwen3np.porting.settings import SETTINGS
 from qwen3np.porting.telltales import telltales
 
 SHOWN = 5  # causes in a report
 LEADERS = 3  # the best bugs, which are tried in combination with every other one
+MUCH = 0.25  # of what a bug leaves may be left if a setting comes with it
 ROUNDS = 3  # how many causes at different points are searched for
 
 
@@ -145,7 +146,8 @@ def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None) -> str:
     if best is not None and best.sure:
         return f"{_sentence(best)} at {point}; look at: {best.look}"
     spoken_against = bool(trials) and bool(trials[0].everywhere) and not trials[0].consistent
-    if best is not None and best.explained > 0.5 and trials[0].left <= bench.rounding(point) and not spoken_against:
+    within = bool(trials) and (trials[0].consistent or trials[0].left <= bench.rounding(point))
+    if best is not None and best.explained > 0.5 and within and not spoken_against:
         return f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but it is not sure"
     nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
     return f"nothing in the catalogue explains the error at {point}{nearest}"
@@ -191,6 +193,8 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
     Whole ones first, then those with a fitted number, then parts of bugs, and pairs where nothing else will do.
     """
     bugs = [*more, *(bug for bug in BUGS if bug.applies(bench.golden.config))]
+    if bench.adding and all(split_pass(name)[0] for name in bench.adding):
+        bugs += [replace(bug, decode=True) for bug in bugs]
     trials = sorted(bench.attempt((bug,) for bug in bugs), key=lambda t: t.left)
 
     def held(some: Sequence[Trial]) -> list[Trial]:
@@ -208,7 +212,7 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
         )
         trials = by_rank([*trials, *held(parts)])
     if trials and not trials[0].consistent and trials[0].left > bench.rounding(bench.point):
-        trials = by_rank([*trials, *held(_pairs(bench, trials))])
+        trials = by_rank([*trials, *(bench.held(t) for t in _pairs(bench, trials))])
     return _first_named(trials, bench)
 
 
@@ -236,34 +240,46 @@ def _without_neighbours(trials: list[Trial], fits: list[Trial], bench: Bench) ->
 
 
 def _pairs(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
-    """Return pairs of bugs that explain the point."""
+    """Return pairs of bugs that explain the point; if there is none, bugs with a setting, whose scatter is left."""
     unlike = list({t.left: t.bugs[0] for t in reversed(trials) if len(t.bugs) == 1}.values())[::-1]
     both = [(a, b) for i, a in enumerate(unlike[:LEADERS]) for b in unlike[i + 1 :] if a.name != b.name]
     both += [(b, a) for a, b in both if {*a.points} & {*b.points}]  # one may undo the other
-    return [t for t in bench.attempt(both) if bench.explains(t.left, bench.point)]
+    found = [t for t in bench.attempt(both) if bench.explains(t.left, bench.point)]
+    return found or _with_setting(bench, unlike, MUCH * trials[0].left)
+
+
+def _with_setting(bench: Bench, bugs: Sequence[Bug], most: float) -> list[Trial]:
+    """Return the best bugs, or those whose pattern is in the errors, with the setting that leaves the least error."""
+    leaders = [*bugs[:1], *(match.bug for match in matches(bench)[:1])]
+    settings = [s for s in SETTINGS if s.applies(bench.golden.config)]
+    best = min(bench.attempt((b, s) for b in leaders for s in settings), key=lambda t: t.left, default=None)
+    if best is None or best.left > most:
+        return []
+    others = bench.attempt((b, best.bugs[1]) for b in bugs[:LEADERS] if b is not best.bugs[0])
+    return [best, *(t for t in others if t.left <= most)]
 
 
 def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Diagnosis:
-    """Return what a dump is that shows no difference: its settings, and bugs that hide in its rounding."""
+    """Return what a dump is that shows no bug: its settings, and bugs that hide in their scatter and in rounding."""
     comparison = result.comparison
     causes = [
-        Cause(bug.name, split_layer(at)[1], explained, True, bug.look, bug.scope, at=at)
+        Cause(bug.name, split_layer(at)[1], explained, explained >= WHOLE, bug.look, bug.scope, at=at)
         for at, bug, explained in result.settings
     ]
     first = result.settings[0][0] if result.settings else None
-    if comparison.verdict != "equal" and not result.settings:
+    found = list[Match]()
+    if comparison.verdict != "equal":
         point = next(iter(result.aligned.found))
-        bench = Bench(golden, result.aligned, weights, result.reports, point, result.table)
-        found = matches(bench)
-        if found:
-            best = found[0]
-            meaning = (
-                f"{best.bug.name}: its pattern is in the errors with {best.amount:.2f} of its size, "
-                f"{best.significance:.0f} standard deviations from none, though rounding hides it at each point; "
-                f"look at: {best.bug.look}"
-            )
-            alike = tuple(dict.fromkeys(m.bug.name for m in found[1:] if m.significance > 0.97 * best.significance))
-            alike = tuple(name for name in alike if name != best.bug.name)
-            cause = Cause(best.bug.name, best.bug.points[0], best.amount, False, best.bug.look, "", alike, best.point)
-            return Diagnosis("different", best.point, meaning, [cause], [], [comparison.meaning])
-    return Diagnosis(comparison.verdict, first, comparison.meaning, causes)
+        found = matches(Bench(golden, result.aligned, weights, result.reports, point, result.table))
+    if not found:
+        return Diagnosis(comparison.verdict, first, comparison.meaning, causes)
+    best = found[0]
+    meaning = (
+        f"{best.bug.name}: its pattern is in the errors with {best.amount:.2f} of its size, "
+        f"{best.significance:.0f} standard deviations from none, though other errors hide it at each point; "
+        f"look at: {best.bug.look}"
+    )
+    alike = dict.fromkeys(m.bug.name for m in found[1:] if m.significance > 0.97 * best.significance)
+    alike = tuple(name for name in alike if name != best.bug.name)
+    cause = Cause(best.bug.name, best.bug.points[0], best.amount, False, best.bug.look, "", alike, best.point)
+    return Diagnosis("different", best.point, meaning, [cause, *causes], [], [comparison.meaning])

@@ -26,7 +26,7 @@ class PointReport:
     """How far one point is from the reference. Distances are relative L2; None if there is no number."""
 
     name: str
-    verdict: str  # "equal", "rounding", "different", "misread"
+    verdict: str  # "equal", "rounding", "different", "misread", "unread" (a shape that fits no layout)
     rel_l2: float | None = None
     max_abs: float | None = None
     ulp: float | None = None  # the largest distance in units in the last place of the port's precision
@@ -114,6 +114,9 @@ def coverage(golden: Recording, aligned: Aligned) -> str:
     text = f"{'all' if count == total else f'{count} of'} {total} recorded points compared"
     if none:
         text += f", none of {', '.join(none)}"
+    if aligned.misfits:
+        name, why = next(iter(aligned.misfits.items()))
+        text += f"; no layout fits {name} ({why})" + (", ..." if len(aligned.misfits) > 1 else "")
     for what, names in (("not known", aligned.unknown), ("not in the dump, but in the map", aligned.unmapped)):
         if names:
             text += f"; {what}: {', '.join(map(one_line, names[:3]))}" + (", ..." if len(names) > 3 else "")
@@ -179,7 +182,7 @@ def _reports(
     reports: list[PointReport] = []
     for name in golden.points:
         if name in aligned.misfits:
-            reports.append(PointReport(name, "different", notes=(aligned.misfits[name],), adds=True))
+            reports.append(PointReport(name, "unread", notes=(aligned.misfits[name],)))
         elif name in aligned.misread:
             here = _report(name, aligned.found[name], golden, aligned.precision, None)
             note = "not what its successors were computed from: another tensor or layout"
@@ -286,21 +289,21 @@ def _verdict(
             alike.append(f"{names}: not what its successors were computed from, so another tensor or layout, not a bug")
         if alike:
             return "rounding", None, "; ".join(alike)
-        if all(report.verdict == "equal" for report in reports):
+        if all(report.verdict in ("equal", "unread") for report in reports):
             return "equal", None, "equal in every bit"
         printed = any(here.view is not None and here.view.resolution for here in found.values())
         return "rounding", None, f"{port} rounding only" + (", as far as what was printed shows" if printed else "")
 
     first = different[0]
     (prefix, _), (layer, kind) = split_pass(first.name), split_layer(first.name)
-    if first.name not in found or found[first.name].fault:
+    if found[first.name].fault:
         return "different", first.name, f"a bug at {first.name}: {first.notes[-1]}"
     why = ""
     if first.name in shifts:
         why = f": {said(shifts[first.name])}"
     elif kind == "model.embed_tokens":
         why = ": other token ids, or another embedding"
-    elif not {prefix + input_name(layer, x, golden.config) for x in POINTS[kind].inputs} & {r.name for r in reports}:
+    elif not {prefix + input_name(layer, x, golden.config) for x in POINTS[kind].inputs} & found.keys():
         why = ", or at a point before it that the dump does not have"
     if first.added is None and other_choices(golden, found):
         why += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"

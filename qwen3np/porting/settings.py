@@ -152,6 +152,7 @@ def weighed(short: Short, with_inputs: Short | None = None) -> Change:
 
 
 PRODUCTS, HEAD = "[ms]*_proj", "lm_head"
+SPARSE = "mlp.gate", "mlp.router_weights", "mlp.experts"
 DEQUANTISED = "record from the dequantised weights, and only other errors remain"
 TF32, HALF, BRAIN = mantissa(10), typed(np.float16), typed(BFLOAT16)
 
@@ -166,12 +167,20 @@ def _settings() -> list[Bug]:
     found = [
         Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}") for name, short in SHORT.items()
     ]
+    for name in ("float16", "bfloat16", "8 bits in blocks of 32"):
+        for what, (point, change) in zip(("keys", "values"), cached(SHORT[name]).items(), strict=True):
+            found.append(Bug(f"{what} cached in {name}", {point: change}, f"the type of the cache: {name}"))
     look = "rms_norm gives bfloat16, whatever the port computes in"
     found += [Bug("norms in bfloat16", {"*norm": short_norm(twice)}, look) for twice in (False, True)]
     found.append(Bug("norms in float16", {"*norm": results(HALF)}, "rms_norm gives float16"))
     for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
         changes = {point: results(short) for point in ("*_proj", "mlp.act", "*.context", "mlp.experts")}
         found.append(Bug(f"activations in {name}", changes, f"results of matrix products kept in {name}"))
+        residual: dict[str, Change] = dict.fromkeys(("attn_residual", "output"), results(short))
+        found.append(Bug(f"residual stream in {name}", residual, f"sums of the residual stream kept in {name}"))
+        found.append(Bug(f"rotated heads in {name}", {"*_rope": results(short)}, f"rotated q and k kept in {name}"))
+        found.append(Bug(f"logits in {name}", {HEAD: results(short)}, f"logits kept in {name}"))
+        found.append(Bug(f"probabilities in {name}", {"*.probs": results(short)}, f"softmax gives {name}"))
     for name, short in {"bfloat16": BRAIN, "TF32 or float16": TF32}.items():
         look = "inputs of matrix products are rounded: allow_tf32, or its like"
         for attention in (None, inputs(short)):
@@ -199,8 +208,15 @@ def _settings() -> list[Bug]:
         found += weights_kept(f"weights in {name}", short, None, DEQUANTISED)
     for scale in (np.float32, np.float16):
         found += weights_kept("weights quantised to 4 bits in groups of 32", blocks(32, 4, scale), None, DEQUANTISED)
-    found.append(Bug("probabilities in float16", {"self_attn.probs": results(HALF)}, "softmax gives float16"))
-    found.append(Bug("probabilities in bfloat16", {"self_attn.probs": results(BRAIN)}, "softmax gives bfloat16"))
+    for bits in (8, 4):  # of the head, or of head and embedding alone, as GGUF files have them
+        change = weighed(blocks(32, bits, np.float16))
+        for points in ((HEAD,), (HEAD, "model.embed_tokens")):
+            name = f"weights quantised to {bits} bits in groups of 32"
+            found.append(Bug(name, dict.fromkeys(points, change), DEQUANTISED))
+    within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
+    for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
+        everywhere: dict[str, Change] = dict.fromkeys((*within, *SPARSE), results(short))
+        found.append(Bug(f"layers in {name}", everywhere, f"some layers are kept in {name}"))
     return found
 
 

@@ -65,8 +65,9 @@ def readings(
     """
     kind = split_layer(name)[1]
     sizes = sizes_of(kind, shape, config)
+    forms = [x, *_ungrouped(kind, x, config)]
     for notes, wanted in _lengths(kind, x, sizes, config, start) if whole else [((), sizes)]:
-        for how, y in _arranged(kind, x, wanted):
+        for how, y in (found for form in forms for found in _arranged(kind, form, wanted)):
             for more, z in _selected(y, wanted, sizes, kind, start):
                 found = z.reshape(*shape[:1], *(_target(kind, shape, sizes, z)))
                 all_notes = (*notes, *how, *more)
@@ -83,6 +84,14 @@ def _target(kind: str, shape: tuple[int, ...], sizes: dict[str, int], z: Array) 
     return tuple(new if i == at else n for i, n in enumerate(shape) if i)
 
 
+def _ungrouped(kind: str, x: Array, config: Config) -> Iterator[Array]:
+    """Yield x with two neighbouring axes joined that may be key heads and the query heads of each."""
+    pair = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    for i in range(x.ndim - 1):
+        if "h" in letters(kind) and 1 not in pair and x.shape[i : i + 2] == pair:
+            yield x.reshape(*x.shape[:i], pair[0] * pair[1], *x.shape[i + 2 :])
+
+
 def _lengths(
     kind: str, x: Array, sizes: dict[str, int], config: Config, start: int
 ) -> Iterator[tuple[tuple[str, ...], dict[str, int]]]:
@@ -90,19 +99,21 @@ def _lengths(
     yield (), sizes
     if sizes["S"] > 1:
         yield (LAST,), sizes | {"S": 1}
+    forms: list[tuple[tuple[str, ...], dict[str, int]]] = [((), sizes)]
     if kind.endswith(("_rope", "_norm", "k_proj", "v_proj")) and kind.rpartition(".")[2][0] in "kv":
         heads = config.num_attention_heads
         if heads > sizes["h"]:
-            yield (REPEATED,), sizes | {"h": heads}
-    for axis in ("S", "T", "B"):
-        if axis not in sizes:
-            continue
-        others = prod(sizes.values()) // sizes[axis]
-        length, rest = divmod(x.size, max(others, 1))
-        if rest or length <= 0 or length == sizes[axis]:
-            continue
-        if length > sizes[axis] or (axis == "T" and slides(config)):
-            yield (), sizes | {axis: length}
+            forms.append(((REPEATED,), sizes | {"h": heads}))
+            yield forms[1]
+    for axis in ("S", "T", "B", *("f" if kind == "lm_head" else "")):
+        for notes, form in forms:
+            if axis not in form:
+                continue
+            length, rest = divmod(x.size, max(prod(form.values()) // form[axis], 1))
+            if rest or length <= 0 or length == form[axis]:
+                continue
+            if length > form[axis] or (axis == "T" and slides(config)):
+                yield notes, form | {axis: length}
     if "T" in sizes:  # a padded prefill has square scores
         square = round((x.size / max(sizes["B"] * sizes["h"], 1)) ** 0.5)
         if square > sizes["T"] and square * square * sizes["B"] * sizes["h"] == x.size:
@@ -121,7 +132,7 @@ def _arranged(kind: str, x: Array, sizes: dict[str, int]) -> Iterator[tuple[tupl
     natural = _joins(seen, axes, sizes)
     for order in permutations(axes):
         joined = _joins(seen, order, sizes)
-        if joined is None or not all(_buffer(part) for part in joined):
+        if joined is None or not all(_buffer(part, axes) for part in joined):
             continue
         plain = list(order) == axes
         # with the reference's own shape another order is no layout, unless two axes are as long as each other
@@ -164,10 +175,12 @@ def _joins(seen: Sequence[int], order: Sequence[str], sizes: dict[str, int]) -> 
     return None if rest else parts
 
 
-def _buffer(part: Sequence[str]) -> bool:
-    """Whether a program would join these axes in this order: lanes and features run fastest."""
+def _buffer(part: Sequence[str], axes: Sequence[str]) -> bool:
+    """Whether a program would join these axes in this order: lanes and features run fastest, sequences slowest."""
     if len(part) == 1:
         return True
+    if part[0] == "B" and part[1] in "df" and "S" in axes:
+        return False
     return all(a not in "dfT" for a in part[:-1]) and (part[-1] in "dfT" or "".join(part) in ("BS", "Bh", "BhS"))
 
 
@@ -192,6 +205,8 @@ def _selected(
             choices.append([*first, *cached, ("the last positions", slice(have - need, have))])
         elif axis == "T" and have > need:
             choices.append([(SO_FAR, slice(0, need)), ("the last positions so far", slice(have - need, have))])
+        elif axis == "f" and have > need:
+            choices.append([("padding of the vocabulary left out", slice(0, need))])
         elif axis == "B" and have > need:
             choices.append([(f"{have // need} {COPIES}", slice(i, i + need)) for i in range(0, have - need + 1, need)])
         else:

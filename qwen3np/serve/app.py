@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
 import ipaddress
+import json
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from qwen3np.embeddings import embed, rerank
 from qwen3np.errors import one_line
 from qwen3np.rules import Rule
 from qwen3np.serve import fields as f
 from qwen3np.serve.chats import chat, prompt_text
 from qwen3np.serve.completions import complete
-from qwen3np.serve.fields import BadRequest, parsed
+from qwen3np.serve.fields import BadRequest, decoded
+from qwen3np.serve.page import describe, page
 from qwen3np.serve.scheduler import Busy
-from qwen3np.serve.service import Gone, Service, failure, reply, unless_gone
+from qwen3np.serve.service import Service, Stream, failure
+from qwen3np.serve.vectors import embeddings, ranking
 
-_OPEN = ("/health",)  # needs no key
+T = TypeVar("T")
+
+_OPEN = ("/health", "/")  # need no key
 _PATIENCE = 60  # seconds in which a body must arrive
 
 
@@ -48,12 +50,12 @@ def application(service: Service, *, key: str | None = None, hosts: Collection[s
     posts: dict[str, tuple[Any, Mapping[str, Rule]]] = {
         "/v1/completions": (complete, f.COMPLETION),
         "/v1/chat/completions": (chat, f.CHAT),
-        "/v1/embeddings": (_embeddings, f.EMBEDDINGS),
-        "/v1/rerank": (_rerank, f.RERANK),
+        "/v1/embeddings": (embeddings, f.EMBEDDINGS),
+        "/v1/rerank": (ranking, f.RERANK),
         "/tokenize": (_tokenize, f.TOKENIZE),
         "/detokenize": (_detokenize, f.DETOKENIZE),
     }
-    gets: dict[str, Any] = {"/v1/models": _models, "/v1/models/{name:path}": _models, "/health": _health}
+    gets: dict[str, Any] = {"/": page, "/v1/models": _models, "/v1/models/{name:path}": _models, "/health": _health}
     routes = [
         Route(path, partial(door.post, answer, rules), methods=["POST"]) for path, (answer, rules) in posts.items()
     ]
@@ -83,12 +85,11 @@ class _Door:
                 body = await asyncio.wait_for(_body(request), _PATIENCE)
             except asyncio.TimeoutError:
                 raise BadRequest(f"the body took more than {_PATIENCE} s", 408) from None
-            found, unknown = parsed(body, rules)
+            fields, unknown = self.service.fields(decoded(body), rules)
             if unknown:
                 print(one_line(f"[ignored: {', '.join(unknown)[:200]}]"), file=sys.stderr, flush=True)
-            if found.get("model") not in (None, self.service.name):
-                raise BadRequest(f"model: this server has {self.service.name!r} only", 404, "model")
-            return await answer(self.service, request, found)
+            found = await _unless_gone(request, answer(self.service, fields))
+            return _Events(found) if isinstance(found, Stream) else _reply(found)
 
         return await self._answered(request, read_and_answered)
 
@@ -97,7 +98,7 @@ class _Door:
         try:
             self._admit(request)
             response: Response = await answer()
-        except (Gone, ClientDisconnect):
+        except (_Gone, ClientDisconnect):
             response = Response(status_code=499)
         except Exception as error:
             body, status = failure(error)
@@ -107,7 +108,7 @@ class _Door:
                 headers["Retry-After"] = "1"
             if status == 401:
                 headers["WWW-Authenticate"] = "Bearer"
-            response = reply(body, status, headers)
+            response = _reply(body, status, headers)
         path = request.scope["route"].path
         self.served[path, response.status_code] += 1
         line = f"{request.method} {path} {response.status_code} {time.monotonic() - began:.3f} s"
@@ -124,6 +125,58 @@ class _Door:
         wanted = None if self.key is None or request.url.path in _OPEN else b"Bearer " + self.key.encode()
         if wanted is not None and not hmac.compare_digest(given, wanted):
             raise BadRequest("the API key is missing or wrong", 401)
+
+
+class _Gone(Exception):
+    """The client closed the connection."""
+
+
+def _reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response, in ASCII."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+class _Events(StreamingResponse):
+    """Server-sent events. When the client is gone, its jobs are cancelled."""
+
+    def __init__(self, stream: Stream) -> None:
+        """Send each chunk as it comes, then [DONE]; an error is the last chunk."""
+        self._answers = stream.answers
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                async for chunk in stream.chunks:
+                    yield f"data: {json.dumps(chunk)}\n\n"
+            except (ValueError, Busy, TimeoutError) as error:
+                yield f"data: {json.dumps(failure(error)[0])}\n\n"
+            yield "data: [DONE]\n\n"
+
+        super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
+
+
+async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
+    """Await a result; if the client closes its connection before, cancel it and raise _Gone."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise _Gone
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
 
 
 def _is_address(name: str) -> bool:
@@ -147,21 +200,21 @@ async def _body(request: Request) -> bytes:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: "there is nothing at this address", 405: "this address does not take this method"}
-    return reply(failure(BadRequest(words.get(error.status_code, error.detail)))[0], error.status_code)
+    return _reply(failure(BadRequest(words.get(error.status_code, error.detail)))[0], error.status_code)
 
 
 async def _models(service: Service, request: Request) -> Response:
     model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "qwen3np"}
-    model["max_model_len"] = service.model.config.max_position_embeddings
+    model |= {"max_model_len": service.model.config.max_position_embeddings, **describe(service)}
     if "name" not in request.path_params:
-        return reply({"object": "list", "data": [model]})
+        return _reply({"object": "list", "data": [model]})
     if request.path_params["name"] != service.name:
         raise BadRequest(f"this server has {service.name!r} only", 404, "model")
-    return reply(model)
+    return _reply(model)
 
 
 async def _health(service: Service, request: Request) -> Response:
-    return reply({"status": "ok"})
+    return _reply({"status": "ok"})
 
 
 async def _metrics(served: Counter[tuple[str, int]], service: Service, request: Request) -> Response:
@@ -175,34 +228,7 @@ async def _metrics(served: Counter[tuple[str, int]], service: Service, request: 
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
-async def _embeddings(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
-    texts = [fields["input"]] if isinstance(fields["input"], str) else fields["input"]
-    options, of = service.scheduler.options, (fields["instruction"], fields["dimensions"])
-    vectors = await unless_gone(
-        request, service.computed([partial(embed, service.model, [t], *of, **options) for t in texts])
-    )
-    data: list[Any] = []
-    for n, (vector,) in enumerate(vectors):
-        packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        value = vector.tolist() if fields["encoding_format"] == "float" else packed
-        data.append({"object": "embedding", "index": n, "embedding": value})
-    count = await asyncio.to_thread(lambda: sum(map(len, service.tokenizer.encode(texts))))
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return reply({"object": "list", "data": data, "model": service.name, "usage": usage})
-
-
-async def _rerank(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
-    query, documents, options = fields["query"], fields["documents"], service.scheduler.options
-    calls = [partial(rerank, service.model, query, [one], fields["instruction"], **options) for one in documents]
-    scores = np.concatenate(await unless_gone(request, service.computed(calls)))
-    results: list[Any] = []
-    for n in np.argsort(-scores, kind="stable")[: fields["top_n"]].tolist():
-        result = {"index": n, "relevance_score": float(scores[n])}
-        results.append({**result, "document": {"text": documents[n]}} if fields["return_documents"] else result)
-    return reply({"model": service.name, "results": results})
-
-
-async def _tokenize(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
+async def _tokenize(service: Service, fields: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = service.tokenizer
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise BadRequest("give prompt or messages")
@@ -220,8 +246,8 @@ async def _tokenize(service: Service, request: Request, fields: Mapping[str, Any
     }
     if fields["return_token_strs"]:
         body["token_strs"] = [tokenizer.token_bytes(i).decode(errors="replace") for i in ids]
-    return reply(body)
+    return body
 
 
-async def _detokenize(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
-    return reply({"prompt": await asyncio.to_thread(service.tokenizer.decode, fields["tokens"])})
+async def _detokenize(service: Service, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": await asyncio.to_thread(service.tokenizer.decode, fields["tokens"])}

@@ -8,15 +8,12 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from qwen3np.conversation import escaped
 from qwen3np.serve.answers import Text, chat_logprobs, prompt_logprobs
 from qwen3np.serve.calls import Parts, forced
 from qwen3np.serve.fields import BadRequest
 from qwen3np.serve.scheduler import Prompt, Token
-from qwen3np.serve.service import Service, answered, strings
+from qwen3np.serve.service import Service, Stream, answered, strings
 from qwen3np.tokenizer import Tokenizer
 
 _KINDS = "chat.completion", "chat.completion.chunk", "chatcmpl"
@@ -68,7 +65,7 @@ def _escaped(value: Any, tokenizer: Tokenizer) -> Any:
     return [_escaped(part, tokenizer) for part in value] if isinstance(value, list) else value
 
 
-async def chat(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
+async def chat(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
     """Answer a request."""
     tokenizer = service.tokenizer
     calls = forced(fields["tools"] or [], fields["tool_choice"], fields["parallel_tool_calls"])
@@ -89,7 +86,7 @@ async def chat(service: Service, request: Request, fields: Mapping[str, Any]) ->
         settings = service.settings(fields, most, tokenizer.turn_ends, grammar)
         top = fields["top_logprobs"] if fields["logprobs"] else None
         jobs.append({"ids": ids, "settings": settings, "row": row, "top": top, "prompt_top": fields["prompt_logprobs"]})
-    return await answered(service, request, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, inside))
+    return await answered(service, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, inside))
 
 
 class _Saying:

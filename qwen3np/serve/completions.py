@@ -6,18 +6,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from qwen3np.serve.answers import Text, completion_logprobs, prompt_logprobs
 from qwen3np.serve.fields import BadRequest
 from qwen3np.serve.scheduler import Job, Prompt, Token
-from qwen3np.serve.service import Service, answered, strings
+from qwen3np.serve.service import Service, Stream, answered, strings
 
 _KINDS = "text_completion", "text_completion", "cmpl"
 
 
-async def complete(service: Service, request: Request, fields: Mapping[str, Any]) -> Response:
+async def complete(service: Service, fields: Mapping[str, Any]) -> dict[str, Any] | Stream:
     """Answer a request. Special tokens written in a prompt are special: clients apply their own chat templates."""
     given = fields["prompt"]
     given = [given] if isinstance(given, str) or isinstance(given[0], int) else given
@@ -36,7 +33,7 @@ async def complete(service: Service, request: Request, fields: Mapping[str, Any]
             settings = service.settings(fields, fields["max_tokens"], grammar=grammar)
             options = {"row": len(jobs), "top": fields["logprobs"], "prompt_top": max(wanted, default=None)}
             jobs.append({"ids": ids, "settings": settings, **options})
-    return await answered(service, request, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, job))
+    return await answered(service, fields, jobs, _KINDS, lambda n, job: _Saying(service, fields, n, job))
 
 
 class _Saying:

@@ -168,21 +168,27 @@ TOKENIZE = {
 DETOKENIZE = {"tokens": Rule(lambda x: isinstance(x, list) and all(map(_is_id, x)), "ids", REQUIRED), "model": _TEXT}
 
 
-def parsed(body: bytes, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of a JSON body, with defaults for those that are missing or null, and the names of others.
-
-    Clients send fields that other servers know: these are ignored. Raises BadRequest, for a name that is almost right
-    as well.
-    """
+def decoded(body: bytes) -> Any:
+    """Return what a JSON body holds. Raises BadRequest."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     try:
         given: Any = json.loads(body.decode(), parse_constant=refuse)
-        json.dumps(given, ensure_ascii=False).encode()  # lone surrogates are no text
+        if b"\\u" in body:
+            json.dumps(given, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
+    return given
+
+
+def checked(given: Any, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a decoded body, with defaults for those that are missing or null, and the names of others.
+
+    Clients send fields that other servers know: these are ignored. Raises BadRequest, for a name that is almost right
+    as well.
+    """
     if not isinstance(given, dict):
         raise BadRequest("the body must be a JSON object")
     for name, value in given.items():

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from qwen3np.errors import one_line
 from qwen3np.grammar import Grammars, Processor
 from qwen3np.model import Model
+from qwen3np.rules import Rule
 from qwen3np.serve.answers import Answers
-from qwen3np.serve.fields import SETTINGS, BadRequest
+from qwen3np.serve.fields import SETTINGS, BadRequest, checked
 from qwen3np.serve.scheduler import Busy, Job, Prompt, Scheduler, Token
 from qwen3np.tokenizer import said_in
 
-T = TypeVar("T")
 
+class Stream(NamedTuple):
+    """An answer in chunks, as its tokens come."""
 
-class Gone(Exception):
-    """The client closed the connection."""
+    answers: Answers
+    chunks: AsyncIterator[dict[str, Any]]
 
 
 class Saying(Protocol):
@@ -52,6 +50,13 @@ class Service:
         self.tokenizer, self.started = model.text, int(time.time())
         self.ends = frozenset(model.generation_defaults().get("stop_ids") or ())
         self.grammars = Grammars(model.text, model.config.vocab_size, self.ends | model.text.turn_ends)
+
+    def fields(self, given: Any, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list[str]]:
+        """Return what `checked` returns for a request to this model. Raises BadRequest."""
+        found, unknown = checked(given, rules)
+        if found.get("model") not in (None, self.name):
+            raise BadRequest(f"model: this server has {self.name!r} only", 404, "model")
+        return found, unknown
 
     def settings(
         self, fields: Mapping[str, Any], most: int | None, ends: Collection[int] = (), grammar: Processor | None = None
@@ -141,11 +146,6 @@ def usage(answers: Answers, choices: int) -> dict[str, Any]:
     }
 
 
-def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response, in ASCII."""
-    return Response(json.dumps(content), status, headers, "application/json")
-
-
 def failure(error: Exception) -> tuple[dict[str, Any], int]:
     """The body and the status of an error, in OpenAI's form."""
     status, kind = 400, "invalid_request_error"
@@ -166,13 +166,12 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
 
 async def answered(
     service: Service,
-    request: Request,
     fields: Mapping[str, Any],
     jobs: Sequence[dict[str, Any]],
     kinds: tuple[str, str, str],
     say: Callable[[int, Job], Saying],
-) -> Response:
-    """Queue jobs and reply with their answers, whole or streamed.
+) -> dict[str, Any] | Stream:
+    """Queue jobs and return their answers, whole or as a stream.
 
     kinds: the `object` of the reply and of a chunk, and the start of the id. say: makes the Saying of each job.
     """
@@ -181,15 +180,12 @@ async def answered(
     head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     sayings = [say(index, job) for index, job in enumerate(answers.jobs)]
     if fields["stream"]:
-        return _Events(answers, _chunks({**head, "object": piece}, fields, answers, sayings))
+        return Stream(answers, _chunks({**head, "object": piece}, fields, answers, sayings))
 
-    async def collect() -> None:
-        async for index, event in answers.events():
-            sayings[index].add(event)
-
-    await unless_gone(request, collect())
+    async for index, event in answers.events():
+        sayings[index].add(event)
     choices = [saying.whole() for saying in sayings]
-    return reply({**head, "object": whole, "choices": choices, "usage": usage(answers, fields["n"])})
+    return {**head, "object": whole, "choices": choices, "usage": usage(answers, fields["n"])}
 
 
 async def _chunks(
@@ -202,46 +198,3 @@ async def _chunks(
             yield {**head, "choices": [choice]}
     if (fields["stream_options"] or {}).get("include_usage"):
         yield {**head, "choices": [], "usage": usage(answers, fields["n"])}
-
-
-class _Events(StreamingResponse):
-    """Server-sent events. When the client is gone, its jobs are cancelled."""
-
-    def __init__(self, answers: Answers, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
-        """Send each chunk as it comes, then [DONE]; an error is the last chunk."""
-        self._answers = answers
-
-        async def lines() -> AsyncIterator[str]:
-            try:
-                async for chunk in chunks:
-                    yield f"data: {json.dumps(chunk)}\n\n"
-            except (ValueError, Busy, TimeoutError) as error:
-                yield f"data: {json.dumps(failure(error)[0])}\n\n"
-            yield "data: [DONE]\n\n"
-
-        super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.cancel()
-
-
-async def unless_gone(request: Request, result: Awaitable[T]) -> T:
-    """Await a result; if the client closes its connection before, cancel it and raise Gone."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Gone
-        return work.result()
-    finally:
-        work.cancel()
-        gone.cancel()
