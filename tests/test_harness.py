@@ -71,7 +71,7 @@ def truth(tasks):
 
 
 def check(found, truth, texts=slice(None)):
-    """Equal generated texts and choices, and log-likelihoods within 1e-5; those of whole texts within float32's 1e-6."""
+    """Equal generated texts and choices, and log-likelihoods within 1e-5; those of whole texts to float32 rounding."""
     (figures, said), (their_figures, theirs) = found, truth
     assert said["answers"] == theirs["answers"]
     for ours, other in zip(said["choices"], theirs["choices"], strict=True):
