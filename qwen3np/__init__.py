@@ -40,9 +40,9 @@ __all__ = [
     "Tokenizer",
     "Weights",
     "audit",
-    "batch",
+    "batch",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
     "count_parameters",
-    "damage",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
+    "damage",  # pyright: ignore[reportUnsupportedDunderAll]  this one, too
     "embed",
     "forward",
     "generate",

@@ -437,7 +437,9 @@ def likeliest(dump, count):
     return views
 
 
-@pytest.mark.parametrize("short", [np.float32, BFLOAT16, pytest.param(np.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "short", [np.float32, *(pytest.param(short, marks=pytest.mark.slow) for short in (BFLOAT16, np.float16))]
+)
 def test_log_probabilities(config, short_weights, golden, short):
     right = Foreign(config, short_weights, short).run(golden)
     wrong = Foreign(replace(config, rope_theta=1e4), short_weights, short).run(golden)
