@@ -29,6 +29,7 @@ MOST = 7
 COST = 0.15
 # How much a guess changes the estimate of how many are right.
 WEIGHT = 0.2
+CHUNK = 512  # positions of a long prompt that the smaller model computes at once
 NGRAMS = (4, 3, 2)  # how many ids must have occurred before: the first of these for which they have
 
 Choose: TypeAlias = Callable[[Array, "list[int]"], int]  # (logits (V,), guesses so far) -> the next guess
@@ -59,7 +60,12 @@ def small_model(model: Checkpoint, room: int) -> Guess:
         guesses: list[int] = []
         new = ids[cache.keep_prefix(0, ids[:-1].tolist()) :].tolist()
         while len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length:
+            while len(new) > CHUNK:
+                forward(model.weights, model.config, new[:CHUNK], cache, last_only=True, head=False)
+                new = new[CHUNK:]
             logits = forward(model.weights, model.config, new, cache, last_only=True)[0, 0]
+            if not np.isfinite(logits).all():
+                break
             new = [choose(logits, guesses)]
             guesses += new
         return guesses
@@ -104,10 +110,11 @@ class Drafts:
 def drafts_of(settings: Mapping[str, Any], config: Config, room: int) -> Drafts | None:
     """Return the guesses that these generation settings ask for, for a sequence of up to `room` ids.
 
-    None where an edit could tell them from what is asked for.
+    None where an edit could tell them from what is asked for, and for the plain engine, in which several positions do
+    not have the bits of one.
     """
     model: Checkpoint | None = settings["assistant_model"]
-    if settings["edit"] is not None:
+    if settings["edit"] is not None or settings["engine"] == "plain":
         return None
     if model is not None:
         price = count_parameters(model.config)["active"] / count_parameters(config)["active"]

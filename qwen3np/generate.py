@@ -197,23 +197,18 @@ def _run(
 def _passes(
     weights: Weights, config: Config, active: list[Answer], cache: KVCache, settings: dict[str, Any]
 ) -> list[Array]:
-    """Return, for each sequence, the logits after its newest id and after each guess at the next: (1 + guesses, V).
-
-    A sequence with guesses is computed alone, so that at most 8 rows are, with the bits of one; the others together.
-    """
+    """Return, for each sequence, the logits after its newest id and after each guess at the next: (1 + guesses, V)."""
+    if not active:
+        return []
     for answer in active:
         _require_held(cache, answer.row, answer.ids[: answer.end - 1])
-        answer.guess({**settings, "logits_processors": ()})  # these may count on seeing each id once
-    logits: dict[int, Array] = {}
-    together = [answer for answer in active if not answer.guesses]
-    for group in [together, *([answer] for answer in active if answer.guesses)]:
-        if group:
-            rows, inputs = [answer.row for answer in group], [[answer.new[-1], *answer.guesses] for answer in group]
-            found = _forward(weights, config, inputs, cache.select(rows), settings, last_only=False)
-            logits.update(zip(rows, found, strict=True))
-            for answer in group:
-                cache.lengths[cache.rows[answer.row]] = answer.end
-    return [logits[answer.row] for answer in active]
+    if len(active) == 1:  # several together share the reading of the weights already
+        active[0].guess({**settings, "logits_processors": ()})  # these may count on seeing each id once
+    rows, inputs = [answer.row for answer in active], [[answer.new[-1], *answer.guesses] for answer in active]
+    logits = _forward(weights, config, inputs, cache.select(rows), settings, last_only=False)
+    for answer in active:
+        cache.lengths[cache.rows[answer.row]] = answer.end  # without the guesses
+    return list(logits)
 
 
 def _require_held(cache: KVCache, row: int, ids: Array) -> None:

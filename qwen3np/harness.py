@@ -188,6 +188,7 @@ class Harness(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         settings: dict[str, Any] = {
             name: value for name, value in given.items() if name in GenerationSettings.__annotations__
         }
+        settings = {"temperature": 0.0, **settings}  # as lm-eval's own models: the checkpoint's defaults may sample
         settings |= {"max_new_tokens": most, "stop_strings": stops, "progress": False, **self._computed}
         batch = [(text.encode(prompt) or [self.eot_token_id])[-(self.max_length - most) :] for prompt in prompts]
         answers, _ = self._model.generate(batch, **settings)

@@ -28,9 +28,12 @@ def replayed(routed: ArrayLike, config: Config, ids: Array, edit: Edit | None) -
         )
 
     def replay(name: str, x: Array) -> Array | None:
-        given = experts[:, :, points[name]] if name in points else None
-        x = x if given is None else np.where(given < 0, x, given)
-        edited = None if edit is None else edit(name, x)
-        return x if edited is None else edited
+        own = edit or (lambda name, x: None)
+        if name not in points:
+            return own(name, x)
+        given = experts[:, :, points[name]]
+        chosen = np.where(given < 0, x, given)
+        edited = own(name, chosen)
+        return chosen if edited is None else edited
 
     return replay

@@ -104,7 +104,12 @@ def _candidates(
 
 def generators(seed: int | Sequence[int] | None, rows: int) -> list[np.random.Generator]:
     """Return a generator for each row, seeded with (seed, row); row 0 gets seed itself."""
+    return [generator(seed, row) for row in range(rows)]
+
+
+def generator(seed: int | Sequence[int] | None, row: int) -> np.random.Generator:
+    """Return the generator of one row, see generators."""
     if seed is None:
-        return [np.random.default_rng() for _ in range(rows)]
+        return np.random.default_rng()
     parts = [*seed] if isinstance(seed, Sequence) else [seed]
-    return [np.random.default_rng([*parts, row] if row else parts) for row in range(rows)]
+    return np.random.default_rng([*parts, row] if row else parts)

@@ -253,7 +253,10 @@ def require_ids(chosen: dict[str, Any], config: Config) -> None:
     for name, ids in given.items():
         if beyond := [i for i in ids if not 0 <= i < config.vocab_size]:
             raise ValueError(f"{name}: the vocabulary has no id {beyond[0]}; its ids are 0 to {config.vocab_size - 1}")
-    if (draft := chosen["assistant_model"]) is not None and draft.config.vocab_size != config.vocab_size:
+    draft: Checkpoint | None = chosen["assistant_model"]
+    if draft is not None and chosen["prompt_lookup_num_tokens"]:
+        raise ValueError("assistant_model and prompt_lookup_num_tokens both make guesses: give one of them")
+    if draft is not None and draft.config.vocab_size != config.vocab_size:
         raise ValueError(
             f"assistant_model: its vocabulary has {draft.config.vocab_size} ids, and must have the {config.vocab_size} "
             f"of this model"

@@ -208,6 +208,32 @@ def test_other_ids_that_do_not_fit_are_left_out():
     assert "read wrongly" in found.judgement.notes[0]
 
 
+def test_floors_are_of_the_numbers_that_are_compared():
+    """Without masked tokens, and for the chosen tokens alone without the others: means of what rounding made of all."""
+    model = drawn()
+    whole = Court.of(engine(model), model.weights, model.config, None)
+    masked = [replace(r, logprobs=np.where(np.arange(NEW)[:, None] % 2, np.nan, r.logprobs)) for r in engine(model)]
+    seen = Court.of(masked, model.weights, model.config, None)
+    for name, x in whole.runs.items():
+        d = np.abs(x - whole.base)
+        assert seen.floors[name] == pytest.approx(d[::2].mean(-1).mean(), rel=1e-6)
+        assert seen.of_chosen().floors[name] == pytest.approx(d[::2, 0].mean(), rel=1e-6)
+
+
+def test_what_cannot_be_audited_is_refused():
+    model = drawn()
+    rows = written(engine(model))
+    small = Model(replace(CONFIG, vocab_size=32), trained_like(replace(CONFIG, vocab_size=32), 0), None, {})
+    with pytest.raises(ValueError, match=r"base has 32 ids, and the rollouts have id \d+"):
+        qwen3np.audit(rows, model, others={"base": small})
+    with pytest.raises(ValueError, match="computed_in='fp16': must be one of float32"):
+        qwen3np.audit(rows, model, computed_in="fp16")
+    r = engine(drawn(MOE), rows=1)[0]
+    experts = np.broadcast_to([0, 6], (len(r.prompt) + NEW, 2, 2))
+    with pytest.raises(ValueError, match=r"rollout 1: routed_experts: \[0, 6\] at row 0"):
+        experts_of(replace(r, experts=experts), MOE)
+
+
 def test_divergences_estimate_kl_without_bias():
     q, p = np.array([4, 3, 2, 1]) / 10, np.array([0.3, 0.3, 0.3, 0.1])  # each token as often as q draws it
     d = np.repeat(np.log(q / p), [4, 3, 2, 1])

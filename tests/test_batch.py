@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import json
@@ -151,7 +152,9 @@ def test_vectors_are_computed_with_the_same_others_again():
         assert len(left_of(packet, {packet[0].key})) == again
 
 
-@pytest.mark.parametrize("end", [b"", b'{"id": "batch_req', b'{"id": "x", "custom_id": "request 3", "response": null'])
+@pytest.mark.parametrize(
+    "end", [b"", b'{"id": "batch_req', b'{"id": "batch_req_x", "custom_id": "request 3", "response": null']
+)
 def test_a_run_goes_on_after_the_last_whole_line(tmp_path, answers, end):
     source, out = written(tmp_path / "in.jsonl", drawn(40)), tmp_path / "out.jsonl"
     answer(source, out, answers)
@@ -172,8 +175,31 @@ def test_other_files_are_not_overwritten(tmp_path, answers):
     with pytest.raises(ValueError, match=r"other.jsonl: line 1 is not a result"):
         answer(source, other, answers)
     assert other.read_bytes() == before
+    other.write_bytes(b"one line without an end")
+    with pytest.raises(ValueError, match=r"other.jsonl: line 1 is not a result"):
+        answer(source, other, answers)
+    assert other.read_bytes() == b"one line without an end"
     with pytest.raises(ValueError, match="another file than the requests"):
         answer(source, source, answers)
+
+
+def test_results_of_another_model_are_not_mixed_in(tmp_path, answers):
+    source, out = written(tmp_path / "in.jsonl", drawn(10)), tmp_path / "out.jsonl"
+    answer(source, out, answers)
+    lines = out.read_bytes().splitlines(keepends=True)
+    before = b"".join(lines[:5]).replace(answers.fingerprint.rpartition("-")[0].encode(), b"fp-0000")
+    out.write_bytes(before)
+    with pytest.raises(ValueError, match=r"out.jsonl: holds results of another model"):
+        answer(source, out, answers)
+    assert out.read_bytes() == before
+
+
+def test_a_caller_with_an_event_loop(answers):
+    async def caller():
+        return list(qwen3np.batch(list(drawn(8)), MODEL))
+
+    alone = {one["custom_id"]: one for one in qwen3np.batch(list(drawn(8)), MODEL)}
+    assert {one["custom_id"]: one for one in asyncio.run(caller())} == alone
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")

@@ -152,7 +152,7 @@ def test_a_complete_file_is_kept_and_another_is_not_taken_for_it(plain, tmp_path
 
 def test_a_run_killed_before_the_conversion_goes_on(plain, tmp_path, answer):
     out, growing = tmp_path / "out.parquet", tmp_path / "out.parquet.growing.jsonl"
-    growing.write_bytes(b"".join(plain[1].splitlines(keepends=True)[:30]) + b'{"half')
+    growing.write_bytes(b"".join(plain[1].splitlines(keepends=True)[:30]) + b'{"id": "batch_req_ha')
     answer(plain[0], out)
     assert pq.read_table(out).num_rows == 40
     assert not growing.exists()

@@ -130,6 +130,10 @@ HOSTILE = {
     "a redirect": (elsewhere, "redirects to http://example.com/v1/completions, which is not followed"),
     "an error": (lambda *_: reply({"error": {"message": "no\nroom\x1b[31m" * 100}}, 500), "status 500: no"),
     "an error without words": (lambda *_: (503, b"", {}), "status 503: no reason given"),
+    "an error that is cut": (
+        lambda *_: (500, b"3\r\nab", {"Transfer-Encoding": "chunked"}),
+        "status 500: no reason given",
+    ),
     "no JSON": (lambda *_: (200, b"<html>", {}), "Expecting value"),
     "a list": (lambda *_: reply([1]), "not a JSON object"),
     "deep": (lambda *_: (200, b"[" * 100_000, {}), "prompt 1: "),
@@ -169,6 +173,12 @@ def test_addresses_that_cannot_be_asked_are_one_line(builtin, capsys):
         main(["audit", "--url", "http://127.0.0.1:1/v1"])
     assert ended.value.code == 2
     assert "error: http://127.0.0.1:1/v1/models: " in capsys.readouterr().err
+
+
+def test_a_key_that_no_header_can_hold_is_not_printed(builtin):
+    with pytest.raises(ValueError, match="the API key has a character") as error:
+        asked("http://127.0.0.1:9/v1", builtin, key="secret\nkey")
+    assert "secret" not in str(error.value)
 
 
 def test_the_only_model_of_a_server_is_asked_for(builtin):

@@ -77,7 +77,7 @@ class Judgement:
     verdict: str  # "rounding" or "different"
     meaning: str
     causes: list[Cause]
-    floors: dict[str, float]  # mean absolute difference that rounding makes on these tokens
+    floors: dict[str, float]  # mean absolute difference that rounding makes of the chosen tokens
     sure: bool
     tried: int  # hypotheses
     sample: int  # tokens on which they were tried
@@ -100,7 +100,6 @@ class Court:
     theirs: Array
     states: list[Array]
     base: Array
-    floors: dict[str, float]
     runs: dict[str, Array]  # what each of the usual numerics makes of the sample
     allowed: tuple[str, ...]  # numerics whose rounding is no difference
     routing: float | None = None  # share of the squared difference that goes when the engine's experts are replayed
@@ -113,6 +112,8 @@ class Court:
     ) -> Court:
         """Run the reference and its roundings."""
         names = list(MARGIN)
+        if computed_in not in (None, *names):
+            raise ValueError(f"computed_in={computed_in!r}: must be one of {', '.join(names)}")
         allowed = names if computed_in is None else names[: names.index(computed_in) + 1]
         right, theirs, share = Variant(weights, config), reported(rollouts), None
         states = list(right.states(rollouts))
@@ -125,8 +126,22 @@ class Court:
             if share > 0:
                 right, states, base = replayed, own, other
         runs = {name: v.predicted(rollouts) for name, v in rounded(right).items()}
-        floors = {name: size(x - base) for name, x in runs.items()}
-        return cls(rollouts, right, theirs, states, base, floors, runs, tuple(allowed), share)
+        return cls(rollouts, right, theirs, states, base, runs, tuple(allowed), share)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """The mean absolute difference that each rounding makes, of the numbers that are compared and no others."""
+        return {name: size(self.compared(x - self.base)) for name, x in self.runs.items()}
+
+    def compared(self, x: Array) -> Array:
+        """Return x (N, 1 + K), NaN where there is nothing to compare."""
+        return np.where(np.isnan(away(self.theirs, self.base)), np.nan, x)
+
+    def of_chosen(self) -> Court:
+        """Return the court for the tokens that were chosen, without the other likely ones."""
+        theirs = self.theirs.copy()
+        theirs[:, 1:] = np.nan
+        return replace(self, theirs=theirs)
 
     def routing_of_rounding(self) -> float | None:
         """Return how much of bfloat16's rounding comes from other experts being chosen; None without experts."""
@@ -135,7 +150,7 @@ class Court:
             return None
         held = [replace(r, experts=recorded_experts(weights, config, r)) for r in self.rollouts]
         x = replace(self.right, numerics=numerics_of("bfloat16"), replayed=True).predicted(held)
-        return 1 - (size(x - self.base) / max(self.floors["bfloat16"], TINY)) ** 2
+        return 1 - (size(self.compared(x - self.base)) / max(self.floors["bfloat16"], TINY)) ** 2
 
     def rests(self, left: float, tokens: int) -> str | None:
         """Return the numerics whose rounding covers what is left; None if none does."""
@@ -238,7 +253,9 @@ class Court:
 
     def likeness(self, numerics: str) -> float:
         """Return the correlation of the difference with what these numerics make of the same tokens."""
-        a, b = (np.nanmean(x - self.base, -1) for x in (self.theirs, self.runs[numerics]))
+        differences = (self.compared(x - self.base) for x in (self.theirs, self.runs[numerics]))
+        a, b = (x[~np.isnan(x).all(-1)] for x in differences)
+        a, b = np.nanmean(a, -1), np.nanmean(b, -1)
         seen = np.isfinite(a) & np.isfinite(b)
         return float(np.corrcoef(a[seen], b[seen])[0, 1]) if seen.sum() > 2 else 0.0
 
@@ -268,10 +285,9 @@ def judged(
     court = Court.of(rollouts, weights, config, computed_in)
     d = away(court.theirs, court.base)
     tokens, distance = int((~np.isnan(d)).any(-1).sum()), size(d)
-    rest, chosen, notes = court.rests(distance, tokens), size(d[:, :1]), list[str]()
-    if rest is None and (own := court.rests(chosen, int((~np.isnan(d[:, 0])).sum()))):
-        rest, distance = own, chosen
-        court.theirs[:, 1:] = np.nan
+    rest, notes, chosen = court.rests(distance, tokens), list[str](), court.of_chosen()
+    if rest is None and (own := chosen.rests(size(d[:, :1]), int((~np.isnan(d[:, 0])).sum()))):
+        court, rest, distance = chosen, own, size(d[:, :1])
         notes.append("the chosen tokens agree, the other ids do not: they are read wrongly, or belong elsewhere")
     patterned = rest is not None and court.likeness(rest) * math.sqrt(tokens) > LIKE
     if rest != "float32" and not (patterned and h.is_large(config)):  # few tokens show nothing below rounding
@@ -283,11 +299,12 @@ def judged(
         for t in found
         if court.nothing_left(t) or court.holds_in(t, court.rests(t.left, t.tokens) or court.allowed[-1])
     ]
-    result = Judgement("rounding", "", [], court.floors, True, len(court.trials), tokens, notes, court.routing)
+    of_them = chosen.floors if np.isfinite(size(d[:, :1])) else court.floors
+    result = Judgement("rounding", "", [], of_them, True, len(court.trials), tokens, notes, court.routing)
     if rest != "float32":
         result = replace(result, routing_of_rounding=court.routing_of_rounding())
     if found:
-        contenders = _contenders(found)
+        contenders = _contenders(found, court.theirs)
         verdicts = {"rounding" if t.hypothesis.kind == h.ROUNDING else "different" for t in contenders}
         cause = _cause(found[0], [t.hypothesis.name for t in contenders])
         meaning = f"{_named(cause)} explains {per_cent(found[0].explained)} of the squared difference"
@@ -313,12 +330,14 @@ def judged(
     return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 
-def _contenders(found: Sequence[Trial]) -> list[Trial]:
+def _contenders(found: Sequence[Trial], theirs: Array) -> list[Trial]:
     """Return the trials that these tokens cannot tell from the first, which is one of them."""
     best = found[0]
 
     def apart(t: Trial) -> float:
-        return min(t.tokens, best.tokens) * math.log(max(t.left, 1e-9) / max(best.left, 1e-9))
+        both = np.isnan(t.values) | np.isnan(best.values)
+        left, least = (size(np.where(both, np.nan, away(theirs, x.values))) for x in (t, best))
+        return min(t.tokens, best.tokens) * math.log(max(left, 1e-9) / max(least, 1e-9))
 
     return [t for t in found if apart(t) < APART]
 

@@ -20,6 +20,8 @@ def require_drawable(path: Path) -> None:
     """Raise ValueError if no picture can be drawn to this path: to be called before the long work."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
     if find_spec("matplotlib") is None:
         raise ValueError('a picture needs matplotlib: pip install "qwen3np[study]"')
 

@@ -66,7 +66,9 @@ def ask(
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url {one_line(url)[:200]}: must be http://HOST:PORT/v1 or https://...")
-    base = url.rstrip("/")
+    base, key = url.rstrip("/"), (key or "").strip() or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ValueError("the API key has a character that a header cannot have")
     say(f"{base}: at most {prompts + 3} requests of {NEW} new tokens; nothing but {prompts} built-in prompts is sent")
     served = served or _only_model(base, key)
     way, found = 0, list[Rollout]()
@@ -143,7 +145,11 @@ def _asked(url: str, body: dict[str, Any] | None, key: str | None) -> tuple[int,
                 result.append((response.status, _bounded(response)))
         except HTTPError as error:
             with error:
-                result.append((error.code, error.read(LARGEST)))
+                try:
+                    body_of_error = error.read(LARGEST)
+                except (OSError, HTTPException):  # it ends before it should
+                    body_of_error = b""
+                result.append((error.code, body_of_error))
         except (OSError, HTTPException, ValueError) as error:
             result.append(error)
 

@@ -8,11 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from qwen3np import routing
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
 from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import forward, require_finite
+from qwen3np.memory import require_memory
 from qwen3np.numerics import FLOAT32, Array, Numerics, named
 from qwen3np.porting.floors import Draws, noisy, numerics_of
 from qwen3np.porting.logprobs import log_softmax
@@ -111,6 +113,10 @@ def experts_of(rollout: Rollout, config: Config) -> Array | None:
         raise ValueError(f"{rollout.where}: routed_experts of shape {given.shape}; expected {(count, layers, k)}")
     found, start = np.full((count, layers, k), -1), places[len(given)]
     found[start : start + len(given), sparse] = given if given.shape[1] == len(sparse) else given[:, sparse]
+    try:
+        routing.replayed(found, config, np.zeros((1, count)), None)
+    except ValueError as error:
+        raise ValueError(f"{rollout.where}: {error}") from None
     return found
 
 
@@ -179,6 +185,8 @@ class Variant:
                 (f"decode.{a}." if a else "", ids[:, a:b], np.tile(np.arange(a, b), (len(group), 1)))
                 for a, b in pairwise(cuts)
             ]
+            scores = len(group) * self.config.num_attention_heads * width**2 * self.numerics.dtype.itemsize
+            require_memory(3 * scores, f"auditing a rollout of {width:,} positions", "leave the longest ones out")
             with self.numerics.ops.session(self.weights, self.config, ids.size, width, self.numerics):
                 rerun = Rerun(self.weights, self.config, self.numerics, passes, {}, self._table(group, width))
                 x = np.concatenate([rerun.made(f"{prefix}model.norm") for prefix, _, _ in passes], axis=1)

@@ -105,6 +105,11 @@ def audited(
         )
     if not any(np.isfinite(r.logprobs).any() for r in rollouts):
         raise ValueError("no rollout has a finite log-probability")
+    for name, (weights, config) in {"the model": (model.weights, model.config), **(others or {})}.items():
+        if not config.tie_word_embeddings and "lm_head.weight" not in weights:
+            raise ValueError(f"{name} has no lm_head.weight, so it has no log-probabilities")
+        if config.vocab_size < (most := 1 + max(max(*r.prompt, *r.ids, int(r.found.max())) for r in rollouts)):
+            raise ValueError(f"{name} has {config.vocab_size:,} ids, and the rollouts have id {most - 1:,}")
     judgement = judged(
         sampled(rollouts, model.config), model.weights, model.config, model.tokenizer, others or {}, computed_in
     )

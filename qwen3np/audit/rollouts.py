@@ -23,6 +23,7 @@ from qwen3np.tokenizer import Tokenizer
 LINE = 1 << 26  # bytes of one line
 TOKENS = 1 << 20  # of all rollouts, prompts included
 NUMBERS = 1 << 25  # log-probabilities, with as many at every position as at the fullest
+ECHOED = 4  # ids at the start of an answer that are the prompt's: it is the prompt, repeated and perhaps cut
 TOP = 1 << 8  # likeliest tokens at a position; a list of the whole vocabulary has its own form
 
 # What each of our fields is called elsewhere; the first that is there counts.
@@ -199,7 +200,8 @@ class _Reader:
                 raise ValueError(f"no ids of the answer; known names: {', '.join(NAMES['ids'])} (--field ids=NAME)")
             entries, top = entries[: len(ids)], top and top[: len(ids)]
         ids = self._ids(ids, "the answer")
-        if self.echoed and len(entries) == len(ids) > len(prompt) and ids[: len(prompt)] == prompt:
+        echoes = self.echoed and len(entries) == len(ids) and ids[: len(prompt)] == prompt[: len(ids)]
+        if echoes and len(ids) >= min(len(prompt) + 1, ECHOED):
             prompt, ids, entries, top = ids[:1], ids[1:], entries[1:], top and top[1:]
         if len(ids) > len(prompt) > 0 and ids[: len(prompt)] == prompt and len(entries) != len(ids):
             ids = ids[len(prompt) :]  # prompt and answer together

@@ -60,12 +60,15 @@ def batch(
     work = packets(requests_of(json.dumps(request).encode() for request in requests))
     given = None if model is None or isinstance(model, Model) else os.fspath(model)
     recipe = Recipe(given, name or given or BUILTIN_NAME, numerics, engine)
-    if client is None:
-        answers = Answers(model, recipe.name, numerics, engine) if isinstance(model, Model) else recipe.answers()
-        answering = here(answers)
-    elif isinstance(model, Model):
-        raise ValueError("batch: with a client, give the name or folder of the model; each worker loads it")
-    else:
-        answering = Spread(client, recipe)
-    for _, line in answering(work):
-        yield json.loads(line)
+    if client is not None:
+        if isinstance(model, Model):
+            raise ValueError("batch: with a client, give the name or folder of the model; each worker loads it")
+        for _, line in Spread(client, recipe)(work):
+            yield json.loads(line)
+        return
+    answers = Answers(model, recipe.name, numerics, engine) if isinstance(model, Model) else recipe.answers()
+    try:
+        for _, line in here(answers)(work):
+            yield json.loads(line)
+    finally:
+        answers.close()

@@ -7,12 +7,15 @@ import base64
 import hashlib
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -47,6 +50,9 @@ TRACE = {
     "steps": Rule(whole(0).holds, whole(0).supported, 0),
     "points": Rule(lambda x: isinstance(x, str), "patterns, separated by commas", "*"),
 }
+
+REQUEST = "batch_req_"  # before the ids of results
+BEGINNING = f'{{"id": "{REQUEST}'.encode()
 
 Outcome = tuple[Request, "dict[str, Any] | Exception"]
 
@@ -95,6 +101,10 @@ class Answers:
             "/trace": (TRACE, partial(self._alone, self._traced)),
         }
 
+    def close(self) -> None:
+        """End the thread that computes, and free its caches."""
+        self.service.scheduler.close()
+
     def __call__(self, packet: Sequence[Request]) -> Iterator[tuple[Request, bytes]]:
         """Yield the line of each request's result as it comes. Raises CheckpointError, which no request causes."""
         url, good, found = packet[0].url, list[Request](), list[dict[str, Any]]()
@@ -117,25 +127,34 @@ class Answers:
             yield request, self._line(request, outcome)
 
     def _generated(self, answer: Any, requests: list[Request], found: list[Any]) -> Iterator[Outcome]:
-        loop = asyncio.new_event_loop()
-        tasks = {
-            loop.create_task(answer(self.service, fields)): request
-            for request, fields in zip(requests, found, strict=True)
-        }
-        try:
-            while tasks:
-                done, _ = loop.run_until_complete(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
-                for task in done:
-                    error = task.exception()
-                    if error is not None and not isinstance(error, Exception):
-                        raise error
-                    yield tasks.pop(task), error or task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                loop.run_until_complete(asyncio.wait(tasks))
+        """In a thread of its own, since the caller's may have an event loop already, as a notebook's has."""
+        loop, outcomes = asyncio.new_event_loop(), SimpleQueue[Outcome]()
+
+        async def one(request: Request, fields: Any) -> None:
+            try:
+                outcome = await answer(self.service, fields)
+            except Exception as error:
+                outcome = error
+            outcomes.put((request, outcome))
+
+        async def every() -> None:
+            await asyncio.gather(*map(one, requests, found))
+
+        work = loop.create_task(every())
+
+        def run() -> None:
+            with suppress(asyncio.CancelledError):
+                loop.run_until_complete(work)
             loop.run_until_complete(loop.shutdown_default_executor())
+
+        thread = threading.Thread(target=run, name="batch", daemon=True)
+        thread.start()
+        try:
+            for _ in requests:
+                yield outcomes.get()
+        finally:
+            loop.call_soon_threadsafe(work.cancel)
+            thread.join()
             loop.close()
 
     def _embedded(self, requests: list[Request], found: list[Any]) -> Iterator[Outcome]:
@@ -208,14 +227,14 @@ class Answers:
                 for n, call in enumerate(choice.get("message", {}).get("tool_calls", ())):
                     call["id"] = f"call_{name}_{choice['index']}_{n}"
         response = {"status_code": status, "request_id": f"req_{name}", "body": body}
-        return _json({"id": f"batch_req_{name}", "custom_id": request.key, "response": response, "error": None})
+        return _json({"id": f"{REQUEST}{name}", "custom_id": request.key, "response": response, "error": None})
 
 
 def wrong_line(request: Request, code: str = "invalid_line") -> bytes:
     """The line of results of a line that is no request."""
     name, custom_id = tag(request.key), request.key if isinstance(request.key, str) else None
     error = {"code": code, "message": request.error, "param": None, "line": request.line}
-    return _json({"id": f"batch_req_{name}", "custom_id": custom_id, "response": None, "error": error})
+    return _json({"id": f"{REQUEST}{name}", "custom_id": custom_id, "response": None, "error": error})
 
 
 def key_of(result: Mapping[str, Any]) -> str | int:

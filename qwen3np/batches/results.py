@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen3np.batches.answers import is_failure, key_of
+from qwen3np.batches.answers import BEGINNING, is_failure, key_of
 from qwen3np.batches.requests import Key
 from qwen3np.files.writing import unwritable
+
+_MODEL = re.compile(rb'(?<!\\)"system_fingerprint": ?"(fp-[^"-]+)')
 
 
 class Results:
@@ -22,6 +25,7 @@ class Results:
         be written.
         """
         self.path, self.done, self.failed = path, set[Key](), 0
+        self._model: bytes | None = None  # that made the results: its part of the fingerprint
         try:
             self._file = path.open("ab+", buffering=0)
         except OSError as error:
@@ -32,7 +36,7 @@ class Results:
             self._end = 0
             with path.open("rb") as file:
                 for n, line in enumerate(file, 1):
-                    if line.endswith(b"\n"):
+                    if line.endswith(b"\n") or not _begun(line):
                         self._count(n, line)
                         self._end += len(line)
             self._file.truncate(self._end)
@@ -55,6 +59,7 @@ class Results:
         """
         if key in self.done:
             return False
+        self._require_same_model(line)
         rest = memoryview(line)
         try:
             while rest:
@@ -70,6 +75,12 @@ class Results:
         self.failed += is_failure(line)
         return True
 
+    def _require_same_model(self, line: bytes) -> None:
+        if made_by := _MODEL.search(line):
+            if self._model not in (None, made_by[1]):
+                raise ValueError(f"{self.path}: holds results of another model or engine; choose another name")
+            self._model = made_by[1]
+
     def _count(self, n: int, line: bytes) -> None:
         try:
             self.done.add(key_of(json.loads(line)))
@@ -78,6 +89,12 @@ class Results:
             raise ValueError(
                 f"{self.path}: line {n} is not a result of qwen3np batch; choose another name for the results"
             ) from None
+        self._require_same_model(line)
+
+
+def _begun(line: bytes) -> bool:
+    """Whether a line without an end may be the beginning of a result, which is computed again."""
+    return line.startswith(BEGINNING) or BEGINNING.startswith(line)
 
 
 def _lock(path: Path, file: Any) -> None:

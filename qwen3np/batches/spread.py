@@ -22,6 +22,7 @@ from qwen3np.batches.requests import Request
 from qwen3np.ops.fast.threads import num_threads
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # as Dask has it: the threads are ours
+CORES = num_threads()  # of this process, before a worker gives it its share
 _PATIENCE = 20  # seconds in which a scheduler must answer
 _LOOK = 1.0  # seconds without a result after which idle workers get copies
 _working = threading.Lock()
@@ -175,6 +176,6 @@ def _answered(recipe: Recipe, model: str, packet: Sequence[Request]) -> bytes:
 def _loaded(recipe: Recipe) -> Answers:
     from distributed import get_worker
 
-    threads, cores = get_worker().state.nthreads, num_threads()
+    threads = get_worker().state.nthreads
     os.environ["QWEN3NP_NUM_THREADS"] = str(threads)
-    return recipe.answers(share=min(threads / cores, 1))
+    return recipe.answers(share=min(threads / CORES, 1))

@@ -9,6 +9,7 @@ import base64
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -48,7 +49,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
                     rest = file.readline(LONGEST + 1)
                 yield line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if first else line.rstrip(b"\r\n")
                 first = False
-    except EOFError as error:
+    except (EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None

@@ -122,7 +122,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     lookup = (
-        "guess up to N tokens from what followed the last ones before: the same text, sooner where it repeats itself"
+        "guess N tokens, up to 7, as they followed the last ones before: the same text, sooner where it repeats itself"
     )
     group.add_argument("--prompt-lookup", dest="prompt_lookup_num_tokens", type=int, metavar="N", help=lookup)
     draft = "guess with this smaller model of the same vocabulary: the same text, sooner if it often agrees"

@@ -69,14 +69,18 @@ def run(arguments: argparse.Namespace) -> None:
     ranked = 0 if arguments.totals else arguments.ranked
     found = damage(reference, model, ids, kv=arguments.kv, window=arguments.window, ranked=ranked) if compares else None
     largest = activations(reference, ids, window=arguments.window) if arguments.activations else None
-    if arguments.out and found:
-        draw(found, arguments.out)
     if arguments.json:
         result = {} if found is None else asdict(found)
         print(json.dumps(result | ({} if largest is None else {"activations": [asdict(one) for one in largest]})))
-        return
+    else:
+        print(_report(found, largest))
+    if arguments.out and found:
+        draw(found, arguments.out)
+
+
+def _report(found: Damage | None, largest: list[Largest] | None) -> str:
     pieces = [] if found is None else [_totals(found), *([_sources(found.sources, found)] if found.sources else [])]
-    print("\n\n".join(pieces + ([] if largest is None else [_activations(largest)])))
+    return "\n\n".join(pieces + ([] if largest is None else [_activations(largest)]))
 
 
 def _totals(found: Damage) -> str:

@@ -44,7 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
         from qwen3np.serve.service import Service
     except ImportError as error:
         raise ValueError(f"serve needs {error.name}: pip install qwen3np[serve]") from None
-    if arguments.max_waiting < 1 or not arguments.timeout > 0 or not (arguments.cache_memory or 1) > 0:
+    if not 0 <= arguments.port < 1 << 16:
+        raise ValueError(f"--port {arguments.port}: ports are 0 to 65535")
+    sizes = (arguments.max_waiting, arguments.timeout, arguments.cache_memory)
+    if not all(x is None or x > 0 for x in sizes):
         raise ValueError("--max-waiting, --timeout and --cache-memory must be positive")
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     listener = socket.create_server((arguments.host, arguments.port), family=family, backlog=512)

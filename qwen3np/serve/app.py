@@ -101,9 +101,7 @@ class _Door:
         except (_Gone, ClientDisconnect):
             response = Response(status_code=499)
         except Exception as error:
-            body, status = failure(error)
-            if status == 500:
-                print(one_line(traceback.format_exc().replace("\n", " | ")), file=sys.stderr, flush=True)
+            body, status = _failure(error)
             if isinstance(error, Busy):
                 headers["Retry-After"] = "1"
             if status == 401:
@@ -127,6 +125,15 @@ class _Door:
             raise BadRequest("the API key is missing or wrong", 401)
 
 
+def _failure(error: Exception) -> tuple[dict[str, Any], int]:
+    """Return body and status of an error; one that is no request's fault gets a line in the log."""
+    body, status = failure(error)
+    if status == 500:
+        lines = "".join(traceback.format_exception(error))
+        print(one_line(lines.replace("\n", " | ")), file=sys.stderr, flush=True)
+    return body, status
+
+
 class _Gone(Exception):
     """The client closed the connection."""
 
@@ -147,8 +154,8 @@ class _Events(StreamingResponse):
             try:
                 async for chunk in stream.chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
-            except (ValueError, Busy, TimeoutError) as error:
-                yield f"data: {json.dumps(failure(error)[0])}\n\n"
+            except Exception as error:
+                yield f"data: {json.dumps(_failure(error)[0])}\n\n"
             yield "data: [DONE]\n\n"
 
         super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -29,19 +29,25 @@ def prompt_text(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> str:
     for name, value in extra.items():
         if name in _TAKEN or not isinstance(value, (bool, int, float, str)):
             raise BadRequest(f"chat_template_kwargs: {name[:100]!r} cannot be set", parameter="chat_template_kwargs")
+    try:
+        tools, extra = _escaped(fields["tools"] or None, tokenizer), _escaped(extra, tokenizer)
+    except RecursionError:
+        raise BadRequest("tools: nested too deeply", parameter="tools") from None
     return tokenizer.apply_chat_template(
         escaped(messages, tokenizer),
-        tools=_escaped(fields["tools"] or None, tokenizer),
+        tools=tools,
         add_generation_prompt=fields["add_generation_prompt"],
         continue_final_message=fields["continue_final_message"],
-        **_escaped(extra, tokenizer),
+        **extra,
     )
 
 
 def _message(message: Mapping[str, Any], n: int) -> dict[str, Any]:
     """A message as templates expect it: the arguments of tool calls as objects. Raises BadRequest."""
     content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
+    if isinstance(content, list) and not all(
+        isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in content
+    ):
         raise BadRequest(f"messages[{n}].content must be a text or a list of text parts", parameter="messages")
     if calls is None:
         return dict(message)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen3np.serve.answers import Text, completion_logprobs, prompt_logprobs
-from qwen3np.serve.fields import BadRequest
+from qwen3np.serve.fields import ANSWERS, BadRequest
 from qwen3np.serve.scheduler import Job, Prompt, Token
 from qwen3np.serve.service import Service, Stream, answered, strings
 
@@ -20,6 +20,8 @@ async def complete(service: Service, fields: Mapping[str, Any]) -> dict[str, Any
     given = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     encode = service.tokenizer.encode
     prompts = await asyncio.to_thread(lambda: [encode(p) if isinstance(p, str) else p for p in given])
+    if len(prompts) * fields["n"] > ANSWERS:
+        raise BadRequest(f"{len(prompts)} prompts with n {fields['n']} are more than {ANSWERS} answers", parameter="n")
     if fields["max_tokens"] == 0 and not fields["echo"] and fields["prompt_logprobs"] is None:
         raise BadRequest("max_tokens 0 needs echo or prompt_logprobs", parameter="max_tokens")
     if fields["stream"] and (fields["echo"] or fields["prompt_logprobs"] is not None):

@@ -12,6 +12,7 @@ from qwen3np.rules import REQUIRED, Rule, finite, whole
 
 BODY = 4 << 20  # bytes
 _TEXTS, _STOPS, _CHOICES, _TOP = 2048, 16, 16, 20  # the most of each that a request may have
+ANSWERS, _NAMES = 256, 200  # and of answers and fields
 
 
 class BadRequest(ValueError):
@@ -191,6 +192,8 @@ def checked(given: Any, rules: Mapping[str, Rule]) -> tuple[dict[str, Any], list
     """
     if not isinstance(given, dict):
         raise BadRequest("the body must be a JSON object")
+    if len(given) > _NAMES:
+        raise BadRequest(f"the body has more than {_NAMES} fields")
     for name, value in given.items():
         if name not in rules:
             if near := get_close_matches(name, rules, 1, 0.9):

@@ -22,7 +22,7 @@ from qwen3np.cache import KVCache
 from qwen3np.errors import ContextOverflowError
 from qwen3np.model import Model
 from qwen3np.numerics import Array, named
-from qwen3np.sampling import generators, log_probabilities, sample
+from qwen3np.sampling import generator, log_probabilities, sample
 from qwen3np.serve.prefixes import Joined, Prefixes
 from qwen3np.settings import checked, require_ids
 
@@ -197,10 +197,10 @@ class Scheduler:
         while self._waiting:
             job = self._waiting[0]
             taken = self._per_position * sum(other.room for other in [*self._running, job])
-            while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
-                pass
             if taken > self.memory:
                 return
+            while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
+                pass
             with self._changed:
                 self._waiting.popleft()
             self._running.append(job)
@@ -209,7 +209,7 @@ class Scheduler:
     def _start(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.cache = self._new_cache(job.room)
-            job.rng = generators(job.settings["seed"], job.row + 1)[-1]
+            job.rng = generator(job.settings["seed"], job.row)
             if job.prompt_top is None:
                 job.reused = self._prefixes.fill(job.cache, job.ids)
 
@@ -292,10 +292,11 @@ class Scheduler:
         if job.cache is None or self._prefixes.holds(job.ids):
             return
         taken = self._per_position * (length + sum(other.room for other in self._running))
+        if taken > self.memory:
+            return
         while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
             pass
-        if taken <= self.memory:
-            self._prefixes.keep(job.cache, job.ids, self._new_cache(length))
+        self._prefixes.keep(job.cache, job.ids, self._new_cache(length))
 
 
 def _scored(logprobs: Array, token: int, top: int) -> Token:

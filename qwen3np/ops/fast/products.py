@@ -135,7 +135,7 @@ def _block(w: Array, num: Numerics) -> Array:
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
     """Write x Wᵀ to y, one row of x at a time: dot products, with the bits of a single row."""
-    if len(x) == 1:
+    if len(x) == 1 and cuts_keep_bits():
         np.dot(w, x[0], out=y[0])
         return
     cut = _multiple(len(w), NEAR)
