@@ -63,7 +63,8 @@ def test_drawn_completions_equal_generate(client, count):
             assert choice.logprobs.model_extra["token_ids"] == new
             assert choice.text == MODEL.text.decode(new, skip_special_tokens=True)
             logprobs = MODEL.score(ids + new)[-len(new) :]
-            np.testing.assert_allclose(choice.logprobs.token_logprobs, logprobs, rtol=1e-6, atol=1e-5)
+            # prompts of more than 128 tokens are computed in other pieces: up to 2.3e-5 in these draws, of logits to 20
+            np.testing.assert_allclose(choice.logprobs.token_logprobs, logprobs, rtol=1e-6, atol=4e-5)
             assert choice.finish_reason == ("stop" if new[-1] in ends else "length")
         assert found.usage.prompt_tokens == len(ids)
         assert found.usage.completion_tokens == sum(map(len, truth))

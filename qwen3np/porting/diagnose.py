@@ -217,12 +217,12 @@ def _tried(bench: Bench, more: tuple[Bug, ...]) -> list[Trial]:
 
 
 def _first_named(trials: list[Trial], bench: Bench) -> list[Trial]:
-    """Put first, of causes that the dump cannot tell apart, the one that comes first in the catalogue."""
+    """Put first, of causes that the dump cannot tell apart, a whole one, the first of them in the catalogue."""
     if not trials or not trials[0].consistent:
         return trials
     order = {bug.name: i for i, bug in reversed(list(enumerate(BUGS)))}
     alike = [t for t in trials if t.consistent and len(t.bugs) == 1 and not told_apart(trials[0], t, bench)]
-    first = min(alike, key=lambda t: order.get(t.name, -1), default=trials[0])
+    first = min(alike, key=lambda t: (t.bugs[0].decode is not None, order.get(t.name, -1)), default=trials[0])
     if len(trials[0].bugs) > 1 or trials[0].name not in order or first.name not in order:
         return trials
     return [first, *(t for t in trials if t is not first)]
