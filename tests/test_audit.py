@@ -382,6 +382,19 @@ def test_exit_status_and_json(file, tmp_path, capsys):
     assert run(file, "--out", tmp_path) == 2
 
 
+def test_json_says_what_is_unusable(tmp_path, capsys):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"prompt_ids": [1], "ids": [2]}\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(path), "--json"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (found["verdict"], found["causes"]) == ("unusable", [])
+    assert "no log-probabilities" in found["reason"]
+    assert "no log-probabilities" in printed.err
+
+
 def test_the_page_holds_the_verdict_and_escapes_all_text(builtin, file, tmp_path):
     out = tmp_path / "report.html"
     assert run(file, "--out", out) == 0

@@ -60,6 +60,21 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("give either a file of rollouts or --url")
     arguments.weights_dtype = "auto"
     model = load_named(arguments)
+    try:
+        found = _audited(model, fields, arguments)
+    except ValueError as error:
+        if arguments.json:
+            print(json.dumps({"verdict": "unusable", "causes": [], "reason": one_line(str(error))}))
+        raise
+    if arguments.out:
+        with written_aside(arguments.out) as part:
+            part.write_bytes(page(found, model, arguments.model or "the small built-in checkpoint").encode())
+        print(f"[{arguments.out}: open it in a browser]", file=sys.stderr)
+    print(json.dumps(found.as_json()) if arguments.json else summary(found, model, fields))
+    sys.exit(found.verdict == "different")
+
+
+def _audited(model: Model, fields: Fields, arguments: argparse.Namespace) -> Audit:
     vocabulary = model.config.vocab_size
     if arguments.url is None:
         rollouts = read_rollouts(arguments.rollouts, model.tokenizer, vocabulary, fields)
@@ -75,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     others = {name: load(name) for name in arguments.other}
     with progress_bar(sum(len(r.prompt) + len(r.ids) for r in rollouts), "audited") as bar:
-        found = audited(
+        return audited(
             rollouts,
             model,
             others={name: (m.weights, m.config) for name, m in others.items()},
@@ -83,12 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
             fields=fields.used,
             progress=bar.update,
         )
-    if arguments.out:
-        with written_aside(arguments.out) as part:
-            part.write_bytes(page(found, model, arguments.model or "the small built-in checkpoint").encode())
-        print(f"[{arguments.out}: open it in a browser]", file=sys.stderr)
-    print(json.dumps(found.as_json()) if arguments.json else summary(found, model, fields))
-    sys.exit(found.verdict == "different")
 
 
 def _pair(written: str) -> tuple[str, str]:
