@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from qwen3np.errors import one_line
+from qwen3np.errors import CheckpointError, NonFiniteError, one_line
 from qwen3np.grammar import Grammars, Processor
 from qwen3np.model import Model
 from qwen3np.rules import Rule
@@ -75,6 +75,7 @@ class Service:
             settings["stop"] = said_in(self.tokenizer, stops)
         if grammar is not None:
             settings["logits_processors"] = [grammar]
+            settings["stop_ids"] |= self.tokenizer.turn_ends  # each of which a grammar may end with
         return settings | ({"max_new_tokens": 0} if most == 0 else {})
 
     def grammar(self, wanted: Mapping[str, Any] | None, after: int | None = None) -> Processor | None:
@@ -157,7 +158,7 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
             status, kind = 503, "service_unavailable"
     elif isinstance(error, TimeoutError):
         status, kind = 504, "timeout"
-    elif not isinstance(error, ValueError):
+    elif not isinstance(error, ValueError) or isinstance(error, (CheckpointError, NonFiniteError)):
         status, kind = 500, "server_error"
     message = one_line(error) if status != 500 else "an internal error; the server's log has it"
     body = {"message": message, "type": kind, "param": getattr(error, "parameter", None), "code": None}
