@@ -250,7 +250,7 @@ def simulate(job: Job, machines: int, *, copies: bool = True, seed: int = 0) -> 
 # Measured here, as SCALE.md says: seconds, and tokens/s of a machine.
 REQUEST = 1.46e-3  # an embedding of 26 tokens with the built-in checkpoint, on one core
 READING, PASSING = 3.3e-5, 5.8e-3  # the client's time for a request; the scheduler's and the network's for a packet
-EMBEDDED, SCORED = 370.0, 290.0  # Qwen3-0.6B's size on two cores: the last state alone, and all log-probabilities
+EMBEDDED, SCORED = 190.0, 85.0  # Qwen3-0.6B's size on two cores: the last state alone, and all log-probabilities
 IN_PACKET = 190  # such requests in a packet
 
 

@@ -219,7 +219,7 @@ def fuzz(a):
 def decode(a):
     """Print tokens per second of 1 client and of 8."""
     make_if_missing(a.model, a)
-    with server("--model", str(a.model)) as (address, *_):
+    with server("--model", str(a.model), "--weights-dtype", a.weights_dtype) as (address, *_):
 
         def ask(n):
             asked = {"prompt": [n + 1, n + 2, n + 3], "max_tokens": 24, "temperature": 1.0, "seed": n}
@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of the stress (600)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=Path("random-0.6B"), help="the folder for decode")
+    parser.add_argument("--weights-dtype", default="auto", help="float32, mapped or auto, for decode")
     add_checkpoint(parser)
     a = parser.parse_args()
     for part in a.parts:
