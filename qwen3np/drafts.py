@@ -23,13 +23,13 @@ from qwen3np.sampling import sample
 from qwen3np.settings import Checkpoint
 from qwen3np.weights import count_parameters
 
+PREFILL_CHUNK = 512  # positions of a long prompt computed at once: enough to be bound by arithmetic, not by memory
 # With the token before them these are 8 rows, each of which has the bits that it has alone.
 MOST = 7
 # What a further row adds to the time of a pass: 0.1 (bfloat16, mapped) to 0.25 (float32), at the size of Qwen3-0.6B.
 COST = 0.15
 # How much a guess changes the estimate of how many are right.
-WEIGHT = 0.2
-CHUNK = 512  # positions of a long prompt that the smaller model computes at once
+WEIGHT = 0.2  # of ids per pass over twelve texts that repeat their prompt, 0.1 and 0.3 give no more
 NGRAMS = (4, 3, 2)  # how many ids must have occurred before: the first of these for which they have
 
 Choose: TypeAlias = Callable[[Array, "list[int]"], int]  # (logits (V,), guesses so far) -> the next guess
@@ -37,9 +37,9 @@ Guess: TypeAlias = Callable[[Array, int, Choose], "list[int]"]  # (ids so far, a
 
 
 def look_up(ids: Array, most: int, choose: Choose) -> list[int]:
-    """Return what followed the last ids when they last occurred: prompt lookup (Saxena, 2023).
+    """Return up to `most` ids that followed the last ids when they last occurred. ids (N,).
 
-    https://github.com/apoorvumang/prompt-lookup-decoding
+    Prompt lookup: Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
     """
     for n in NGRAMS:
         if len(ids) > n:
@@ -60,9 +60,9 @@ def small_model(model: Checkpoint, room: int) -> Guess:
         guesses: list[int] = []
         new = ids[cache.keep_prefix(0, ids[:-1].tolist()) :].tolist()
         while len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length:
-            while len(new) > CHUNK:
-                forward(model.weights, model.config, new[:CHUNK], cache, last_only=True, head=False)
-                new = new[CHUNK:]
+            while len(new) > PREFILL_CHUNK:
+                forward(model.weights, model.config, new[:PREFILL_CHUNK], cache, last_only=True, head=False)
+                new = new[PREFILL_CHUNK:]
             logits = forward(model.weights, model.config, new, cache, last_only=True)[0, 0]
             if not np.isfinite(logits).all():
                 break

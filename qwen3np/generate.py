@@ -12,7 +12,7 @@ import numpy as np
 from qwen3np import guard
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
-from qwen3np.drafts import Answer, drafts_of
+from qwen3np.drafts import PREFILL_CHUNK, Answer, drafts_of
 from qwen3np.errors import ContextOverflowError
 from qwen3np.numerics import Array, named
 from qwen3np.padding import unpadded
@@ -23,8 +23,6 @@ from qwen3np.weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-PREFILL_CHUNK = 512  # positions of a long prompt computed at once: enough to be bound by arithmetic, not by memory
 
 
 class Step(NamedTuple):

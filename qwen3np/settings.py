@@ -259,7 +259,7 @@ def require_ids(chosen: dict[str, Any], config: Config) -> None:
     if draft is not None and draft.config.vocab_size != config.vocab_size:
         raise ValueError(
             f"assistant_model: its vocabulary has {draft.config.vocab_size} ids, and must have the {config.vocab_size} "
-            f"of this model"
+            "of this model"
         )
     chosen["stop_ids"] = frozenset(config.eos_token_id if chosen["stop_ids"] is None else chosen["stop_ids"])
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import httpx
 import openai
+import pytest
 import uvicorn
 
 import qwen3np
@@ -18,6 +19,15 @@ from qwen3np.serve.scheduler import Scheduler
 from qwen3np.serve.service import Service
 
 http = httpx.Client(timeout=60)
+
+
+def wait_until(holds):
+    """Wait until holds() is true, or fail."""
+    for _ in range(400):
+        if holds():
+            return
+        time.sleep(0.01)
+    pytest.fail("did not happen within 4 s")
 
 
 def client(address, key="none"):

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,19 +20,11 @@ from qwen3np.model import Model
 from qwen3np.tokenizer import Tokenizer
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
-http, httpx, serve = serving.http, serving.httpx, serving.serve
+http, httpx, serve, wait_until = serving.http, serving.httpx, serving.serve, serving.wait_until
 
 CAPITAL = "The capital of France is"
 LONG = {"prompt": CAPITAL, "max_tokens": 250, "logit_bias": {"2022": -100, "2024": -100}}
 PER_POSITION = 2 * 4 * 2 * 64 * 4  # bytes: keys and values, layers, KV heads, head_dim, float32
-
-
-def wait_until(holds):
-    for _ in range(400):
-        if holds():
-            return
-        time.sleep(0.01)
-    pytest.fail("did not happen within 4 s")
 
 
 def test_a_client_that_leaves_ends_its_answer():

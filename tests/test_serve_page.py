@@ -24,7 +24,7 @@ from qwen3np.serve.scheduler import Busy
 from qwen3np.tokenizer import Tokenizer
 
 serving = pytest.importorskip("serving", reason="the server and its tests need the extra `test`")
-http, serve = serving.http, serving.serve
+http, serve, wait_until = serving.http, serving.serve, serving.wait_until
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -161,14 +161,6 @@ def wait(browser, script, *arguments):
     from selenium.webdriver.support.wait import WebDriverWait
 
     return WebDriverWait(browser, 10, 0.02).until(lambda _: browser.execute_script(script, *arguments))
-
-
-def wait_until(holds):
-    for _ in range(400):
-        if holds():
-            return
-        time.sleep(0.01)
-    pytest.fail("did not happen within 4 s")
 
 
 def ask(browser, question, *, done=True):

@@ -169,7 +169,7 @@ class Variant:
     config: Config
     table: Mapping[str, Point] = field(default_factory=lambda: POINTS)
     numerics: Numerics = field(default_factory=lambda: named(FLOAT32.name))
-    stepped: bool = False  # the prompt, then each token by itself, as an engine generates
+    stepped: bool = False  # the prompt, then one token after another, as an engine generates
     alone: bool = False  # no two rollouts in one batch: later positions of another one would be seen
     replayed: bool = False  # with the experts that the rollouts name
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ import numpy as np
 import qwen3np
 from qwen3np.batches.requests import GENERATING, Request
 from qwen3np.embeddings import embed, rerank
-from qwen3np.errors import CheckpointError, one_line
+from qwen3np.errors import CheckpointError
 from qwen3np.loading import load
 from qwen3np.memory import available_memory
 from qwen3np.model import Model
@@ -208,16 +207,13 @@ class Answers:
         return self.service.tokenizer.encode(given) if isinstance(given, str) else given
 
     def _line(self, request: Request, outcome: dict[str, Any] | Exception) -> bytes:
-        """A line of results, without what differs between runs: ids and times drawn anew, and reused prefixes."""
+        """Return a line of results, without what differs between runs: new ids, times, and reused prefixes."""
         name, status = tag(request.key), 200
         body: dict[str, Any]
         if isinstance(outcome, CheckpointError):
             raise outcome
         if isinstance(outcome, Exception):
             body, status = failure(outcome)
-            if status == 500:
-                trace = "".join(traceback.format_exception(outcome)).replace("\n", " | ")
-                print(one_line(trace), file=sys.stderr, flush=True)
         else:
             body = {**outcome, "system_fingerprint": self.fingerprint}
             if request.url in GENERATING:

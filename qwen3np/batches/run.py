@@ -66,7 +66,7 @@ def run(
 
 
 def _slices(requests: Iterator[Request], size: int | None) -> Iterator[Iterator[Request]]:
-    """Yield iterators over so many requests each, or over all; each is to be used up before the next."""
+    """Yield iterators over `size` requests each, or one over all; each must be exhausted before the next."""
     for first in requests:
         yield chain([first], requests if size is None else islice(requests, size - 1))
 

@@ -8,7 +8,6 @@ import ipaddress
 import json
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -101,7 +100,7 @@ class _Door:
         except (_Gone, ClientDisconnect):
             response = Response(status_code=499)
         except Exception as error:
-            body, status = _failure(error)
+            body, status = failure(error)
             if isinstance(error, Busy):
                 headers["Retry-After"] = "1"
             if status == 401:
@@ -125,15 +124,6 @@ class _Door:
             raise BadRequest("the API key is missing or wrong", 401)
 
 
-def _failure(error: Exception) -> tuple[dict[str, Any], int]:
-    """Return body and status of an error; one that is no request's fault gets a line in the log."""
-    body, status = failure(error)
-    if status == 500:
-        lines = "".join(traceback.format_exception(error))
-        print(one_line(lines.replace("\n", " | ")), file=sys.stderr, flush=True)
-    return body, status
-
-
 class _Gone(Exception):
     """The client closed the connection."""
 
@@ -155,7 +145,7 @@ class _Events(StreamingResponse):
                 async for chunk in stream.chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
             except Exception as error:
-                yield f"data: {json.dumps(_failure(error)[0])}\n\n"
+                yield f"data: {json.dumps(failure(error)[0])}\n\n"
             yield "data: [DONE]\n\n"
 
         super().__init__(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -148,7 +150,7 @@ def usage(answers: Answers, choices: int) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> tuple[dict[str, Any], int]:
-    """The body and the status of an error, in OpenAI's form."""
+    """Return the body and the status of an error, in OpenAI's form; the log has what is no request's fault."""
     status, kind = 400, "invalid_request_error"
     if isinstance(error, BadRequest):
         status = error.status
@@ -160,7 +162,10 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
         status, kind = 504, "timeout"
     elif not isinstance(error, ValueError) or isinstance(error, (CheckpointError, NonFiniteError)):
         status, kind = 500, "server_error"
-    message = one_line(error) if status != 500 else "an internal error; the server's log has it"
+    message = one_line(error)
+    if status == 500:
+        trace, message = "".join(traceback.format_exception(error)), "an internal error; the server's log has it"
+        print(one_line(trace.replace("\n", " | ")), file=sys.stderr, flush=True)
     body = {"message": message, "type": kind, "param": getattr(error, "parameter", None), "code": None}
     return {"error": body}, status
 
