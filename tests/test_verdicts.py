@@ -126,7 +126,7 @@ class Later(Recording):
         plain = Rerun(weights, config, FLOAT32, empty.passes, {})
         exact = replace(plain, numerics=FLOAT64, computed={})
         floors = {}
-        for run in (plain, *noisy_runs(plain, ids.size * config.hidden_size)):
+        for run in (plain, *noisy_runs(plain, ids.size * config.hidden_size, "float32")):
             for name in names:
                 away, by_token = distance(run.made(name), exact.made(name), position_axis(name))
                 before = floors.get(name, (0.0, 0.0))

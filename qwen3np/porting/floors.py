@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -27,7 +27,7 @@ MARGIN = 4.0  # how many floors are still rounding: another order of summation, 
 # Minimum floors, a fraction of one rounding: some points are exact in the reference.
 LEAST = {"float32": 2**-25, "float16": 2**-13, "bfloat16": 2**-10, "float64": 2**-55}
 DIGITS = {"float32": 23, "float16": 10, "bfloat16": 7}  # binary, after the first
-FEW = 1 << 18  # points with fewer numbers are measured several times, because luck affects them
+FEW = 1 << 18  # points with fewer numbers are also measured with drawn errors, because luck affects them
 DRAWS = 2
 # The farthest way to rotate is a bound and no noise: MARGIN on the whole of it would be too wide. With half of it real
 # programs are at most 2 floors away (llama.cpp; MLX: 1.9), and MARGIN is twice the bound.
@@ -47,6 +47,26 @@ class _Half(Numerics):
 
 
 HALF = _Half("float16", np.dtype(np.float32), np.dtype(np.float16), rounds=True)
+
+
+@dataclass(frozen=True)
+class _Drawn(Numerics):
+    """float32 arithmetic with a drawn error of up to half a unit in the last place wherever 16 bits round something.
+
+    One program may be lucky where numbers nearly cancel: another one, just as right, is then many times further off.
+    """
+
+    short: Numerics = HALF
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)
+
+    def round(self, x: Array) -> Array:
+        unit = np.spacing(np.abs(x)) * np.float32(2 ** (DIGITS["float32"] - DIGITS[self.short.name]))
+        with np.errstate(invalid="ignore"):  # of -inf, which is exact
+            off = x + unit * (self.rng.random(x.shape, np.float32) - np.float32(0.5))
+        return np.where(self.short.round(x) == x, x, off)
+
+    def widen(self, x: Array) -> Array:
+        return self.round(x.astype(self.dtype))
 
 
 def numerics_of(name: str) -> Numerics:
@@ -217,7 +237,11 @@ def noisy(draws: Draws, points: Mapping[str, Point] = POINTS) -> dict[str, Point
     return changed
 
 
-def noisy_runs(right: Rerun, size: int) -> list[Rerun]:
-    """Return the rerun with drawn errors in float32, several times where its points have few numbers."""
-    seeds = range(DRAWS if size < FEW else 1)
-    return [replace(right, table=noisy(Draws(seed), right.table), numerics=FLOAT32, computed={}) for seed in seeds]
+def noisy_runs(right: Rerun, size: int, port: str) -> list[Rerun]:
+    """Return the rerun with drawn errors in a precision, several times where its points have few numbers."""
+    if port == FLOAT32.name:
+        seeds = range(DRAWS if size < FEW else 1)
+        return [replace(right, table=noisy(Draws(seed), right.table), numerics=FLOAT32, computed={}) for seed in seeds]
+    dtype, short = FLOAT32.dtype, numerics_of(port)
+    drawn = [_Drawn(port, dtype, dtype, True, short=short, rng=np.random.default_rng(seed)) for seed in range(DRAWS)]
+    return [replace(right, numerics=numerics, computed={}) for numerics in drawn if size < FEW]

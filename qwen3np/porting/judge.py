@@ -134,7 +134,7 @@ def added_errors(
     right = Rerun(weights, golden.config, FLOAT64, golden.passes, given, table)
     n = numerics_of(port)
     rounded = [replace(right, numerics=n, computed={})]
-    drawn = noisy_runs(right, golden.ids.size * golden.config.hidden_size) if port == "float32" else []
+    drawn = noisy_runs(right, golden.ids.size * golden.config.hidden_size, port) if port == "float32" else []
     added: dict[str, tuple[float, float, bool]] = {}
     floors: dict[str, float] = {}  # of a point in any pass so far
     for prefix, _, _ in golden.passes:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from qwen3np.files.writing import written_aside
 from qwen3np.guard import checked_ids, forward, position_axis, require_finite, require_finite_point
 from qwen3np.numerics import FLOAT64, Array, named
 from qwen3np.porting.floors import HALF, noisy_runs
-from qwen3np.porting.points import Rerun, point_names, split_layer, split_pass
+from qwen3np.porting.points import CHOICE, Rerun, point_names, split_layer, split_pass
 from qwen3np.verify import sha256
 
 METADATA = "qwen3np"  # the key in the header of a safetensors file
@@ -85,9 +85,7 @@ class Recording:
         try:
             with written_aside(path) as part:
                 part.touch()
-                mode = (
-                    part.stat().st_mode
-                )  # the mode of new files here; safetensors creates files that only their owner can read
+                mode = part.stat().st_mode  # of new files here; safetensors makes its own unreadable for others
                 save_file(points, part, {METADATA: json.dumps(about)})
                 part.chmod(mode)
         except SafetensorError as error:
@@ -243,7 +241,9 @@ def record(
         else:
             trace(weights, config, prompt, measure, numerics=name, **chosen)
     right = Rerun(weights, config, HALF, passes_of(all_ids, steps), {})
-    runs = [("float16", right), *(("float32", run) for run in noisy_runs(right, prompt.size * config.hidden_size))]
+    experts = {name: x for name, x in recorded.items() if name.endswith(CHOICE) and tokens is None}
+    alike, size = replace(right, given=experts), prompt.size * config.hidden_size
+    runs = [("float16", right), *((name, run) for name in floors for run in noisy_runs(alike, size, name))]
     last = list(recorded)[-1]
     for of, run in runs:
         measure = measured(floors[of])
