@@ -1097,7 +1097,10 @@ GROUPS = [
                 'if part[0] == "B" and part[1] in "df" and "S" in axes:',
                 "if False:",
             ),
-            "no cache of repeated heads": ("for notes, form in forms:", "for notes, form in forms[:1]:"),
+            "no cache of repeated heads": (
+                "for notes, form in forms:\n            if axis",
+                "for notes, form in forms[:1]:\n            if axis",
+            ),
         },
     ),
     (
@@ -1131,6 +1134,40 @@ GROUPS = [
             "a shape that fits no layout is a bug": ('PointReport(name, "unread",', 'PointReport(name, "different",'),
             "nothing said of such a shape": ("    if aligned.misfits:\n", "    if False:\n"),
         },
+    ),
+    (
+        "porting/shapes.py",
+        "harmless",
+        {
+            "copies are not padded": ("        forms += [(notes, form | {", "        _ = [(notes, form | {"),
+            "one copy alone": ("in product(sequences, lengths):", "in product(sequences[:1], lengths):"),
+        },
+    ),
+    (
+        "porting/layouts.py",
+        "harmless",
+        {"copies are positions where one is nearer": ("<= 10 * best[chosen][0]:", "< 0:")},
+    ),
+    (
+        "porting/harmless.py",
+        "harmless compare",
+        {
+            "a shift that nothing shows": (" or not any(follows(first[0], name) for name in found)", ""),
+            "a shift of some passes": (
+                "not first or not all(name in shifts for name in first)",
+                "not first or first[0] not in shifts",
+            ),
+            "another shift elsewhere": (
+                "all(np.array_equal(shift, other) for other in shifts.values())",
+                "True",
+            ),
+            "angles of other positions": ("positions + self.shift[:, None])", "positions)"),
+        },
+    ),
+    (
+        "porting/floors.py",
+        "harmless",
+        {"no other luck in 16 bits": ("for numerics in drawn if size < FEW]", "for numerics in drawn[:0]]")},
     ),
     (
         "training/gradients.py",

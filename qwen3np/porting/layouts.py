@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import numpy as np
 
 from qwen3np.config import Config
@@ -19,7 +21,8 @@ def recognise(
 
     Of the readings that fit the point's whole shape, or the shape of what the recording keeps of it, the one nearest to
     the reference; None where there is none. A less plain one must be nearer by far: noise alone decides between two
-    wrong ones. Of several sequences that are read alike, the one farthest away.
+    wrong ones. Of several sequences that are read alike, the one farthest away, also where most of them are as near as
+    a reading in which they would be positions.
     """
     reference, axis = golden.points[name], position_axis(name)
     start = _start(golden, name)
@@ -27,6 +30,7 @@ def recognise(
     if reference.shape != shape:
         options += [(reading, False) for reading in readings(name, x, reference.shape, golden.config, whole=False)]
     best: dict[tuple[str, ...], tuple[float, Array, Array, Array]] = {}
+    copies: dict[tuple[str, ...], list[float]] = {}
     for reading, is_whole in options:
         y = reading.x
         part = golden.cut(name, y) if is_whole and LAST not in reading.notes else y
@@ -37,6 +41,8 @@ def recognise(
         away = away if np.isfinite(away) else np.inf
         notes = (*reading.notes, *(() if is_whole or LAST in reading.notes else ("cut as the recording",)))
         is_copy = any(note.endswith(COPIES) for note in notes)
+        if is_copy:
+            copies.setdefault(notes, []).append(away)
         if notes not in best or (away > best[notes][0] if is_copy else away < 0.1 * best[notes][0]):
             best[notes] = away, y, part, truth
     if not best:
@@ -46,6 +52,10 @@ def recognise(
         if chosen is None or away < 0.1 * best[chosen][0]:
             chosen = notes
     assert chosen is not None
+    for notes, each in copies.items():
+        half = (len(each) - 1) // 2 if x.ndim >= len(shape) else len(each) // 2
+        if chosen not in copies and sorted(each)[half] <= 10 * best[chosen][0]:
+            chosen = notes
     away, y, part, truth = best[chosen]
     notes = tuple(note for note in chosen if note != "cut as the recording")
     if permuted and away > 0.1 and y.shape == shape and golden.heads is None:
@@ -88,6 +98,6 @@ def _permuted(name: str, x: Array, order: list[int], config: Config) -> Array:
 
 
 def _start(golden: Recording, name: str) -> int:
-    """Return the first position of a point's pass."""
+    """Return how many positions come before a point's pass."""
     own = split_pass(name)[0]
-    return next(int(positions[0, 0]) for prefix, _, positions in golden.passes if prefix == own)
+    return sum(ids.shape[1] for _, ids, _ in takewhile(lambda p: p[0] != own, golden.passes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from math import prod
 
 import numpy as np
@@ -24,6 +24,7 @@ HEAD_ORDER, SO_FAR, PADDED = "heads in another order", "only the positions so fa
 WINDOW, CACHE, REPEATED = "only the positions in the window", "the new positions of a cache", "heads repeated"
 COPIES = "equal sequences"
 EXCHANGED, FLATTENED, APART = "heads and positions exchanged", "heads flattened", "heads apart"
+FLAT = ("q_proj", "k_proj", "v_proj", "context")  # with one axis for heads and lanes
 ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm", "q_rope", "k_rope")
 
 
@@ -38,7 +39,7 @@ class Reading:
 def letters(kind: str) -> str:
     """Return the axes of a point in the reference's order; flat points join h and d."""
     kind = kind.rpartition(".")[2]
-    if kind in ("q_proj", "k_proj", "v_proj", "context", "q_norm", "k_norm"):
+    if kind in (*FLAT, "q_norm", "k_norm"):
         return "BShd"
     return {"q_rope": "BhSd", "k_rope": "BhSd", "scores": "BhST", "probs": "BhST"}.get(kind, "BSf")
 
@@ -96,15 +97,17 @@ def _lengths(
     kind: str, x: Array, sizes: dict[str, int], config: Config, start: int
 ) -> Iterator[tuple[tuple[str, ...], dict[str, int]]]:
     """Yield lengths of the axes, B, h, S and T other than the point's where x has more or fewer numbers."""
-    yield (), sizes
-    if sizes["S"] > 1:
-        yield (LAST,), sizes | {"S": 1}
     forms: list[tuple[tuple[str, ...], dict[str, int]]] = [((), sizes)]
     if kind.endswith(("_rope", "_norm", "k_proj", "v_proj")) and kind.rpartition(".")[2][0] in "kv":
         heads = config.num_attention_heads
         if heads > sizes["h"]:
             forms.append(((REPEATED,), sizes | {"h": heads}))
-            yield forms[1]
+    whole = x.ndim >= len(sizes) - kind.endswith(FLAT)
+    if whole and x.shape[0] > sizes["B"] and x.shape[0] % sizes["B"] == 0:  # copies
+        forms += [(notes, form | {"B": x.shape[0]}) for notes, form in forms]
+    yield from forms
+    if sizes["S"] > 1:
+        yield from (((*notes, LAST), form | {"S": 1}) for notes, form in forms)
     for axis in ("S", "T", "B", *("f" if kind == "lm_head" else "")):
         for notes, form in forms:
             if axis not in form:
@@ -115,11 +118,13 @@ def _lengths(
             if length > form[axis] or (axis == "T" and slides(config)):
                 yield notes, form | {axis: length}
     if "T" in sizes:  # a padded prefill has square scores
-        square = round((x.size / max(sizes["B"] * sizes["h"], 1)) ** 0.5)
-        if square > sizes["T"] and square * square * sizes["B"] * sizes["h"] == x.size:
-            yield (), sizes | {"S": square, "T": square}
-        if sizes["S"] > 1 and x.size % (sizes["B"] * sizes["h"]) == 0:
-            yield (LAST,), sizes | {"S": 1, "T": x.size // (sizes["B"] * sizes["h"])}
+        for notes, form in forms:
+            heads = max(form["B"] * form["h"], 1)
+            square = round((x.size / heads) ** 0.5)
+            if square > sizes["T"] and square * square * heads == x.size:
+                yield notes, form | {"S": square, "T": square}
+            if sizes["S"] > 1 and x.size % heads == 0:
+                yield (*notes, LAST), form | {"S": 1, "T": x.size // heads}
 
 
 def _arranged(kind: str, x: Array, sizes: dict[str, int]) -> Iterator[tuple[tuple[str, ...], Array]]:
@@ -128,7 +133,7 @@ def _arranged(kind: str, x: Array, sizes: dict[str, int]) -> Iterator[tuple[tupl
         return
     of, seen = letters(kind), [n for n in x.shape if n != 1]
     axes = [a for a in of if sizes[a] != 1]
-    flat = kind.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "context")
+    flat = kind.endswith(FLAT)
     natural = _joins(seen, axes, sizes)
     for order in permutations(axes):
         joined = _joins(seen, order, sizes)
@@ -211,9 +216,9 @@ def _selected(
             choices.append([(f"{have // need} {COPIES}", slice(i, i + need)) for i in range(0, have - need + 1, need)])
         else:
             choices.append([(None, slice(None))])
-    count = max(map(len, choices))
-    for i in range(count):
-        picks = [c[min(i, len(c) - 1)] for c in choices]
+    sequences, lengths = choices[0], range(max(map(len, choices[1:])))
+    for one, i in product(sequences, lengths):  # positions and keys are padded on the same side
+        picks = [one, *(c[min(i, len(c) - 1)] for c in choices[1:])]
         z = y[tuple(s for _, s in picks)]
         if "T" in of and z.shape[of.index("T")] < sizes["T"]:
             before = [(0, 0)] * (z.ndim - 1) + [(sizes["T"] - z.shape[-1], 0)]
