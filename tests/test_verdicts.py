@@ -165,41 +165,6 @@ def test_right_ways_to_rotate(config, way, head_dim, late):
         assert compare(golden, dumped(coarse), weights=some).first_point == "model.layers.0.self_attn.q_rope"
 
 
-def test_positions_and_heads_in_another_way(config, short_weights, golden):
-    """Queries and keys 1,000 positions on; heads of all projections in another order."""
-
-    def later(own, at, x, positions):
-        return own(x, positions + 1000)
-
-    found = compare(golden, Foreign(config, short_weights, rope=later).run(golden), weights=short_weights)
-    assert found.verdict == "rounding"
-    assert found.meaning.startswith("positions shifted by 1000, for queries and keys alike")
-    dump = Foreign(
-        config, short_weights, rope=lambda own, at, x, p: later(own, at, x, p) if not at.prefix else own(x, p)
-    )
-    found = compare(golden, dump.run(golden), weights=short_weights)
-    assert (found.verdict, found.first_point) == ("different", "model.layers.0.self_attn.q_rope")
-    ropes = {k: x for k, x in dump.points.items() if k.startswith(("model.layers.0", "decode.0.model.layers.0"))}
-    ropes = {k: x for k, x in ropes.items() if k.endswith(("_proj", "_norm", "_rope"))}
-    assert compare(golden, ropes, weights=short_weights).verdict == "different"
-
-    order = np.r_[48:96, 0:48]  # the heads of the two key heads exchanged
-    moved = dict(short_weights)
-    for i in range(2):
-        at = f"model.layers.{i}.self_attn."
-        moved[f"{at}q_proj.weight"] = moved[f"{at}q_proj.weight"][order]
-        moved[f"{at}o_proj.weight"] = moved[f"{at}o_proj.weight"][:, order]
-        for n in "kv":
-            moved[f"{at}{n}_proj.weight"] = np.roll(moved[f"{at}{n}_proj.weight"], 16, 0)
-    found = compare(golden, Foreign(config, moved).run(golden), weights=short_weights)
-    assert found.verdict == "rounding"
-    assert found.meaning.startswith("the same up to the order of the heads")
-    alone = dict(short_weights)
-    alone["model.layers.0.self_attn.q_proj.weight"] = moved["model.layers.0.self_attn.q_proj.weight"]
-    found = compare(golden, Foreign(config, alone).run(golden), weights=short_weights)
-    assert (found.verdict, found.first_point) == ("different", "model.layers.0.self_attn.q_proj")
-
-
 def test_two_names_of_one_point(golden):
     """llama.cpp's `norm` stands beside `result_norm`, which is the final norm."""
     own = {"norm": golden.points["model.layers.1"], "result_norm": golden.points["model.norm"]}

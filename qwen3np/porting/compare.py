@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ from qwen3np.numerics import Array
 from qwen3np.porting.align import PRECISIONS, Aligned, align, digits, reroute
 from qwen3np.porting.bench import TINY, Bench, Trial, usable
 from qwen3np.porting.changes import Bug
+from qwen3np.porting.harmless import Moved, common_shift, moved
 from qwen3np.porting.judge import Comparison, PointReport, Setting, coverage, judge
 from qwen3np.porting.points import POINTS, Point, split_layer, split_pass
 from qwen3np.porting.record import Recording
@@ -32,6 +33,7 @@ MOST = 4  # settings of one port, and candidates for each
 class Compared:
     """A comparison, with everything that it was made from."""
 
+    golden: Recording  # at the port's positions
     aligned: Aligned
     comparison: Comparison
     table: Mapping[str, Point]  # the reference's points, with the port's settings
@@ -99,41 +101,45 @@ def compared(
 ) -> Compared:
     """Compare, and return the comparison with what it was made from. Arguments and errors as in compare."""
 
-    def attempt(permuted: bool, precision: str | None = precision) -> tuple[Aligned, Comparison]:
-        aligned = align(golden, dump, about, names, precision, permuted)
+    def attempt(permuted: bool, precision: str | None = precision) -> Compared:
+        own, aligned = golden, align(golden, dump, about, names, precision, permuted)
+        if (shift := common_shift(aligned.found, golden, aligned.precision)) is not None:
+            own = moved(golden, shift)
+            aligned = align(own, dump, about, names, precision, permuted)
         if weights is not None:
-            aligned = reroute(golden, aligned, weights)
-        return judge(golden, aligned, weights)
+            aligned = reroute(own, aligned, weights)
+        aligned, found = judge(own, aligned, weights)
+        return Compared(own, aligned, found, POINTS, {r.name: r for r in found.points}, [])
 
-    aligned, found = attempt(True)
-    if found.verdict == "different" and any(HEAD_ORDER in r.notes for r in found.points):
-        aligned, found = attempt(False)
+    result = attempt(True)
+    if result.comparison.verdict == "different" and any(HEAD_ORDER in r.notes for r in result.comparison.points):
+        result = attempt(False)
+    aligned = result.aligned
     given = [name for name in aligned.found if name not in aligned.misread]
     lacking = [pattern for pattern in require if not any(_matches(name, pattern) for name in given)]
     if lacking:
         raise ValueError(f"nothing in the dump is {', '.join(lacking)}, which is required")
-    result = Compared(aligned, found, POINTS, {r.name: r for r in found.points}, [])
-    if weights is not None and found.verdict == "different":
-        result = with_settings(golden, result, weights)
+    if weights is not None and result.comparison.verdict == "different":
+        result = with_settings(result, weights)
     if weights is not None and precision is None and aligned.precision != "float32" and _is_mixed(aligned):
-        aligned, found = attempt(True, "float32")
-        other = Compared(aligned, found, POINTS, {r.name: r for r in found.points}, [])
-        other = with_settings(golden, other, weights)
+        other = with_settings(attempt(True, "float32"), weights)
         result = other if other.comparison.verdict == "rounding" else result
+    aligned = result.aligned
     views = [here.view is not None and not here.view.resolution for here in aligned.found.values()]
     if result.comparison.verdict == "different" and precision is None and all(views) and aligned.precision == "float32":
-        result = _by_probabilities(golden, result, attempt)
+        result = _by_probabilities(result, attempt)
     return result
 
 
-def _by_probabilities(golden: Recording, result: Compared, attempt: Any) -> Compared:
+def _by_probabilities(result: Compared, attempt: Callable[[bool, str], Compared]) -> Compared:
     """Also judge log-probabilities, which do not reveal the port's precision, by the coarser precisions."""
     for name in PRECISIONS[1:]:
-        aligned, found = attempt(True, name)
-        if found.verdict != "different":
+        other = attempt(True, name)
+        if other.comparison.verdict != "different":
             meaning = f"{name} rounding only, though log-probabilities do not show in what a port computes: give it as "
-            meaning += f"--precision float32 if it should be no more than that; {coverage(golden, aligned)}"
-            return replace(result, comparison=replace(found, meaning=meaning))
+            meaning += "--precision float32 if it should be no more than that; "
+            meaning += coverage(other.golden, other.aligned)
+            return replace(result, comparison=replace(other.comparison, meaning=meaning))
     return result
 
 
@@ -147,9 +153,9 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(prefix + form, pattern) for form in (point, point.removeprefix("model.")))
 
 
-def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Compared:
+def with_settings(result: Compared, weights: Mapping[str, Array]) -> Compared:
     """Find settings that explain the errors of points, and judge the dump by a reference with these settings."""
-    aligned, now = result.aligned, result.comparison
+    golden, aligned, now = result.golden, result.aligned, result.comparison
     table, found, reports = dict(POINTS), list[tuple[str, Bug, float]](), dict(result.reports)
     while len(found) < MOST:
         point = next((r.name for r in now.points if r.adds and r.verdict == "different"), None)
@@ -175,7 +181,7 @@ def with_settings(golden: Recording, result: Compared, weights: Mapping[str, Arr
         reports = {r.name: r for r in now.points}
     if not found:
         return result
-    return _told(golden, replace(result, table=table, reports=reports, settings=found), now)
+    return _told(replace(result, table=table, reports=reports, settings=found), now)
 
 
 def _nearest(bench: Bench) -> list[Trial]:
@@ -203,7 +209,7 @@ def _settled(now: PointReport, before: PointReport, own: float) -> PointReport:
     return replace(now, adds=False) if now.added**2 <= left else now
 
 
-def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
+def _told(result: Compared, now: Comparison) -> Compared:
     """Report the settings, in addition to anything that is wrong."""
     first, aligned = result.comparison, result.aligned
     wrong = [r for r in now.points if r.adds]
@@ -222,7 +228,9 @@ def _told(golden: Recording, result: Compared, now: Comparison) -> Compared:
     else:
         hidden = any(s.explained < WHOLE for s in settings)
         rest = "; the rest may be its scatter, or a smaller bug: see qwen3np diagnose" if hidden else ""
-        meaning = f"{aligned.precision} rounding, but for what was chosen: {told}{rest}; {coverage(golden, aligned)}"
+        place = f"; {result.golden.why}" if isinstance(result.golden, Moved) else ""
+        meaning = f"{aligned.precision} rounding, but for what was chosen: {told}{rest}{place}"
+        meaning += f"; {coverage(result.golden, aligned)}"
         comparison = replace(
             first, verdict="rounding", first_point=None, meaning=meaning, points=shown, settings=settings
         )

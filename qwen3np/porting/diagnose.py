@@ -105,11 +105,11 @@ def diagnose(
         warnings.simplefilter("ignore", RuntimeWarning)  # with some bugs numbers grow from layer to layer
         result = compared(golden, dump, about, names, precision, weights, require)
         if result.comparison.verdict != "different":
-            return _hidden(golden, result, weights)
-        return _found(golden, result, weights, tuple(bugs))
+            return _hidden(result, weights)
+        return _found(result, weights, tuple(bugs))
 
 
-def _found(golden: Recording, result: Compared, weights: Mapping[str, Array], more: tuple[Bug, ...]) -> Diagnosis:
+def _found(result: Compared, weights: Mapping[str, Array], more: tuple[Bug, ...]) -> Diagnosis:
     comparison, aligned = result.comparison, result.aligned
     first = comparison.first_point
     assert first is not None
@@ -120,7 +120,7 @@ def _found(golden: Recording, result: Compared, weights: Mapping[str, Array], mo
     causes: list[Cause] = []
     unexplained: list[str] = []  # by the first cause
     sentences: list[str] = []
-    bench = Bench(golden, aligned, weights, result.reports, point, result.table)
+    bench = Bench(result.golden, aligned, weights, result.reports, point, result.table)
     while True:
         known += telltales(bench)
         trials = _tried(bench, (*more, *SETTINGS) if sentences else more)  # compare tried them at the first point
@@ -259,7 +259,7 @@ def _with_setting(bench: Bench, bugs: Sequence[Bug], most: float) -> list[Trial]
     return [best, *(t for t in others if t.left <= most)]
 
 
-def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -> Diagnosis:
+def _hidden(result: Compared, weights: Mapping[str, Array]) -> Diagnosis:
     """Return what a dump is that shows no bug: its settings, and bugs that hide in their scatter and in rounding."""
     comparison = result.comparison
     causes = [
@@ -270,7 +270,7 @@ def _hidden(golden: Recording, result: Compared, weights: Mapping[str, Array]) -
     found = list[Match]()
     if comparison.verdict != "equal":
         point = next(iter(result.aligned.found))
-        found = matches(Bench(golden, result.aligned, weights, result.reports, point, result.table))
+        found = matches(Bench(result.golden, result.aligned, weights, result.reports, point, result.table))
     if not found:
         return Diagnosis(comparison.verdict, first, comparison.meaning, causes)
     best = found[0]

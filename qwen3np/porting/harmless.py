@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
 from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import Found, tolerance
-from qwen3np.porting.floors import MARGIN, U
+from qwen3np.porting.floors import MARGIN, farthest_tables
 from qwen3np.porting.points import CHOICE, POINTS, split_layer, split_pass
 from qwen3np.porting.record import Recording, distance
 from qwen3np.qwen3 import rotate
@@ -18,6 +18,48 @@ from qwen3np.rope import inverse_frequencies, rotary_tables
 FARTHEST = 1 << 16  # constant shifts of the positions that are tried
 SCALED = 0.95  # the least cosine between a point and one that differs by factors
 CLEARLY = {"float32": 0.05, "float16": 0.5, "bfloat16": 0.5}  # distances that successors could not overlook
+
+
+@dataclass(frozen=True, eq=False)
+class Moved(Recording):
+    """A recording of the same ids at other positions: all of a sequence are shifted alike, which changes no score."""
+
+    shift: Array = field(default_factory=lambda: np.zeros(1, np.int64))  # of each sequence (B,)
+
+    @property
+    def passes(self) -> list[tuple[str, Array, Array]]:
+        """The forward passes, at the shifted positions."""
+        return [(prefix, ids, positions + self.shift[:, None]) for prefix, ids, positions in super().passes]
+
+    @property
+    def why(self) -> str:
+        """Why it is harmless, in words."""
+        return f"{said(self.shift)}, for queries and keys alike: this changes no score"
+
+
+def moved(golden: Recording, shift: Array) -> Moved:
+    """Return a recording at other positions, with queries and keys rotated further, and their floors there."""
+    points, floors = dict(golden.points), {port: dict(of) for port, of in golden.floors.items()}
+    own = {f.name: getattr(golden, f.name) for f in fields(golden)} | {"points": points, "floors": floors}
+    found = Moved(**own, shift=shift)
+    for prefix, _, positions in found.passes:
+        at = positions if prefix or golden.tokens is None else positions[:, list(golden.tokens)]
+        exact, farthest = rotary_tables(golden.config, at, FLOAT64), farthest_tables(golden.config, at)
+        for name in (n for n in golden.points if n.endswith("_rope") and split_pass(n)[0] == prefix):
+            x = golden.points[name].astype(np.float64)
+            points[name] = turned(x, shift, golden).astype(golden.points[name].dtype)
+            away, by_token = distance(rotate(x, farthest, FLOAT64), rotate(x, exact, FLOAT64), 2)
+            for of in floors.values():
+                overall, worst = of.get(name, (0.0, 0.0))
+                of[name] = max(overall, away), max(worst, float(by_token.max()))
+    return found
+
+
+def turned(x: Array, shift: Array, golden: Recording) -> Array:
+    """Return queries or keys (B, heads, S, Dh) rotated further, by a shift (B,) of the positions."""
+    yarn = golden.config.rope_scaling
+    config = replace(golden.config, rope_scaling=yarn and replace(yarn, attention_factor=1.0))  # they have it already
+    return rotate(x.astype(np.float64), rotary_tables(config, shift[:, None], FLOAT64), FLOAT64)
 
 
 def best_shift(x: Array, truth: Array, golden: Recording) -> int:
@@ -39,16 +81,27 @@ def best_shift(x: Array, truth: Array, golden: Recording) -> int:
 
 def left_after(x: Array, truth: Array, shift: int, golden: Recording) -> float:
     """Return the relative distance (heads, S, Dh) that remains after rotating the truth by a shift."""
-    yarn = golden.config.rope_scaling
-    config = replace(golden.config, rope_scaling=yarn and replace(yarn, attention_factor=1.0))  # the truth has it
-    tables = rotary_tables(config, np.array([[shift]]), FLOAT64)
-    return distance(x[None], rotate(truth[None].astype(np.float64), tables, FLOAT64), 2)[0]
+    return distance(x[None], turned(truth[None], np.array([shift]), golden), 2)[0]
 
 
-def shifted(found: Mapping[str, Found], golden: Recording, port: str) -> tuple[dict[str, Array], bool]:
-    """Return by how many positions each sequence (B,) of a rotated point is shifted, and whether all points agree.
+def common_shift(found: Mapping[str, Found], golden: Recording, port: str) -> Array | None:
+    """Return the shift (B,) that rotated points have; None without one, or if no later point shows what it does.
 
-    A shift is a whole number other than 0, and better by far than none. Points that are not shifted are left out.
+    Those of the first layer must have it, and none another one: what is wrong in between may hide it in later layers.
+    """
+    shifts = shifted(found, golden, port)
+    layers = {name: split_layer(name)[0] or 0 for name in found if name.endswith("_rope")}
+    first = [name for name, layer in layers.items() if layer == min(layers.values())]
+    if not first or not all(name in shifts for name in first) or not any(follows(first[0], name) for name in found):
+        return None
+    shift = shifts[first[0]]
+    return shift if shift.any() and all(np.array_equal(shift, other) for other in shifts.values()) else None
+
+
+def shifted(found: Mapping[str, Found], golden: Recording, port: str) -> dict[str, Array]:
+    """Return by how many positions each sequence (B,) of a rotated point is shifted, perhaps by none.
+
+    A shift is a whole number other than 0, and better by far than none. Points that are wrong otherwise are left out.
     """
     shifts: dict[str, Array] = {}
     known: dict[int, list[int]] = {}
@@ -62,9 +115,8 @@ def shifted(found: Mapping[str, Found], golden: Recording, port: str) -> tuple[d
                 mine.append(0)
                 continue
 
-            def fits(shift: int, x: Array = x, truth: Array = truth, away: float = away, floor: float = floor) -> bool:
-                rest = left_after(x, truth, shift, golden)
-                return rest < 0.1 * away and rest <= 3 * MARGIN * (floor + U * abs(shift))
+            def fits(shift: int, x: Array = x, truth: Array = truth, away: float = away) -> bool:
+                return left_after(x, truth, shift, golden) < 0.1 * away
 
             shift = next((s for s in known.get(b, ()) if fits(s)), None)
             if shift is None and len(known.get(b, ())) < 4:
@@ -74,15 +126,13 @@ def shifted(found: Mapping[str, Found], golden: Recording, port: str) -> tuple[d
                 break
             known.setdefault(b, []).append(shift)
             mine.append(shift)
-        if len(mine) == len(here.part) and any(mine):
+        if len(mine) == len(here.part):
             shifts[name] = np.array(mine)
-    values = list(shifts.values())
-    agree = len(shifts) == len(names) and all(np.array_equal(v, values[0]) for v in values)
-    return shifts, agree
+    return shifts
 
 
 def said(shift: Array) -> str:
-    """Return a shift in words."""
+    """Return a shift (B,) in words."""
     if len(set(shift.tolist())) == 1:
         return f"positions shifted by {shift[0]}"
     return f"positions shifted by {', '.join(map(str, shift))} in the sequences"

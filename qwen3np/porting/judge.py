@@ -13,7 +13,7 @@ from qwen3np.guard import position_axis
 from qwen3np.numerics import FLOAT64, Array
 from qwen3np.porting.align import Aligned, Found, gate_of, kept, other_choices, settle, tolerance
 from qwen3np.porting.floors import DIGITS, HALFWAY, LEAST, MARGIN, limit, noisy_runs, numerics_of, root_mean
-from qwen3np.porting.harmless import follows, misread, said, shifted
+from qwen3np.porting.harmless import Moved, follows, misread, said, shifted
 from qwen3np.porting.points import CHOICE, POINTS, Point, Rerun, input_name, point_names, split_layer, split_pass
 from qwen3np.porting.record import HEADS, Recording, distance
 from qwen3np.porting.shapes import HEAD_ORDER, LANES, LAST
@@ -79,23 +79,14 @@ def judge(
         and r.rel_l2 is not None
         and r.rel_l2 <= limit(r.floor or 0.0, aligned.found[r.name].part.size)
     }
-    shifts, agree = shifted(aligned.found, golden, aligned.precision) if wrong else ({}, False)
+    shifts = shifted(aligned.found, golden, aligned.precision) if wrong else {}
+    shifts = {name: shift for name, shift in shifts.items() if shift.any()}
     turned = {name: x for name, x in wrong.items() if name not in shifts}
     others = misread(turned, right, aligned.found, aligned.precision) if turned else []
     if others:
         aligned = replace(aligned, misread=frozenset(others))
         reports = _reports(golden, aligned, weights, table)
-    later = ("scores", "probs", "context", "o_proj", "lm_head", "norm")
-    shown = any(r.name in right and r.name.rpartition(".")[2].endswith(later) for r in reports)
-    if agree and shifts and shown:
-        reports = [
-            replace(r, verdict="rounding", adds=False, notes=(*r.notes, said(shifts[r.name])))
-            if r.name in shifts
-            else r
-            for r in reports
-        ]
-        reports = _inherited(reports, weights is not None)
-    verdict, first, meaning = _verdict(reports, aligned, golden, shifts, agree and shown)
+    verdict, first, meaning = _verdict(reports, aligned, golden, shifts)
     missing = [name for name in golden.points if name not in aligned.found and name not in aligned.misfits]
     if verdict != "different":
         meaning += f"; {coverage(golden, aligned)}"
@@ -270,7 +261,7 @@ def _report(
 
 
 def _verdict(
-    reports: list[PointReport], aligned: Aligned, golden: Recording, shifts: Mapping[str, Array], harmless: bool
+    reports: list[PointReport], aligned: Aligned, golden: Recording, shifts: Mapping[str, Array]
 ) -> tuple[str, str | None, str]:
     """Return the overall verdict, the first wrong point, and what it means."""
     found, port = aligned.found, aligned.precision
@@ -282,8 +273,8 @@ def _verdict(
             alike.append("the same up to a permutation of the RoPE layout")
         if HEAD_ORDER in notes:
             alike.append("the same up to the order of the heads")
-        if harmless and shifts:
-            alike.append(f"{said(next(iter(shifts.values())))}, for queries and keys alike: this changes no score")
+        if isinstance(golden, Moved):
+            alike.append(golden.why)
         if aligned.misread:
             names = ", ".join(sorted(aligned.misread, key=list(found).index))
             alike.append(f"{names}: not what its successors were computed from, so another tensor or layout, not a bug")
