@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drawing import SMALL, draw_ids, trained_like
 from foreign import Foreign
-from foreign_settings import brain, cache, half, inputs, norms, tf32
+from foreign_settings import activations, brain, cache, half, inputs, norms, quantised, tf32
 
 from qwen3np.config import Config
 from qwen3np.guard import position_axis
@@ -70,6 +70,14 @@ def test_settings_at_other_positions(config, short_weights, golden, name, settin
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name])
     assert found.settings[0].explained > 0.9999
     assert "; positions shifted by 24, for queries and keys alike" in found.meaning
+
+
+def test_two_settings(config, short_weights, golden):
+    """Numbers that fall to the other side of a digit of the first setting do not speak against the second."""
+    dump = Foreign(config, short_weights, **activations(half), **cache(quantised(0, scale=np.float32))).run(golden)
+    found = compare(golden, dump, weights=short_weights)
+    names = ["activations in float16", "KV cache in 8 bits, one scale for each head"]
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", names)
 
 
 def test_bugs_at_other_positions(config, short_weights, golden):

@@ -166,8 +166,8 @@ def with_settings(result: Compared, weights: Mapping[str, Array]) -> Compared:
         best: tuple[bool, int, Trial, Comparison] | None = None
         for trial in _nearest(bench):
             _, after = judge(golden, aligned, weights, trial.bugs[0].planted(table))
-            own = bench.scatter(trial)
-            after = replace(after, points=[_settled(r, reports[r.name], own.get(r.name, 0.0)) for r in after.points])
+            own, first = bench.scatter(trial), result.reports
+            after = replace(after, points=[_settled(r, first[r.name], own.get(r.name, 0.0)) for r in after.points])
             adding = {r.name for r in after.points if r.adds}
             in_part = point in adding
             named = not in_part or trial.left <= (1 - EXPLAINED) * bench.error(point)
