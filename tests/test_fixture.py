@@ -56,8 +56,13 @@ def test_transformers_passes(kit, dtype):
         folder = kit / name
         ids = json.loads((folder / "values" / "ids.json").read_text())
         tolerances = json.loads((folder / "values" / "tolerances.json").read_text())[dtype]
+        tokenizer = oracle.transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = (folder / "values" / "prompt.txt").read_bytes().decode()
+        assert tokenizer(prompt)["input_ids"] == ids["prompt"]
+        config, weights = read_checkpoint(folder)
+        assert len(tokenizer) == config.vocab_size
         golden, passes = np.load(folder / "values" / "golden.npz"), []
-        model = oracle.model_of(*read_checkpoint(folder), dtype)
+        model = oracle.model_of(config, weights, dtype)
         oracle.prefill_and_decode(model, np.array([ids["prompt"] + ids["decode"]]), len(ids["decode"]), passes)
         prefixes = ("", "decode.0.", "decode.1.", "decode.2.")
         mine = {p + point: x for p, points in zip(prefixes, passes, strict=True) for point, x in points.items()}

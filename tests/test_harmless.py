@@ -54,6 +54,19 @@ def test_positions_from_another_one(config, short_weights, golden):
     assert (found.verdict, found.meaning) == ("different", f"a bug at {Q_ROPE}: positions shifted by 1000")
 
 
+def test_queries_alone_at_other_positions(config, short_weights, golden):
+    """Without the keys only right numbers after it show that a shift is harmless."""
+
+    def turned(kinds):
+        return lambda own, at, x, positions: own(x, positions + 3 * (at.kind in kinds))
+
+    for kinds, verdict, first in ((("q_rope", "k_rope"), "rounding", None), (("q_rope",), "different", Q_ROPE)):
+        dump = Foreign(config, short_weights, rope=turned(kinds)).run(golden)
+        dump = {k: x for k, x in dump.items() if not k.endswith(("k_rope", "scores", "probs"))}
+        found = compare(golden, dump, weights=short_weights)
+        assert (found.verdict, found.first_point) == (verdict, first)
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [

@@ -102,12 +102,17 @@ def compared(
     """Compare, and return the comparison with what it was made from. Arguments and errors as in compare."""
 
     def attempt(permuted: bool, precision: str | None = precision) -> Compared:
-        own, aligned = golden, align(golden, dump, about, names, precision, permuted)
+        aligned = align(golden, dump, about, names, precision, permuted)
         if (shift := common_shift(aligned.found, golden, aligned.precision)) is not None:
             own = moved(golden, shift)
-            aligned = align(own, dump, about, names, precision, permuted)
-        if weights is not None:
-            aligned = reroute(own, aligned, weights)
+            result = judged(own, align(own, dump, about, names, precision, permuted))
+            both = {name.rpartition(".")[2] for name in aligned.found} >= {"q_rope", "k_rope"}
+            if both or result.comparison.verdict != "different":
+                return result
+        return judged(golden, aligned)
+
+    def judged(own: Recording, aligned: Aligned) -> Compared:
+        aligned = aligned if weights is None else reroute(own, aligned, weights)
         aligned, found = judge(own, aligned, weights)
         return Compared(own, aligned, found, POINTS, {r.name: r for r in found.points}, [])
 

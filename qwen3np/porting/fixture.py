@@ -73,7 +73,7 @@ head, head_dim other than hidden_size / heads, {PROMPT} positions, and {STEPS} s
 |---|---|
 | `config.json`, `model.safetensors` | the checkpoint, in bfloat16, as Hugging Face lays it out |
 | `tokenizer.json`, `tokenizer_config.json` | a tokenizer with an id for each character, for programs that ask for one |
-| `model.gguf` | the same in F32, for llama.cpp and its like |
+| `model.gguf` | the same in F32, for llama.cpp, whose converter only accepts tokenizers that it lists |
 | `{VALUES}/prompt.txt` | the prompt as the text that the tokenizer turns into these ids |
 | `{VALUES}/ids.json` | `prompt`: the {PROMPT} ids to feed at once; `decode`: {STEPS} to feed one by one after them |
 | `{VALUES}/golden.safetensors` | every intermediate value, in float32; decode steps are `decode.0.lm_head` and so on |
@@ -180,7 +180,8 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
     vocab = {letter: i for i, letter in enumerate(letters)}
     text = byte_level_bpe(models.BPE(vocab=vocab, merges=[])).to_str()
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    about = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": PROMPT + STEPS, "unk_token": None}
+    about: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": PROMPT + STEPS}
+    about |= dict.fromkeys(("unk_token", "eos_token", "pad_token"))  # else transformers adds <|endoftext|>
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     return json.loads(text)
 

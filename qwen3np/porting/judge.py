@@ -90,6 +90,8 @@ def judge(
     missing = [name for name in golden.points if name not in aligned.found and name not in aligned.misfits]
     if verdict != "different":
         meaning += f"; {coverage(golden, aligned)}"
+    elif isinstance(golden, Moved):
+        meaning += f"; {golden.why}"
     return aligned, Comparison(
         verdict, first, meaning, aligned.precision, reports, missing, aligned.unknown, aligned.unmapped
     )
