@@ -149,7 +149,7 @@ def test_a_complete_file_is_kept_and_another_is_not_taken_for_it(plain, tmp_path
         with pytest.raises(ValueError, match="has 40 results for 41 requests"):
             answer(longer, out)
         others = written(tmp_path / "others.jsonl", [*drawn(39), embedding("another", "text")])
-        with pytest.raises(ValueError, match="result 40 is that of 'request 39', request 40 is 'another'"):
+        with pytest.raises(ValueError, match="result 40 is of 'request 39', request 40 is 'another'"):
             answer(others, out)
         out.write_bytes(b"[]\n")
         with pytest.raises(ValueError, match=rf"out.{kind}: holds no results of qwen3np batch"):

@@ -91,7 +91,7 @@ def _fill(
             raise ValueError(f"{out}: has {len(found):,} results for {len(keys):,} requests; choose another name")
         for n, (of, key) in enumerate(zip(found, keys, strict=True), 1):
             if of not in (None, key):
-                raise ValueError(f"{out}: result {n:,} is that of {of!r}, request {n:,} is {key!r}; choose another name")
+                raise ValueError(f"{out}: result {n:,} is of {of!r}, request {n:,} is {key!r}; choose another name")
         counts["results"] += len(keys)
         counts["complete"] += len(keys)
         return
