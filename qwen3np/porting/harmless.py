@@ -71,8 +71,8 @@ def best_shift(x: Array, truth: Array, golden: Recording) -> int:
     best, score = 0, float(lanes.real.sum())
     for first in range(0, FARTHEST, 4096):
         shifts = np.arange(first, first + 4096)
-        turned = np.exp(-1j * shifts[:, None] * frequencies)
-        for sign, values in ((1, (turned @ lanes).real), (-1, (turned.conj() @ lanes).real)):
+        turns = np.exp(-1j * shifts[:, None] * frequencies)
+        for sign, values in ((1, (turns @ lanes).real), (-1, (turns.conj() @ lanes).real)):
             at = int(values.argmax())
             if values[at] > score * (1 + 1e-12):
                 best, score = sign * int(shifts[at]), float(values[at])
