@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -72,24 +73,22 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             for part in parts:
                 task(part)
         return
-    left, lock = iter(parts), threading.Lock()
+    left = deque(parts)
 
     def run() -> None:
-        nonlocal left
-        _here.sharing, held = True, _here.limit > 0
+        _here.sharing = True
         try:
-            while True:
-                with lock:
-                    part = next(left, None)
-                if part is None:
+            if not _here.limit:  # a thread of the pool: with MKL and OpenMP each has its own setting
+                for library in _blas():
+                    _set_threads(library, 1)
+            while left:
+                try:
+                    part = left.popleft()
+                except IndexError:  # another thread took it
                     return
-                if not held:  # a thread of the pool: with MKL and OpenMP each has its own setting
-                    for library in _blas():
-                        _set_threads(library, 1)
-                    held = True
                 task(part)
         except BaseException:
-            left = iter(())
+            left.clear()
             raise
         finally:
             _here.sharing = False
@@ -102,7 +101,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
                     others.append(_pool(os.getpid()).submit(run))
             run()
         except BaseException:
-            left = iter(())
+            left.clear()
             raise
         finally:
             while not all(other.done() for other in others):
