@@ -33,7 +33,7 @@ def test_kit(kit, capsys):
         parts = json.loads((values / "ids.json").read_text())
         assert [parts["prompt"] + parts["decode"]] == golden["ids"].tolist() == recording.ids.tolist()
         assert list(tolerances["float32"]) == list(recording.points)
-        assert max(tolerances["bfloat16"].values()) < 0.3  # 0.23 in moe; another choice of experts would make it 0.6
+        assert max(tolerances["bfloat16"].values()) < 0.4  # 0.27 in moe; another choice of experts would make it 0.6
 
         def beyond(weights, precision, config=config, golden=golden, tolerances=tolerances):
             points = record(weights, config, golden["ids"][:, :256], numerics=precision).points

@@ -65,9 +65,6 @@ class _Drawn(Numerics):
             off = x + unit * (self.rng.random(x.shape, np.float32) - np.float32(0.5))
         return np.where(self.short.round(x) == x, x, off)
 
-    def widen(self, x: Array) -> Array:
-        return self.round(x.astype(self.dtype))
-
 
 def numerics_of(name: str) -> Numerics:
     """Return the numerics of this name, including float16. Raises ValueError for an unknown one."""
@@ -243,5 +240,5 @@ def noisy_runs(right: Rerun, size: int, port: str) -> list[Rerun]:
         seeds = range(DRAWS if size < FEW else 1)
         return [replace(right, table=noisy(Draws(seed), right.table), numerics=FLOAT32, computed={}) for seed in seeds]
     dtype, short = FLOAT32.dtype, numerics_of(port)
-    drawn = [_Drawn(port, dtype, dtype, True, short=short, rng=np.random.default_rng(seed)) for seed in range(DRAWS)]
+    drawn = [_Drawn(port, dtype, dtype, short=short, rng=np.random.default_rng(seed)) for seed in range(DRAWS)]
     return [replace(right, numerics=numerics, computed={}) for numerics in drawn if size < FEW]
