@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,9 @@ class Moved(Recording):
 def moved(golden: Recording, shift: Array) -> Moved:
     """Return a recording at other positions, with queries and keys rotated further, and their floors there."""
     points, floors = dict(golden.points), {port: dict(of) for port, of in golden.floors.items()}
-    own = {f.name: getattr(golden, f.name) for f in fields(golden)} | {"points": points, "floors": floors}
-    found = Moved(**own, shift=shift)
+    own: dict[str, Any] = {f.name: getattr(golden, f.name) for f in fields(golden)}
+    own |= {"points": points, "floors": floors, "shift": shift}
+    found = Moved(**own)
     for prefix, _, positions in found.passes:
         at = positions if prefix or golden.tokens is None else positions[:, list(golden.tokens)]
         exact, farthest = rotary_tables(golden.config, at, FLOAT64), farthest_tables(golden.config, at)
