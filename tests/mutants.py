@@ -1509,6 +1509,8 @@ GROUPS = [
             "a queue without end": (">= self.limit", "< 0"),
             "wrong guesses stay in the cache": ("job.cache.lengths[0] = len(job.ids) + len(job.new) - 1", "pass"),
             "every guess is right": ("job.cache is None or guesses[n : n + 1] != job.new[-1:]", "job.cache is None"),
+            "an answer goes on after its end": ("job.cache is None or guesses", "guesses"),
+            "guesses beside other answers": ("if len(self._running) == 1 else []", "if len(jobs) == 1 else []"),
         },
     ),
     (

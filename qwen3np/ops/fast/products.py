@@ -101,8 +101,8 @@ def _few_products(rows: Array, ws: Sequence[Array], num: Numerics, threads: int)
 
     blocks: list[tuple[Array, Array]] = []
     for w, y in zip(ws, ys, strict=True):
-        size = -(-w.size // threads) if is_ready(w, num) else BLOCK_ELEMENTS
-        step = max(size // (NEAR * w.shape[1]), 1) * NEAR
+        each = -(-len(w) // (NEAR * threads)) if is_ready(w, num) else BLOCK_ELEMENTS // (NEAR * w.shape[1])
+        step = max(each, 1) * NEAR
         blocks += [(w[a:b], y[:, a:b]) for a, b in _pieces(0, len(w), step)]
     share(blocks, len(rows) * sum(w.size for w in ws), apply)
     return ys
@@ -128,7 +128,8 @@ def _tile_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Arra
 def _block(w: Array, num: Numerics) -> Array:
     """Return num.widen(w) as BLAS takes it: other layouts would not reach it, or give other bits."""
     ready = _ready(w, num)
-    return ready if ready.flags.carray else np.require(ready, None, ["C", "A"])
+    kept = ready.flags.c_contiguous and ready.flags.aligned
+    return ready if kept else np.require(ready, None, ["C", "A"])
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
@@ -171,7 +172,7 @@ _scratch = _Scratch()
 
 def _ready(w: Array, num: Numerics) -> Array:
     """Return num.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
-    stored = type(w) is not np.ndarray and isinstance(w, Stored)
+    stored = type(w) is not np.ndarray and isinstance(w, Stored)  # the second takes a microsecond
     if not stored and (w.dtype == num.dtype or (num.rounds and w.dtype != BFLOAT16)):
         return num.widen(w)
     size = w.size * num.dtype.itemsize

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -27,6 +27,8 @@ Part = TypeVar("Part")
 MOST = 64
 # Below this many multiply-adds, handing parts to other threads (about 0.1 ms) costs more than it saves.
 WORTH_SHARING = 3 << 19
+# Seconds in which a thread that waits for the last parts stays awake: waking it takes as long as many parts do.
+SPIN = 0.001
 # The cost of an element in a layer without products, in multiply-adds.
 ELEMENT = 16
 # Elements in a block of rows: it stays in the cache together with its intermediate results.
@@ -104,8 +106,10 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             left.clear()
             raise
         finally:
-            while not all(other.done() for other in others):
-                time.sleep(0)  # a thread that sleeps takes longer to wake than most parts take
+            until = time.monotonic() + SPIN
+            while not all(other.done() for other in others) and time.monotonic() < until:
+                time.sleep(0)
+            wait(others)
         for other in others:
             other.result()
 
