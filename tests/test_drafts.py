@@ -131,6 +131,15 @@ def test_as_many_guesses_as_pay_off():
     assert max(never[100:]) <= 1
 
 
+def test_a_wrong_guess_says_nothing_of_those_after_it():
+    """Even where more ids have followed without guesses, as in the server while other answers run."""
+    made = drafts.Drafts(lambda ids, most, choose: [5, 6, 7][:most], 7)
+    assert made.next(np.array([1]), 100, None) == [5, 6, 7]
+    made.next(np.array([1, 5, 9, 7, 8]), 100, None)
+    right = 0.7 + drafts.WEIGHT * (1 - 0.7)
+    assert made.right == pytest.approx(right + drafts.WEIGHT * (0 - right))
+
+
 def test_a_smaller_model_guesses(builtin):
     """A model that agrees always, as it is the same; at a price of nothing, so that it pays off."""
     ids, options = builtin.text.encode("The capital of France is"), {"max_new_tokens": 40, "stop_ids": ()}
