@@ -12,7 +12,8 @@ from drawing import SMALL, draw_ids, trained_like
 
 import qwen3np
 from qwen3np import Config, Model, forward, processed_logits
-from qwen3np.audit.causes import UNKNOWN, Court
+from qwen3np.audit.causes import UNKNOWN
+from qwen3np.audit.court import Court
 from qwen3np.audit.measure import Variant, experts_of, recorded_experts, sampled
 from qwen3np.audit.page import page
 from qwen3np.audit.processed import Settings

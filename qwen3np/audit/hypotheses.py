@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +15,7 @@ from qwen3np.audit.measure import Variant, View, shortened
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
+from qwen3np.ops.fast.threads import rowwise
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug, Change
 from qwen3np.porting.fits import FAMILIES, number
@@ -46,14 +47,21 @@ class Hypothesis:
 
 
 def as_run(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
-    """Return the hypothesis that the engine has this model."""
-    return Hypothesis(name, kind, look, lambda view: variant.predicted(rollouts, view), variant, rollouts)
+    """Return the hypothesis that the engine has this model, which runs once for all views."""
+    states = cache(lambda: list(variant.states(rollouts)))
+    return Hypothesis(name, kind, look, lambda view: variant.predicted(rollouts, view, states()), variant, rollouts)
 
 
 def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
-    """Yield the catalogue's bugs; those of decode steps alone token by token, on a few rollouts."""
-    for bug in BUGS:
-        if bug.applies(right.config):
+    """Yield the catalogue's bugs; those of decode steps alone token by token, on a few rollouts.
+
+    Bugs that may be at several points are also tried at each of them, except in large models.
+    """
+    for whole in BUGS:
+        apart = [] if is_large(right.config) else whole.parts
+        for bug in (whole, *(replace(one, name=f"{one.name}, {one.points[0]} alone") for one in apart)):
+            if not bug.applies(right.config):
+                continue
             variant = replace(right, table=bug.planted(right.table))
             in_steps = bug.name.startswith(STEPPED)
             if "decode step" not in bug.name:
@@ -77,9 +85,10 @@ def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Seque
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
     steps, count = (STEPS // 8, 1) if is_large(variant.config) else (STEPS // 2, 2)
     few = [shortened(r, steps, variant.config) for r in rollouts[:count]]
+    states = cache(lambda: list(variant.states(few)))
 
     def predict(view: View) -> Array:
-        found = variant.predicted(few, view)
+        found = variant.predicted(few, view, states())
         whole, start, at = np.full((sum(lengths), found.shape[1]), np.nan), 0, 0
         for r, length in zip(few, lengths, strict=False):
             whole[start : start + len(r.ids)] = found[at : at + len(r.ids)]
@@ -136,21 +145,25 @@ COMMON = (  # formats that are tried on large models, in the layers alone
 def formats() -> dict[str, tuple[Short, Short | None]]:
     """Return formats of weights by name: how a matrix is kept, and its inputs (None: as they are)."""
     found: dict[str, tuple[Short, Short | None]] = {}
-    row, tensor = scaled_e4m3((-1,)), scaled_e4m3((-2, -1))
-    found["weights in fp8 (e4m3) without a scale"] = typed(ml_dtypes.float8_e4m3fn), None
+    row, tensor, q8 = partial(rowwise, scaled_e4m3((-1,))), scaled_e4m3((-2, -1)), partial(rowwise, q8_0)
+
+    def grouped(size: int, bits: int) -> Short:
+        return partial(rowwise, blocks(size, bits))
+
+    found["weights in fp8 (e4m3) without a scale"] = partial(rowwise, typed(ml_dtypes.float8_e4m3fn)), None
     found["weights in fp8 (e4m3), a scale for each tensor"] = tensor, None
     found["weights in fp8 (e4m3), a scale for each row"] = row, None
     found["weights in fp8 (e4m3), a scale for each block of 128 x 128"] = _blocks_of_e4m3, None
     found["weights and inputs in fp8 (e4m3), a scale for each tensor and token"] = tensor, row
     found["weights and inputs in fp8 (e4m3), a scale for each row and token"] = row, row
-    found["weights in int8, a scale for each row"] = blocks(0, 8), None
-    found["weights and inputs in int8, a scale for each row and token"] = blocks(0, 8), blocks(0, 8)
-    found["weights in 8 bits in groups of 32 (Q8_0)"] = q8_0, None
-    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = q8_0, blocks(32, 8)
+    found["weights in int8, a scale for each row"] = grouped(0, 8), None
+    found["weights and inputs in int8, a scale for each row and token"] = grouped(0, 8), grouped(0, 8)
+    found["weights in 8 bits in groups of 32 (Q8_0)"] = q8, None
+    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = q8, grouped(32, 8)
     for size in (64, 128):
-        found[f"weights in 8 bits in groups of {size}"] = blocks(size, 8), None
+        found[f"weights in 8 bits in groups of {size}"] = grouped(size, 8), None
     for size in (32, 64, 128):
-        found[f"weights in 4 bits in groups of {size}"] = blocks(size, 4), None
+        found[f"weights in 4 bits in groups of {size}"] = grouped(size, 4), None
     for kind in GGUF:
         if kind != "q8_0":
             found[f"weights in {kind.upper()}"] = partial(_ggml, kind), None
@@ -235,6 +248,9 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 gain, least, value, at = least / error(x), error(x), nearer, x
                 if gain < 1.01:
                     break
+            for h in () if is_large(right.config) else (0.2, 0.1, 0.05, 0.02, 0.01):  # where other experts hide slopes
+                tried = [(error(x := run(v)), v, x) for v in (value * float(np.exp(s)) for s in (-h, h))]
+                least, value, at = min(((least, value, at), *tried), key=lambda t: t[0])
             for digits in (3, 2, 1):  # a rounder number, if it is as good
                 rounder = float(f"{value:.{digits}g}")
                 if error(x := run(rounder)) <= 1.02 * least:

@@ -16,6 +16,7 @@ from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import forward, require_finite
 from qwen3np.memory import require_memory
 from qwen3np.numerics import FLOAT32, Array, Numerics, named
+from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, share
 from qwen3np.porting.floors import Draws, noisy, numerics_of
 from qwen3np.porting.logprobs import log_softmax
 from qwen3np.porting.points import CHOICE, POINTS, Place, Point, Rerun, split_layer
@@ -88,13 +89,31 @@ def forced(
         for i in range(0, len(states), ROWS):
             logits = num.ops.head(states[None, i : i + ROWS], head, num)[0]
             require_finite(logits, weights, config, ids, num.name)
-            logp = log_softmax(logits)
-            mine.append(np.take_along_axis(logp, np.maximum(rollout.found[i : i + ROWS], 0), -1))
-            entropy.append(-(np.exp(logp) * logp).sum(-1))
-            best.append(logp.argmax(-1))
+            for kept, some in zip((mine, entropy, best), _looked_up(logits, rollout.found[i : i + ROWS]), strict=True):
+                kept.append(some)
         progress(len(ids))
     at = [(n, len(r.prompt) + i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
     return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.concatenate(best), np.array(at))
+
+
+def _looked_up(logits: Array, found: Array) -> tuple[Array, Array, Array]:
+    """Return the log-probabilities (n, 1 + K) of the ids found, the entropies (n,), and the likeliest ids (n,)."""
+    mine, entropy, best = np.empty(found.shape), np.empty(len(found)), np.empty(len(found), np.int64)
+
+    def look(rows: slice) -> None:
+        logp = log_softmax(logits[rows])
+        mine[rows] = np.take_along_axis(logp, np.maximum(found[rows], 0), -1)
+        entropy[rows] = -(np.exp(logp) * logp).sum(-1)
+        best[rows] = logp.argmax(-1)
+
+    by_rows(logits, look)
+    return mine, entropy, best
+
+
+def by_rows(x: Array, look: Callable[[slice], None]) -> None:
+    """Call look for all rows of x (n, V): on all threads, with as many rows at a time as fit the cache."""
+    near = max(IN_CACHE // x.shape[-1], 1)
+    share([slice(n, min(n + near, len(x))) for n in range(0, len(x), near)], ELEMENT * x.size, look)
 
 
 def experts_of(rollout: Rollout, config: Config) -> Array | None:
@@ -228,13 +247,21 @@ class Variant:
         self, rollouts: Sequence[Rollout], view: View = plain_view, states: Sequence[Array] | None = None
     ) -> Array:
         """Return the log-probabilities (N, 1 + K) that an engine with this model would report."""
-        found = list[Array]()
-        for rollout, x in zip(rollouts, self.states(rollouts) if states is None else states, strict=True):
-            for i in range(0, len(x), ROWS):
-                rows = slice(i, min(i + ROWS, len(x)))
-                logp = view(self.logits(x[rows]), rollout, rows)
-                found.append(np.take_along_axis(logp, np.maximum(rollout.found[rows], 0), -1))
-        return stacked(found)
+        states = self.states(rollouts) if states is None else states
+        return stacked([self._of_ids(r, x, view) for r, x in zip(rollouts, states, strict=True)])
+
+    def _of_ids(self, rollout: Rollout, states: Array, view: View) -> Array:
+        mine = np.empty(rollout.found.shape)
+        for start in range(0, len(states), ROWS):
+            logits = self.logits(states[start : start + ROWS])
+
+            def look(part: slice, start: int = start, logits: Array = logits) -> None:
+                rows = slice(start + part.start, start + part.stop)
+                logp = view(logits[part], rollout, rows)
+                mine[rows] = np.take_along_axis(logp, np.maximum(rollout.found[rows], 0), -1)
+
+            by_rows(logits, look)
+        return mine
 
 
 def away(theirs: Array, mine: Array) -> Array:

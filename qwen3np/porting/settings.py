@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.ops.fast.threads import rowwise
 from qwen3np.porting.changes import Bug, Change, not_normalised
 from qwen3np.porting.points import Place
 
@@ -189,6 +191,7 @@ def _settings() -> list[Bug]:
 
     def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
         """Return a setting of all matrices, of all but the embedding, and of those within the layers."""
+        short = partial(rowwise, short)
         change = weighed(short, with_inputs)
         plain = weighed(short)
         within: dict[str, Change] = dict.fromkeys(inner, change)
