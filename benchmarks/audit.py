@@ -1,6 +1,6 @@
 """How often `qwen3np audit` is right, on rollouts that transformers generates, right and wrong in known ways.
 
-    PYTHONPATH=tests python benchmarks/audit.py verdicts [--model dense|moe|built-in] [--given full|top|chosen] [--seed N]
+    PYTHONPATH=tests python benchmarks/audit.py verdicts  [--model dense|moe|built-in] [--given full|top|chosen]
     PYTHONPATH=tests python benchmarks/audit.py tokens    [--model dense]     the fewest tokens that give a sure verdict
     PYTHONPATH=tests python benchmarks/audit.py rounding  [--from 0 --to 50]  right engines on drawn models: alarms
     PYTHONPATH=tests python benchmarks/audit.py time --checkpoint FOLDER [--tokens 10000]

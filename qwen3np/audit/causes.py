@@ -78,7 +78,7 @@ def judged(
     likeness = court.pattern(rest) if rest else 0.0
     patterned = likeness * math.sqrt(tokens) > LIKE
     if rest != "float32" and not (patterned and h.is_large(config)):  # few tokens show nothing below rounding
-        court.search(tokenizer, others, not patterned, progress)
+        court.search(tokenizer, others, rest is None or not (patterned or h.is_large(config)), progress)
         court.amplify()
     by_size = sorted(court.trials, key=lambda t: t.left / t.before)
     found = [t for t in by_size if court.explains(t) and court.holds(t)]

