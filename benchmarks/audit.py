@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 import qwen3np
 from qwen3np import Config, Model
-from qwen3np.audit.hypotheses import q8_0, scaled_e4m3
+from qwen3np.audit.formats import q8_0, scaled_e4m3
 from qwen3np.audit.processed import NEUTRAL, Settings
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.porting.settings import blocks

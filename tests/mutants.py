@@ -1377,6 +1377,7 @@ GROUPS = [
             "any time": ("thread.join(TIMEOUT)", "thread.join()"),
             "any scheme": ('parts.scheme not in ("http", "https") or not parts.hostname', "not parts.netloc"),
             "the echoed prompt is read twice": ("Fields(), echoed=True)", "Fields())"),
+            "vLLM's prompts a token late": ('"logprobs": of_prompt[1:]', '"logprobs": of_prompt[:-1]'),
         },
     ),
     (
@@ -1384,11 +1385,16 @@ GROUPS = [
         "audit",
         {
             "penalty on the prompt": ("np.unique(own, return_counts=True)", "np.unique(ids, return_counts=True)"),
-            "top-p keeps one less": (
-                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1",
-                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1)",
+            "top-p keeps one less": ("(mass < enough).sum(-1) + 1", "(mass < enough).sum(-1)"),
+            "top-p of what top-k has dropped, too": (
+                "np.take_along_axis(mass, count[:, None] - 1, -1)\n            count",
+                "mass[:, -1:]\n            count",
             ),
-            "min-p of all": ("ordered[:, :1] + np.log(value)", "np.log(value)"),
+            "min-p is a share of the whole": (
+                "(ordered >= np.log(self.min_p))",
+                "(ordered - np.log(mass[:, -1:]) >= np.log(self.min_p))",
+            ),
+            "what filters drop is kept": ("logp[y < np.take", "logp[y > 1 + np.take"),
         },
     ),
     (
@@ -1399,15 +1405,25 @@ GROUPS = [
             "steps of two": ("range(starts[0], width) if self.stepped", "range(starts[0], width, 2) if self.stepped"),
             "experts a position late": ("count - 1: 0,", "count - 1: 1,"),
             "experts not replayed": ("return np.where(given < 0, chosen, given)", "return chosen"),
+            "pieces of rows at the first's place": ("rows = slice(start + part.start", "rows = slice(part.start"),
         },
     ),
     (
         "audit/causes.py",
         "audit",
+        {"rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"')},
+    ),
+    (
+        "audit/court.py",
+        "audit",
         {
             "all rounding is float32's": ('MARGIN = {"float32": 4.0,', 'MARGIN = {"float32": 4e5,'),
             "no other ids left out": ("theirs[:, 1:] = np.nan", "pass"),
-            "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
+            "steps of bfloat16 alone": ("np.abs(logits))) - 10)", "np.abs(logits))) - 2)"),
+            "no tolerance for printing": ("off <= PRINTED", "off <= 1e-9"),
+            "the largest step counts": ("known = step[", "known = 0 * step["),
+            "rollouts are as good as tokens": ("ddof=1) / math.sqrt(len(found))", "ddof=1) / len(found)"),
+            "outliers make a pattern": ("[np.argsort(np.argsort(z[seen]))", "[z[seen]"),
         },
     ),
     (

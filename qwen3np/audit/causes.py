@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen3np.audit import hypotheses as h
 from qwen3np.audit.court import APART, LIKE, NEAR, Court, Trial, limit
-from qwen3np.audit.measure import away, size
+from qwen3np.audit.measure import away, is_large, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
@@ -77,8 +77,8 @@ def judged(
         notes.append("the chosen tokens agree, the other ids do not: they are read wrongly, or belong elsewhere")
     likeness = court.pattern(rest) if rest else 0.0
     patterned = likeness * math.sqrt(tokens) > LIKE
-    if rest != "float32" and not (patterned and h.is_large(config)):  # few tokens show nothing below rounding
-        court.search(tokenizer, others, rest is None or not (patterned or h.is_large(config)), progress)
+    if rest != "float32" and not (patterned and is_large(config)):  # few tokens show nothing below rounding
+        court.search(tokenizer, others, rest is None or not (patterned or is_large(config)), progress)
         court.amplify()
     by_size = sorted(court.trials, key=lambda t: t.left / t.before)
     found = [t for t in by_size if court.explains(t) and court.holds(t)]

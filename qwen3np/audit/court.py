@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen3np.audit import hypotheses as h
+from qwen3np.audit.formats import Untried
 from qwen3np.audit.hypotheses import Hypothesis
 from qwen3np.audit.measure import Variant, View, away, plain_view, recorded_experts, reported, rounded, size
 from qwen3np.audit.processed import NEUTRAL, fitted
@@ -130,7 +131,7 @@ class Court:
         try:
             with np.errstate(all="ignore"):
                 mine = hypothesis.predict(view)
-        except h.Untried:
+        except Untried:
             return None
         mine = np.pad(mine, ((0, 0), (0, self.theirs.shape[1] - mine.shape[1])), constant_values=np.nan)
         d, before = away(self.theirs, mine), away(self.theirs, self.base)

@@ -25,6 +25,7 @@ from qwen3np.weights import count_parameters
 
 ROWS = 64  # positions whose logits (V each) are in memory at once
 WORK = 5e10  # parameters times positions of the sample on which changed models run
+LARGE = 1e8  # parameters: of larger models fewer changes are tried
 FEWEST, MOST = 96, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
 SHORTEST = 16  # tokens of an answer in it, if it has as many
@@ -45,7 +46,6 @@ class Forced:
     mine: Array  # (N, 1 + K): the reference's log-probabilities of the ids
     theirs: Array  # (N, 1 + K): the engine's; NaN where there is none
     entropy: Array  # (N,)
-    best: Array  # (N,) the likeliest id
     at: Array  # (N, 2): rollout, and position in the sequence
 
 
@@ -73,7 +73,7 @@ def forced(
 
     progress is called with the number of positions done.
     """
-    num, mine, entropy, best = named("float32", engine), list[Array](), list[Array](), list[Array]()
+    num, mine, entropy = named("float32", engine), list[Array](), list[Array]()
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     for rollout in rollouts:
         ids = np.array([*rollout.prompt, *rollout.ids])
@@ -89,25 +89,24 @@ def forced(
         for i in range(0, len(states), ROWS):
             logits = num.ops.head(states[None, i : i + ROWS], head, num)[0]
             require_finite(logits, weights, config, ids, num.name)
-            for kept, some in zip((mine, entropy, best), _looked_up(logits, rollout.found[i : i + ROWS]), strict=True):
+            for kept, some in zip((mine, entropy), _looked_up(logits, rollout.found[i : i + ROWS]), strict=True):
                 kept.append(some)
         progress(len(ids))
     at = [(n, len(r.prompt) + i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
-    return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.concatenate(best), np.array(at))
+    return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.array(at))
 
 
-def _looked_up(logits: Array, found: Array) -> tuple[Array, Array, Array]:
-    """Return the log-probabilities (n, 1 + K) of the ids found, the entropies (n,), and the likeliest ids (n,)."""
-    mine, entropy, best = np.empty(found.shape), np.empty(len(found)), np.empty(len(found), np.int64)
+def _looked_up(logits: Array, found: Array) -> tuple[Array, Array]:
+    """Return the log-probabilities (n, 1 + K) of the ids found, and the entropies (n,)."""
+    mine, entropy = np.empty(found.shape), np.empty(len(found))
 
     def look(rows: slice) -> None:
         logp = log_softmax(logits[rows])
         mine[rows] = np.take_along_axis(logp, np.maximum(found[rows], 0), -1)
         entropy[rows] = -(np.exp(logp) * logp).sum(-1)
-        best[rows] = logp.argmax(-1)
 
     by_rows(logits, look)
-    return mine, entropy, best
+    return mine, entropy
 
 
 def by_rows(x: Array, look: Callable[[slice], None]) -> None:
@@ -278,6 +277,11 @@ def size(d: Array) -> float:
     return float(np.nanmean(rows)) if np.isfinite(rows).any() else np.nan
 
 
+def is_large(config: Config) -> bool:
+    """Whether a run of this model takes so long that fewer are made."""
+    return count_parameters(config)["active"] > LARGE
+
+
 WEIGHTS_8 = {
     "fp8 weights": "weights in float8 (e4m3)",
     "int8 weights": "weights quantised to 8 bits with a scale for each row",
@@ -289,6 +293,8 @@ def rounded(variant: Variant) -> dict[str, Variant]:
     found = {"float32": replace(variant, table=noisy(Draws(0), variant.table))}
     found |= {name: replace(variant, numerics=numerics_of(name)) for name in ("float16", "bfloat16")}
     for name, setting in WEIGHTS_8.items():
-        bug = next(b for b in SETTINGS if b.name == setting)
+        bug = [b for b in SETTINGS if b.name == setting][
+            -1 if is_large(variant.config) else 0
+        ]  # the last: in the layers
         found[name] = replace(variant, table=bug.planted(variant.table))
     return found
