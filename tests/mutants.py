@@ -1405,7 +1405,6 @@ GROUPS = [
             "steps of two": ("range(starts[0], width) if self.stepped", "range(starts[0], width, 2) if self.stepped"),
             "experts a position late": ("count - 1: 0,", "count - 1: 1,"),
             "experts not replayed": ("return np.where(given < 0, chosen, given)", "return chosen"),
-            "pieces of rows at the first's place": ("rows = slice(start + part.start", "rows = slice(part.start"),
         },
     ),
     (

@@ -353,7 +353,7 @@ def test_samples_are_spread_and_cut():
     assert 900 < sum(lengths) <= 1024 + 2 * PROMPT + NEW
     huge = replace(CONFIG, hidden_size=4096, intermediate_size=8192, num_hidden_layers=30)
     few = sampled(rollouts, huge)
-    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 96 + PROMPT + NEW
+    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 64 + PROMPT + NEW
     assert all(len(r.logprobs) == len(r.found) == len(r.ids) for r in few)
     masked = replace(rollouts[0], logprobs=np.where(np.arange(NEW)[:, None] < NEW - 1, np.nan, rollouts[0].logprobs))
     unknown = replace(rollouts[0], logprobs=np.full_like(rollouts[0].logprobs, np.nan))

@@ -154,7 +154,7 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
             if is_large(right.config):
                 starts = starts[::2]
             least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
-            if not least < 0.95 * error(base):
+            if not least < (0.8 if is_large(right.config) else 0.95) * error(base):
                 continue
             for _ in range(6):
                 h = 1e-3

@@ -26,7 +26,7 @@ from qwen3np.weights import count_parameters
 ROWS = 64  # positions whose logits (V each) are in memory at once
 WORK = 5e10  # parameters times positions of the sample on which changed models run
 LARGE = 1e8  # parameters: of larger models fewer changes are tried
-FEWEST, MOST = 96, 1024  # positions of that sample
+FEWEST, MOST = 64, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
 SHORTEST = 16  # tokens of an answer in it, if it has as many
 CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
