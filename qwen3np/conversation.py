@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3np.cache import KVCache
-from qwen3np.generate import new_cache
+from qwen3np.generate import new_cache, steps
 from qwen3np.model import Model
 from qwen3np.tokenizer import Tokenizer
 
@@ -75,6 +75,7 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     cache: KVCache | None = None
     escape: bool = True  # special tokens in the messages of users, system and tools are read as plain text
+    guessed: int = 0  # tokens of the last answer that were guessed rightly, and so cost no pass of their own
     _text: str = ""  # the last prompt with its answer, and the ids of both
     _ids: list[int] = field(default_factory=list[int])
 
@@ -120,14 +121,17 @@ class Conversation:
         added = [{"role": "user", "content": text}] if isinstance(text, str) else text
         self.messages += [dict(added)] if isinstance(added, Mapping) else [dict(message) for message in added]
         answer: list[int] = []
+        self.guessed = 0
         try:
             ids = self.prompt_ids(**template_options)
             if self.cache is None:
                 numerics = settings.get("numerics", "float32")
                 self.cache = new_cache(model.config, [ids], settings["max_new_tokens"], numerics)
-            for token in model.stream(ids, cache=self.cache, progress=progress, **settings):
-                answer.append(token)
-                yield token
+            chosen = model.generation_settings({**settings, "cache": self.cache, "progress": progress})
+            for step in steps(model.weights, model.config, [ids], **chosen):
+                answer.append(step.id)
+                self.guessed += step.guessed
+                yield step.id
         finally:
             if answer:
                 self._remember(answer, settings["stop_ids"])

@@ -122,6 +122,17 @@ def drafts_of(settings: Mapping[str, Any], config: Config, room: int) -> Drafts 
     return Drafts(look_up, most) if (most := settings["prompt_lookup_num_tokens"]) else None
 
 
+def chooser(settings: Mapping[str, Any], rng: np.random.Generator, ids: Array, made: int) -> Choose:
+    """Return what chooses guesses from a draft's logits, with the random numbers that the ids after these will have."""
+    rng = deepcopy(rng)
+    settings = {**settings, "logits_processors": ()}  # which may count on seeing each id once
+
+    def choose(logits: Array, guesses: list[int]) -> int:
+        return sample(logits, settings, rng, [*ids, *guesses], made + len(guesses))
+
+    return choose
+
+
 @dataclass(eq=False)
 class Answer:
     """One sequence of a batch, as it grows."""
@@ -143,12 +154,7 @@ class Answer:
         self.end += 1
 
     def guess(self, settings: dict[str, Any]) -> None:
-        """Guess at the next ids; what chooses among a draft's logits has the random numbers that they will have."""
-        if self.drafts is None:
-            return
-        rng = deepcopy(self.rng)
-
-        def choose(logits: Array, guesses: list[int]) -> int:
-            return sample(logits, settings, rng, [*self.ids[: self.end], *guesses], len(self.new) + len(guesses))
-
-        self.guesses = self.drafts.next(self.ids[: self.end], self.most - len(self.new) - 1, choose)
+        """Guess at the next ids."""
+        if self.drafts is not None:
+            ids, room = self.ids[: self.end], self.most - len(self.new) - 1
+            self.guesses = self.drafts.next(ids, room, chooser(settings, self.rng, ids, len(self.new)))

@@ -86,26 +86,15 @@ def embed(
     >>> qwen3np.embed(model, ["The sky is blue.", "Grass is green."]).shape
     (2, 160)
     """
-    size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
-    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
-        raise ValueError(
-            f"dimensions must be a whole number from 1 to {size}, the size of the model, got {dimensions!r}"
-        )
+    _check_dimensions(model, dimensions)
     skipped = 0
     if attention_mask is not None:
         if instruction is not None or prompt is not None:
             raise ValueError("instruction and prompt are for texts; ids with an attention_mask are taken as they are")
         sequences = [checked_sequence(row, model.config) for row in unpadded(cast("Any", texts), attention_mask)]
     else:
-        _check_texts(texts, "texts")
-        sequences, skipped = _with_prompt(model, texts, instruction, prompt)
-    if pooling.mode == "cls":  # the first token sees only itself
-        sequences = [sequence[:1] for sequence in sequences]
-    if pooling.mode == "mean":
-        x = _mean_hidden_states(model, sequences, skipped, numerics, engine, progress)[:, :dimensions]
-    else:
-        x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        sequences, skipped = encoded(model, texts, instruction, prompt)
+    return vectors(model, sequences, skipped, dimensions, numerics=numerics, engine=engine, progress=progress)
 
 
 def rerank(
@@ -175,13 +164,15 @@ def rerank(
     return np.exp(log_probabilities(logits)[:, 1])
 
 
-def _with_prompt(
-    model: Model, texts: Sequence[str], instruction: str | None, name: str | None
+def encoded(
+    model: Model, texts: Sequence[str], instruction: str | None = None, name: str | None = None
 ) -> tuple[list[list[int]], int]:
     """Return the ids of texts with their prompt, and how many tokens of the prompt a mean leaves out.
 
     Texts end as the tokenizer.json of a sentence-transformers folder says; for other checkpoints as in Qwen3-Embedding.
+    Raises ValueError as embed.
     """
+    _check_texts(texts, "texts")
     pooling = model.pooling
     tokenizer, end = _tokenizer(model, "embed", *([] if pooling else ["<|endoftext|>"]))
     prompt = pooling.prompt if pooling else ""
@@ -203,6 +194,28 @@ def _with_prompt(
     return sequences, skipped
 
 
+def vectors(
+    model: Model,
+    sequences: Sequence[list[int]],
+    skipped: int = 0,
+    dimensions: int | None = None,
+    *,
+    numerics: str = "float32",
+    engine: str = "fast",
+    progress: Callable[[int], object] | None = None,
+) -> Array:
+    """Embed the ids of texts, which `encoded` returns with `skipped`; the rest as in embed."""
+    _check_dimensions(model, dimensions)
+    pooling = model.pooling or Pooling("lasttoken")
+    if pooling.mode == "cls":  # the first token sees only itself
+        sequences = [sequence[:1] for sequence in sequences]
+    if pooling.mode == "mean":
+        x = _mean_hidden_states(model, sequences, skipped, numerics, engine, progress)[:, :dimensions]
+    else:
+        x = _last_hidden_states(model, sequences, "texts", numerics, engine, progress)[:, :dimensions]
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[int]]:
     """Return the model's tokenizer and the ids of these tokens. Raises ValueError where one is missing."""
     if model.tokenizer is None:
@@ -214,6 +227,15 @@ def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[i
             f"Qwen/Qwen3-{'Embedding' if what == 'embed' else 'Reranker'}-0.6B"
         )
     return model.tokenizer, [i for i in ids.values() if i is not None]
+
+
+def _check_dimensions(model: Model, dimensions: int | None) -> None:
+    """Raise ValueError unless a vector has this many numbers."""
+    size = model.config.hidden_size
+    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
+        raise ValueError(
+            f"dimensions must be a whole number from 1 to {size}, the size of the model, got {dimensions!r}"
+        )
 
 
 def _check_texts(texts: Sequence[str], name: str) -> None:

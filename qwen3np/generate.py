@@ -201,7 +201,7 @@ def _passes(
     for answer in active:
         _require_held(cache, answer.row, answer.ids[: answer.end - 1])
     if len(active) == 1:  # several together share the reading of the weights already
-        active[0].guess({**settings, "logits_processors": ()})  # these may count on seeing each id once
+        active[0].guess(settings)
     rows, inputs = [answer.row for answer in active], [[answer.new[-1], *answer.guesses] for answer in active]
     logits = _forward(weights, config, inputs, cache.select(rows), settings, last_only=False)
     for answer in active:

@@ -20,7 +20,7 @@ from qwen3np.files.limits import read_json
 from qwen3np.files.sentence import Pooling, pooling_of
 from qwen3np.gguf_tokenizer import FromGGUF
 from qwen3np.guard import require_unchanged
-from qwen3np.memory import available_memory, require_memory
+from qwen3np.memory import aligned, available_memory, require_memory
 from qwen3np.model import Model
 from qwen3np.numerics import Array
 from qwen3np.ops.fast.pages import release
@@ -155,7 +155,7 @@ def _copied(weights: Weights, progress: bool) -> dict[str, Array]:
     """Return float32 copies of mapped weights, made by all threads."""
     tqdm = bars()
 
-    copies: dict[str, Array] = {name: np.empty(tensor.shape, np.float32) for name, tensor in weights.items()}
+    copies: dict[str, Array] = {name: aligned(tensor.shape, np.float32) for name, tensor in weights.items()}
     pieces: list[tuple[Array, Array]] = []
     for name, tensor in weights.items():
         step = max(PIECE * len(tensor) // tensor.size, 1)  # rows

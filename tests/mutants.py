@@ -744,7 +744,8 @@ GROUPS = [
             "wrong guesses change nothing": ("self.right += WEIGHT *", "self.right += 0 *"),
             "no pause where it does not pay": ("self.wait = self.waited\n", "pass\n"),
             "further rows are free": ("(1 + n * self.cost)", "1"),
-            "a guess changes the random numbers": ("rng = deepcopy(self.rng)", "rng = self.rng"),
+            "processors see guesses": ('settings = {**settings, "logits_processors": ()}', "pass"),
+            "a guess changes the random numbers": ("    rng = deepcopy(rng)\n", ""),
             "edits see guesses": ('if settings["edit"] is not None or', "if"),
             "a small model beyond its context": (
                 "len(guesses) < most and cache.lengths[0] + len(new) <= cache.max_length",
@@ -764,7 +765,6 @@ GROUPS = [
                 "        cache.lengths[cache.rows[answer.row]] = answer.end  # without",
                 "        pass  #",
             ),
-            "processors see guesses": ('{**settings, "logits_processors": ()}', "settings"),
         },
     ),
     (
@@ -1485,6 +1485,8 @@ GROUPS = [
             "no time limit": ("for job in self._running if now > job.until", "for job in self._running if False"),
             "the cache of the next answer counts alone": ("for other in [*self._running, job])", "for other in [job])"),
             "a queue without end": (">= self.limit", "< 0"),
+            "wrong guesses stay in the cache": ("job.cache.lengths[0] = len(job.ids) + len(job.new) - 1", "pass"),
+            "every guess is right": ("job.cache is None or guesses[n : n + 1] != job.new[-1:]", "job.cache is None"),
         },
     ),
     (

@@ -36,10 +36,12 @@ def client(address, key="none"):
 
 
 @contextmanager
-def serve(model=None, waiting=64, memory=10**9, timeout=60.0, numerics="float32", engine="fast", **options):
+def serve(
+    model=None, waiting=64, memory=10**9, timeout=60.0, numerics="float32", engine="fast", guesses=None, **options
+):
     """Yield the address of a server in a thread of this process, and its service."""
     model = qwen3np.load() if model is None else model
-    scheduler = Scheduler(model, waiting=waiting, memory=memory, numerics=numerics, engine=engine)
+    scheduler = Scheduler(model, waiting=waiting, memory=memory, numerics=numerics, engine=engine, guesses=guesses)
     service = Service(model, "tiny", scheduler, timeout)
     config = uvicorn.Config(application(service, **options), port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)

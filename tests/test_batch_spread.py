@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ def client():
         options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
         with distributed.Client(processes=False, **options) as found:
             yield found
-        spread._loaded.cache_clear()
+        while spread._held:
+            spread._held.popitem()[1].close()
 
 
 def test_workers_give_the_bytes_of_one_process(tmp_path, client):
@@ -73,7 +75,7 @@ class Scripted:
             future.result_ = "fp-model-machine" if workers == ["a"] else getattr(self, "other", "fp-model-other")
             return future
         try:
-            future.result_ = self.play(packet, workers)
+            future.result_ = self.play(pickle.loads(packet), workers)
         except Exception as error:
             future.error = error
         if future.result_ is None and future.error is None:

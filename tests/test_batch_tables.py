@@ -148,6 +148,12 @@ def test_a_complete_file_is_kept_and_another_is_not_taken_for_it(plain, tmp_path
         longer = written(tmp_path / "longer.jsonl", drawn(41))
         with pytest.raises(ValueError, match="has 40 results for 41 requests"):
             answer(longer, out)
+        others = written(tmp_path / "others.jsonl", [*drawn(39), embedding("another", "text")])
+        with pytest.raises(ValueError, match="result 40 is of 'request 39', request 40 is 'another'"):
+            answer(others, out)
+        out.write_bytes(b"[]\n")
+        with pytest.raises(ValueError, match=rf"out.{kind}: holds no results of qwen3np batch"):
+            answer(longer, out)
 
 
 def test_a_run_killed_before_the_conversion_goes_on(plain, tmp_path, answer):

@@ -11,6 +11,7 @@ import pytest
 
 from qwen3np import Conversation, terminal
 from qwen3np.commands import chat as module
+from qwen3np.generate import Step
 
 
 @pytest.fixture
@@ -18,12 +19,12 @@ def chat(builtin, monkeypatch):
     """Make a chat whose answers are these texts, one after the other."""
 
     def make(*answers, **flags):
-        def stream(self, ids, **options):
-            made.prompts.append(self.tokenizer.decode(ids))
-            return iter(self.tokenizer.encode(script.pop(0) + "<|im_end|>"))
+        def steps(weights, config, batch, **options):
+            made.prompts.append(builtin.text.decode(batch[0]))
+            return (Step(0, i, None, False) for i in builtin.text.encode(script.pop(0) + "<|im_end|>"))
 
         script = list(answers)
-        monkeypatch.setattr(type(builtin), "stream", stream)
+        monkeypatch.setattr("qwen3np.conversation.steps", steps)
         arguments = argparse.Namespace(**({"hide_thinking": False, "think": None, "stop": []} | flags))
         options = builtin.generation_defaults() | {"max_new_tokens": 100}
         made = module.Chat(Conversation(builtin), arguments, options)
@@ -163,6 +164,16 @@ def test_enable_thinking_reaches_the_template(chat, monkeypatch):
     )
     made.take("Hello")
     assert seen["enable_thinking"] is False
+
+
+def test_guesses_are_counted_in_the_line_of_costs(builtin, capsys):
+    arguments = argparse.Namespace(hide_thinking=False, think=None, stop=[])
+    options = builtin.generation_defaults() | {"max_new_tokens": 20}
+    for guesses in (0, 7):
+        made = module.Chat(Conversation(builtin), arguments, options | {"prompt_lookup_num_tokens": guesses or None})
+        made.take("What is the capital of France?")
+        out, err = capsys.readouterr()
+        assert (out, " a pass]" in err.replace(";", "]")) == ("The capital of France is Paris.\n", guesses > 0)
 
 
 def test_the_line_of_costs(chat, capsys):

@@ -12,6 +12,7 @@ import pytest
 
 from qwen3np import Conversation, generate
 from qwen3np.conversation import tool_calls
+from qwen3np.generate import Step
 
 # An answer that does not end on its own, and whose text, encoded again, gives other ids.
 NOISE = {"max_new_tokens": 30, "temperature": 5.0, "seed": 4}
@@ -135,11 +136,11 @@ def scripted(monkeypatch, model, *answers):
     """Let the model give these answers; return the prompts that it gets."""
     prompts, script = [], list(answers)
 
-    def stream(self, ids, **options):
-        prompts.append(self.tokenizer.decode(ids))
-        return iter(self.tokenizer.encode(script.pop(0) + "<|im_end|>"))
+    def steps(weights, config, batch, **options):
+        prompts.append(model.text.decode(batch[0]))
+        return (Step(0, i, None, False) for i in model.text.encode(script.pop(0) + "<|im_end|>"))
 
-    monkeypatch.setattr(type(model), "stream", stream)
+    monkeypatch.setattr("qwen3np.conversation.steps", steps)
     return prompts
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ http, httpx, openai, serve = serving.http, serving.httpx, serving.openai, servin
 
 MODEL = qwen3np.load()
 CAPITAL = "The capital of France is"
+RHYME = "one two three four five six seven eight nine ten."
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +220,30 @@ def test_an_answer_is_the_same_among_others_in_every_kind_of_model(numerics):
 
         assert answers(range(11)) == {n: answer for k in range(11) for n, answer in answers([k]).items()}
         scheduler.close()
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_guesses_change_no_answer(server, draft):
+    """Text that repeats its prompt, alone and beside another answer: the bits of a server that does not guess."""
+    guesses = {"assistant_model": MODEL} if draft else {"prompt_lookup_num_tokens": 7}
+    asked = [{"prompt": f"{RHYME} " * 4, "temperature": t, "seed": 5} for t in (0, 1.2)]
+    never = {MODEL.text.token_to_id(name): -100 for name in ("<|im_end|>", "<|endoftext|>")}
+    asked = [{**one, "max_tokens": 30, "logprobs": 3, "logit_bias": never} for one in asked]
+
+    def answers(address, together):
+        with ThreadPoolExecutor(len(asked) if together else 1) as pool:
+            found = pool.map(lambda body: http.post(f"{address}/v1/completions", json=body).json()["choices"], asked)
+            return list(found)
+
+    def counted(address):
+        return dict(re.findall(r"^qwen3np_(guesses\w*)_total (\d+)$", http.get(f"{address}/metrics").text, re.M))
+
+    with serve(guesses=guesses) as (address, _):
+        assert answers(address, together=False) == answers(server[0], together=False)
+        counts = counted(address)
+        assert int(counts["guesses"]) >= int(counts["guesses_right"]) > 2
+        assert answers(address, together=True) == answers(server[0], together=False)
+    assert not int(counted(server[0]).get("guesses", 0))
 
 
 def test_a_kept_prefix_changes_nothing(server):

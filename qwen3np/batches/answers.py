@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from math import inf
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,7 +23,7 @@ import numpy as np
 
 import qwen3np
 from qwen3np.batches.requests import GENERATING, Request
-from qwen3np.embeddings import embed, rerank
+from qwen3np.embeddings import encoded, rerank, vectors
 from qwen3np.errors import CheckpointError
 from qwen3np.loading import load
 from qwen3np.memory import available_memory
@@ -158,21 +159,22 @@ class Answers:
 
     def _embedded(self, requests: list[Request], found: list[Any]) -> Iterator[Outcome]:
         """All texts with the same instruction and dimensions together; each request alone where that fails."""
-        alike: dict[Any, list[int]] = {}
+        model, alike = self.service.model, dict[Any, list[int]]()
         for n, fields in enumerate(found):
             alike.setdefault((fields["instruction"], fields["dimensions"]), []).append(n)
-        for of, members in alike.items():
+        for (instruction, dimensions), members in alike.items():
             try:
-                ends = np.cumsum([len(texts(found[n])) for n in members])
                 every = [text for n in members for text in texts(found[n])]
-                vectors = np.split(embed(self.service.model, every, *of, **self.options), ends[:-1])
+                sequences, skipped = encoded(model, every, instruction)
+                rows = iter(zip(sequences, vectors(model, sequences, skipped, dimensions, **self.options), strict=True))
             except ValueError as error:
                 if len(members) == 1:
                     yield requests[members[0]], error
                 for n in members if len(members) > 1 else ():
                     yield from self._embedded([requests[n]], [found[n]])
                 continue
-            for n, mine in zip(members, vectors, strict=True):
+            for n in members:
+                mine = list(islice(rows, len(texts(found[n]))))
                 yield requests[n], embeddings_body(self.service, found[n], mine)
 
     @staticmethod

@@ -12,7 +12,7 @@ from qwen3np.batches.answers import BEGINNING, is_failure, key_of
 from qwen3np.batches.requests import Key
 from qwen3np.files.writing import unwritable
 
-_MODEL = re.compile(rb'(?<!\\)"system_fingerprint": ?"(fp-[^"-]+)')
+_MODEL = re.compile(rb'"system_fingerprint": "(fp-[^"-]+)')  # which no text contains: its quotes are escaped
 
 
 class Results:

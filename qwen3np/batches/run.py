@@ -86,8 +86,12 @@ def _fill(
     keys = list[Key]()
     if not grows and out.exists() and not growing.exists():
         keys += [request.key for request in requests]
-        if (found := tables.count(out, kind)) != len(keys):
-            raise ValueError(f"{out}: has {found:,} results for {len(keys):,} requests; choose another name")
+        found = tables.keys(out, kind)
+        if len(found) != len(keys):
+            raise ValueError(f"{out}: has {len(found):,} results for {len(keys):,} requests; choose another name")
+        for n, (of, key) in enumerate(zip(found, keys, strict=True), 1):
+            if of not in (None, key):
+                raise ValueError(f"{out}: result {n:,} is of {of!r}, request {n:,} is {key!r}; choose another name")
         counts["results"] += len(keys)
         counts["complete"] += len(keys)
         return

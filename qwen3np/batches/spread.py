@@ -8,11 +8,11 @@ kills workers is alone.
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -24,8 +24,10 @@ from qwen3np.ops.fast.threads import num_threads
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # as Dask has it: the threads are ours
 CORES = num_threads()  # of this process, before a worker gives it its share
 _PATIENCE = 20  # seconds in which a scheduler must answer
+_TRIES = 3  # to load the model, where every worker dies
 _LOOK = 1.0  # seconds without a result after which idle workers get copies
 _working = threading.Lock()
+_held: dict[Recipe, Answers] = {}  # on a worker: one at a time
 
 
 @contextmanager
@@ -52,13 +54,14 @@ def cluster(workers: int | None, scheduler: str | None) -> Generator[Any]:
     each = max(num_threads() // workers, 1)
     config: dict[str, Any] = {
         "distributed.scheduler.worker-ttl": "60s",  # without a sign of life
+        "distributed.worker.profile.enabled": False,  # which looks at every thread 100 times a second
         # without Dask's MALLOC_TRIM_THRESHOLD_, which makes every array of a forward pass fault its pages in again
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_ONE_THREAD, 1),
     }
     with (
         dask_config.set(config),
         LocalCluster(n_workers=workers, threads_per_worker=each, **options) as here,
-        Client(here) as client,
+        Client(here, direct_to_workers=True) as client,
     ):
         yield client
 
@@ -69,18 +72,23 @@ class Spread:
     def __init__(self, client: Any, recipe: Recipe) -> None:
         """Load the model on every worker. Raises ValueError where they do not have the same."""
         self.client, self.recipe = client, recipe
-        try:
-            client.wait_for_workers(1, timeout=60)
-        except TimeoutError:
-            raise ValueError(f"{client.scheduler.address}: this scheduler has no workers") from None
-        models = {_model(fingerprint): worker for worker, fingerprint in self._fingerprints().items()}
+        for _ in range(_TRIES):
+            try:
+                client.wait_for_workers(1, timeout=60)
+            except TimeoutError:
+                raise ValueError(f"{client.scheduler.address}: this scheduler has no workers") from None
+            if fingerprints := self._fingerprints():
+                break
+        else:
+            raise ValueError("every worker died while it loaded the model; is there memory enough for it?")
+        models = {_model(fingerprint): worker for worker, fingerprint in fingerprints.items()}
         if len(models) > 1:
             listed = "; ".join(f"{worker} has {model}" for model, worker in models.items())
             raise ValueError(
                 f"the workers would not compute the same: {listed}; each needs the same version of qwen3np and the "
                 "same files of the model"
             )
-        self.model = next(iter(models), "")
+        (self.model,) = models
 
     def __call__(self, packets: Iterable[list[Request]]) -> Iterator[tuple[Request, bytes]]:
         """Yield the line of each request's result as it comes. Raises ValueError if the scheduler is gone."""
@@ -89,7 +97,8 @@ class Spread:
         finished = SimpleQueue[tuple[int, Any]]()
 
         def submit(number: int, packet: list[Request], **where: Any) -> None:
-            future = self.client.submit(_answered, self.recipe, self.model, packet, pure=False, **where)
+            # as bytes, since Dask looks for futures in every field of lists
+            future = self.client.submit(_answered, self.recipe, self.model, pickle.dumps(packet), pure=False, **where)
             under_way.setdefault(number, (packet, []))[1].append(future)
             future.add_done_callback(lambda done: finished.put((number, done)))
 
@@ -162,8 +171,9 @@ def _fingerprint(recipe: Recipe) -> str:
         return _loaded(recipe).fingerprint
 
 
-def _answered(recipe: Recipe, model: str, packet: Sequence[Request]) -> bytes:
+def _answered(recipe: Recipe, model: str, pickled: bytes) -> bytes:
     """On a worker: the lines of a packet. Several threads take turns, since one packet uses all of them."""
+    packet: list[Request] = pickle.loads(pickled)
     with _working:
         answers = _loaded(recipe)
         if _model(answers.fingerprint) != model:
@@ -172,10 +182,13 @@ def _answered(recipe: Recipe, model: str, packet: Sequence[Request]) -> bytes:
         return b"".join(lines[request.key] for request in packet)  # moved as a whole
 
 
-@lru_cache(maxsize=1)
 def _loaded(recipe: Recipe) -> Answers:
     from distributed import get_worker
 
-    threads = get_worker().state.nthreads
-    os.environ["QWEN3NP_NUM_THREADS"] = str(threads)
-    return recipe.answers(share=min(threads / CORES, 1))
+    if recipe not in _held:
+        while _held:  # another model, which goes before this one needs its memory
+            _held.popitem()[1].close()
+        threads = get_worker().state.nthreads
+        os.environ["QWEN3NP_NUM_THREADS"] = str(threads)
+        _held[recipe] = recipe.answers(share=min(threads / CORES, 1))
+    return _held[recipe]

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from qwen3np.batches.requests import LONGEST
+from qwen3np.batches.answers import key_of
+from qwen3np.batches.requests import LONGEST, Key
 from qwen3np.errors import one_line
 
 READ = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
@@ -55,17 +56,22 @@ def lines_of(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
 
 
-def count(path: Path, kind: str) -> int:
-    """Return how many results a file of this format has."""
-    if kind == ".npy":
-        return len(np.load(path, mmap_mode="r"))
-    if kind == ".parquet":
-        return _pyarrow().parquet.ParquetFile(path).metadata.num_rows
-    if kind == ".arrow":
-        file = _pyarrow().ipc.open_file(str(path))
-        return sum(file.get_batch(n).num_rows for n in range(file.num_record_batches))
-    with _opened(path, kind) as file:
-        return sum(1 for _ in file)
+def keys(path: Path, kind: str) -> list[Key | None]:
+    """Return whose results a file of this format has; None where the format does not tell. Raises ValueError."""
+    try:
+        if kind == ".npy":
+            return [None] * len(np.load(path, mmap_mode="r"))
+        if kind in (".parquet", ".arrow"):
+            rows = (batch.select(["custom_id", "error"]).to_pylist() for batch in _tables(path, kind))
+            return [_key(row) for some in rows for row in some]
+        with _opened(path, kind) as file:
+            return [key_of(json.loads(line)) for line in file]
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path}: holds no results of qwen3np batch; choose another name for the results") from None
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return json.loads(row["error"])["line"] if row["custom_id"] is None else row["custom_id"]
 
 
 def write(path: Path, kind: str, lines: Iterable[bytes], count: int) -> None:
@@ -99,13 +105,15 @@ def _opened(path: Path, kind: str) -> IO[bytes]:
     return path.open("rb")
 
 
-def _rows(path: Path, kind: str) -> Iterator[bytes]:
+def _tables(path: Path, kind: str) -> Iterator[Any]:
     if kind == ".parquet":
-        batches = _pyarrow().parquet.ParquetFile(path).iter_batches(_ROWS)
-    else:
-        file = _pyarrow().ipc.open_file(str(path))
-        batches = map(file.get_batch, range(file.num_record_batches))
-    for batch in batches:
+        return _pyarrow().parquet.ParquetFile(path).iter_batches(_ROWS)
+    file = _pyarrow().ipc.open_file(str(path))
+    return map(file.get_batch, range(file.num_record_batches))
+
+
+def _rows(path: Path, kind: str) -> Iterator[bytes]:
+    for batch in _tables(path, kind):
         for row in batch.to_pylist():
             if isinstance(row.get("body"), str):
                 with suppress(ValueError, RecursionError):  # then it is no object

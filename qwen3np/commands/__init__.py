@@ -121,14 +121,19 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         help="above 0: less likely the more often they are in the answer",
     )
     group.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    add_guesses(group)
+    any_other = "any other key of generation_config.json, with a JSON value: no_repeat_ngram_size=3 (repeatable)"
+    group.add_argument("--set", type=text, action="append", default=[], metavar="NAME=VALUE", help=any_other)
+
+
+def add_guesses(parser: Any) -> None:
+    """Add the flags of guesses at the next tokens (a parser or a group)."""
     lookup = (
         "guess N tokens, up to 7, as they followed the last ones before: the same text, sooner where it repeats itself"
     )
-    group.add_argument("--prompt-lookup", dest="prompt_lookup_num_tokens", type=int, metavar="N", help=lookup)
+    parser.add_argument("--prompt-lookup", dest="prompt_lookup_num_tokens", type=int, metavar="N", help=lookup)
     draft = "guess with this smaller model of the same vocabulary: the same text, sooner if it often agrees"
-    group.add_argument("--draft", metavar="M", help=draft)
-    any_other = "any other key of generation_config.json, with a JSON value: no_repeat_ngram_size=3 (repeatable)"
-    group.add_argument("--set", type=text, action="append", default=[], metavar="NAME=VALUE", help=any_other)
+    parser.add_argument("--draft", metavar="M", help=draft)
 
 
 def setting(written: str) -> dict[str, Any]:
@@ -171,9 +176,19 @@ def generation_options(model: Model, arguments: argparse.Namespace) -> dict[str,
     options["stop_ids"] = (*(options["stop_ids"] or ()), *(arguments.stop_id or ()))
     if beyond := [i for i in options["stop_ids"] if not 0 <= i < model.config.vocab_size]:
         raise ValueError(f"--stop-id {beyond[0]}: the vocabulary's ids are 0 to {model.config.vocab_size - 1}")
-    options["assistant_model"] = arguments.draft and load(arguments.draft, weights_dtype=arguments.weights_dtype)
+    options |= guessing(arguments)
     checked(options)
     return options | {"numerics": arguments.numerics, "engine": arguments.engine}
+
+
+def guessing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of guesses that the flags of add_guesses ask for."""
+    found: dict[str, Any] = {}
+    if arguments.prompt_lookup_num_tokens is not None:
+        found["prompt_lookup_num_tokens"] = arguments.prompt_lookup_num_tokens
+    if arguments.draft is not None:
+        found["assistant_model"] = load(arguments.draft, weights_dtype=arguments.weights_dtype)
+    return found
 
 
 def load_named(arguments: argparse.Namespace) -> Model:

@@ -219,6 +219,8 @@ class Chat:
         cost = f"{len(ids)} tokens, first after {times[0] - began:.1f} s"
         if len(ids) > 1:
             cost += f", then {(len(ids) - 1) / (times[-1] - times[0]):.1f} tokens/s"
+        if conversation.guessed:
+            cost += f", {len(ids) / (len(ids) - conversation.guessed):.1f} a pass"
         held = 0 if conversation.cache is None else int(conversation.cache.lengths[0])
         if held:
             cost += f"; context {held} of {context}"

@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 
-from qwen3np.commands import add_computation, add_model, load_model
+from qwen3np.commands import add_computation, add_guesses, add_model, guessing, load_model
 from qwen3np.memory import available_memory
+from qwen3np.settings import checked, require_ids
 
 EXAMPLE = "qwen3np serve --model Qwen/Qwen3-0.6B --port 8000"
 HELP = "serve the model over HTTP, for clients of the OpenAI interface"
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="end a request after S s (default: 600)"
     )
+    add_guesses(parser)
     add_model(parser)
     add_computation(parser)
 
@@ -55,9 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     model, _ = load_model(arguments)
     memory = int((arguments.cache_memory or 0) * 1e9) or (available_memory() or 2 * 10**9) // 2
-    scheduler = Scheduler(
-        model, waiting=arguments.max_waiting, memory=memory, numerics=arguments.numerics, engine=arguments.engine
-    )
+    guesses = guessing(arguments)
+    require_ids(checked({**guesses, "max_new_tokens": 1}), model.config)
+    computed = {"numerics": arguments.numerics, "engine": arguments.engine}
+    scheduler = Scheduler(model, waiting=arguments.max_waiting, memory=memory, guesses=guesses, **computed)
     service = Service(model, arguments.name or arguments.model or "qwen3np-builtin", scheduler, arguments.timeout)
     app = application(service, key=arguments.api_key, hosts=[*arguments.allow_host, arguments.host])
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and arguments.api_key is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -19,6 +19,7 @@ import numpy as np
 
 from qwen3np import guard
 from qwen3np.cache import KVCache
+from qwen3np.drafts import Drafts, chooser, drafts_of
 from qwen3np.errors import ContextOverflowError
 from qwen3np.model import Model
 from qwen3np.numerics import Array, named
@@ -74,6 +75,7 @@ class Job:
     reused: int = 0
     cache: KVCache | None = None
     rng: np.random.Generator | None = None
+    drafts: Drafts | None = None
 
     @property
     def room(self) -> int:
@@ -85,15 +87,25 @@ class Scheduler:
     """The queue, the running jobs, and the thread that serves them."""
 
     def __init__(
-        self, model: Model, *, waiting: int, memory: int, numerics: str = "float32", engine: str = "fast"
+        self,
+        model: Model,
+        *,
+        waiting: int,
+        memory: int,
+        numerics: str = "float32",
+        engine: str = "fast",
+        guesses: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start the thread. With `waiting` jobs in the queue no request is taken; `memory`: bytes for all caches."""
-        self.model, self.memory, self.limit = model, memory, waiting
+        """Start the thread.
+
+        With `waiting` jobs in the queue no request is taken; `memory`: bytes for all caches; guesses: the settings
+        prompt_lookup_num_tokens or assistant_model.
+        """
+        self.model, self.memory, self.limit, self.guesses = model, memory, waiting, dict(guesses or {})
         self.options: dict[str, Any] = {"numerics": numerics, "engine": engine}
         self.counts: Counter[str] = Counter()  # for /metrics
-        config, storage = model.config, named(numerics).storage
-        self._per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        self._per_position *= np.dtype(storage).itemsize
+        draft: Model | None = self.guesses.get("assistant_model")
+        self._per_position = _bytes_per_position(model, numerics) + (_bytes_per_position(draft) if draft else 0)
         self._waiting: deque[Job] = deque()
         self._tasks: deque[Callable[[], object]] = deque()
         self._running: list[Job] = []
@@ -105,7 +117,7 @@ class Scheduler:
     def job(self, ids: list[int], settings: dict[str, Any], tell: Callable[[Event], object], **options: Any) -> Job:
         """Return a job, checked. Raises ValueError as generate, and for one that exceeds the memory for caches."""
         config, echo = self.model.config, settings["max_new_tokens"] == 0
-        chosen = checked({**settings, "max_new_tokens": 1} if echo else settings) | self.options
+        chosen = checked({**settings, **({"max_new_tokens": 1} if echo else {}), **self.guesses}) | self.options
         require_ids(chosen, config)
         ids = guard.checked_sequence(ids, config)
         context = config.max_position_embeddings
@@ -210,6 +222,7 @@ class Scheduler:
         for job in jobs:
             job.cache = self._new_cache(job.room)
             job.rng = generator(job.settings["seed"], job.row)
+            job.drafts = drafts_of(job.settings, self.model.config, job.room + 1)
             if job.prompt_top is None:
                 job.reused = self._prefixes.fill(job.cache, job.ids)
 
@@ -248,11 +261,30 @@ class Scheduler:
             self._choose(job, logits[-1])
 
     def _step(self, jobs: list[Job]) -> None:
-        """Compute the next token of up to ROWS jobs."""
+        """Compute the next token of up to ROWS jobs; of one alone several, where it is right to guess at them."""
+        guesses = self._guesses(jobs[0]) if len(jobs) == 1 else []
         cache = Joined([job.cache for job in jobs if job.cache is not None])
-        logits = self._forward([[job.new[-1]] for job in jobs], cache, last_only=True)[:, 0]
-        for job, row in zip(jobs, logits, strict=True):
-            self._guarded([job], lambda _, job=job, row=row: self._choose(job, row))
+        passed = self._forward([[job.new[-1], *guesses] for job in jobs], cache, last_only=not guesses)
+        for job, logits in zip(jobs, passed, strict=True):
+            self._guarded([job], lambda _, job=job, logits=logits: self._take(job, logits, guesses))
+
+    def _guesses(self, job: Job) -> list[int]:
+        if job.drafts is None:
+            return []
+        assert job.rng is not None
+        ids, made = np.array(job.ids + job.new), len(job.new)
+        return job.drafts.next(ids, job.most - made - 1, chooser(job.settings, job.rng, ids, made))
+
+    def _take(self, job: Job, passed: Array, guesses: list[int]) -> None:
+        """Choose the next id, and further ones while guesses are right: their logits are in passed (1 + guesses, V)."""
+        self.counts["guesses"] += len(guesses)
+        for n, logits in enumerate(passed):
+            self.counts["guesses_right"] += n > 0
+            self._choose(job, logits)
+            if job.cache is None or guesses[n : n + 1] != job.new[-1:]:
+                break
+        if job.cache is not None:
+            job.cache.lengths[0] = len(job.ids) + len(job.new) - 1  # without the wrong ones
 
     def _choose(self, job: Job, logits: Array) -> None:
         """Choose the next id from logits (V,), and end the job if it was the last one."""
@@ -297,6 +329,12 @@ class Scheduler:
         while taken + self._prefixes.bytes > self.memory and self._prefixes.drop_oldest():
             pass
         self._prefixes.keep(job.cache, job.ids, self._new_cache(length))
+
+
+def _bytes_per_position(model: Model, numerics: str = "float32") -> int:
+    """What a position takes in a cache."""
+    config, storage = model.config, named(numerics).storage
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * np.dtype(storage).itemsize
 
 
 def _scored(logprobs: Array, token: int, top: int) -> Token:

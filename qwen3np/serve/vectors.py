@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from qwen3np.embeddings import embed, rerank
+from qwen3np.embeddings import encoded, rerank, vectors
 from qwen3np.numerics import Array
 from qwen3np.serve.service import Service
 
 
 async def embeddings(service: Service, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a request, one text at a time between the tokens of answers."""
-    options, of = service.scheduler.options, (fields["instruction"], fields["dimensions"])
-    calls = [partial(embed, service.model, [text], *of, **options) for text in texts(fields)]
-    vectors = np.concatenate(await service.computed(calls))
-    return await asyncio.to_thread(embeddings_body, service, fields, vectors)
+    model, options = service.model, service.scheduler.options
+    sequences, skipped = await asyncio.to_thread(encoded, model, texts(fields), fields["instruction"])
+    calls = [partial(vectors, model, [ids], skipped, fields["dimensions"], **options) for ids in sequences]
+    rows = np.concatenate(await service.computed(calls))
+    return await asyncio.to_thread(embeddings_body, service, fields, list(zip(sequences, rows, strict=True)))
 
 
 def texts(fields: Mapping[str, Any]) -> list[str]:
@@ -28,15 +29,17 @@ def texts(fields: Mapping[str, Any]) -> list[str]:
     return [fields["input"]] if isinstance(fields["input"], str) else fields["input"]
 
 
-def embeddings_body(service: Service, fields: Mapping[str, Any], vectors: Array) -> dict[str, Any]:
-    """The reply with these vectors (N, D) of its N texts."""
+def embeddings_body(
+    service: Service, fields: Mapping[str, Any], found: Sequence[tuple[list[int], Array]]
+) -> dict[str, Any]:
+    """The reply with the vector (D,) of each text; its ids, with the prompt and the end, are what is counted."""
     data: list[Any] = []
-    for n, vector in enumerate(vectors):
+    for n, (_, vector) in enumerate(found):
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         value = vector.tolist() if fields["encoding_format"] == "float" else packed
         data.append({"object": "embedding", "index": n, "embedding": value})
-    count = sum(map(len, service.tokenizer.encode(texts(fields))))
-    usage = {"prompt_tokens": count, "total_tokens": count}
+    tokens = sum(len(ids) for ids, _ in found)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": service.name, "usage": usage}
 
 

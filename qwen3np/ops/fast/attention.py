@@ -25,8 +25,19 @@ def attend(
     somebody watches; what an edit of them changes is computed again from there.
     """
     if m.trace is None and m.edit is None:
-        contexts = [attend_one(*qkv, num, None, window) for qkv in zip(q, keys, values, strict=True)]
-        return contexts[0][None] if len(q) == 1 else np.stack(contexts)
+        if len(q) == 1:
+            return attend_one(q[0], keys[0], values[0], num, None, window)[None]
+        contexts = np.empty((len(q), q.shape[2], q.shape[1] * q.shape[3]), num.dtype)
+
+        def attend_sequence(b: int) -> None:
+            contexts[b] = attend_one(q[b], keys[b], values[b], num, None, window)
+
+        if q.shape[2] <= FEW_ROWS:  # too little work in each to be cut
+            share(range(len(q)), q[0].size * sum(k.shape[1] for k in keys), attend_sequence)
+        else:
+            for b in range(len(q)):
+                attend_sequence(b)
+        return contexts
 
     shape = (*q.shape[:3], max(k.shape[1] for k in keys))
     scores, probs = np.full(shape, -np.inf, num.dtype), np.zeros(shape, num.dtype)

@@ -8,11 +8,13 @@ multiplies one block: Goto and van de Geijn, 2008, https://doi.org/10.1145/13560
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise, product
 
 import numpy as np
 
+from qwen3np.memory import aligned
 from qwen3np.numerics import BFLOAT16, Array, Numerics
 from qwen3np.ops.fast.threads import blas_limit, blas_threads, cuts_keep_bits, share, threads_for
 from qwen3np.qwen3 import Scope
@@ -91,21 +93,25 @@ def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
 
 
 def _few_products(rows: Array, ws: Sequence[Array], num: Numerics, threads: int) -> list[Array]:
-    """Return rows Wᵀ (N, out) for each W. A thread takes one stretch of every W, and upcasts it block by block.
+    """Return rows Wᵀ (N, out) for each W, block by block. The first thread begins at one end, the others at the other.
 
-    If the threads took the blocks one after the other, they would wait for each other longer than a block takes.
+    So nobody waits long for a thread that started late, and each reads memory in order.
     """
     ys = [np.empty((len(rows), len(w)), num.dtype) for w in ws]
-
-    def stretch(w: Array, n: int) -> list[tuple[int, int]]:
-        each = 1 if is_ready(w, num) else max(-(-w.size // (BLOCK_ELEMENTS * threads)), 1)  # blocks of a thread
-        pieces = _pieces(0, len(w), max(-(-len(w) // (each * threads * NEAR)), 1) * NEAR)
-        return pieces[len(pieces) * n // threads : len(pieces) * (n + 1) // threads]
+    blocks = deque[tuple[Array, Array]]()
+    for w, y in zip(ws, ys, strict=True):
+        size = -(-w.size // threads) if is_ready(w, num) else BLOCK_ELEMENTS
+        step = max(size // (NEAR * w.shape[1]), 1) * NEAR
+        blocks.extend((w[a:b], y[:, a:b]) for a, b in _pieces(0, len(w), step))
 
     def apply(n: int) -> None:
-        for w, y in zip(ws, ys, strict=True):
-            for a, b in stretch(w, n):
-                _few_rows(rows, _block(w[a:b], num), y[:, a:b])
+        take = blocks.pop if n else blocks.popleft
+        while blocks:
+            try:
+                w, y = take()
+            except IndexError:  # another thread took the last one
+                return
+            _few_rows(rows, _block(w, num), y)
 
     share(range(threads), len(rows) * sum(w.size for w in ws), apply)
     return ys
@@ -130,7 +136,8 @@ def _tile_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Arra
 
 def _block(w: Array, num: Numerics) -> Array:
     """Return num.widen(w) as BLAS takes it: other layouts would not reach it, or give other bits."""
-    return np.require(_ready(w, num), None, ["C", "A"])
+    ready = _ready(w, num)
+    return ready if ready.flags.carray else np.require(ready, None, ["C", "A"])
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
@@ -173,12 +180,12 @@ _scratch = _Scratch()
 
 def _ready(w: Array, num: Numerics) -> Array:
     """Return num.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
-    stored = isinstance(w, Stored)
+    stored = type(w) is not np.ndarray and isinstance(w, Stored)
     if not stored and (w.dtype == num.dtype or (num.rounds and w.dtype != BFLOAT16)):
         return num.widen(w)
     size = w.size * num.dtype.itemsize
     if _scratch.memory.size < size:
-        _scratch.memory = np.empty(size, np.uint8)
+        _scratch.memory = aligned((size,), np.uint8)
     upcast = _scratch.memory[:size].view(num.dtype).reshape(w.shape)
     put(w, upcast)
     return num.round(upcast) if stored else upcast

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -104,7 +105,8 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             left = iter(())
             raise
         finally:
-            wait(others)
+            while not all(other.done() for other in others):
+                time.sleep(0)  # a thread that sleeps takes longer to wake than most parts take
         for other in others:
             other.result()
 
