@@ -276,7 +276,7 @@ def verdicts(arguments: argparse.Namespace) -> None:
 
 def tokens(arguments: argparse.Namespace) -> None:
     """Print the fewest tokens from which on each verdict is right and sure."""
-    steps = (1, 2, 3, 5, 10, 20, 50, 100, 200, 480)
+    steps = (5, 10, 20, 50, 100, 256)
     for name, case in cases(arguments):
         model = named(arguments.model, arguments.seed)
         rollouts, row = generated(model, case, arguments.seed), list[str]()

@@ -1420,9 +1420,9 @@ GROUPS = [
             "no other ids left out": ("theirs[:, 1:] = np.nan", "pass"),
             "steps of bfloat16 alone": ("np.abs(logits))) - 10)", "np.abs(logits))) - 2)"),
             "no tolerance for printing": ("off <= PRINTED", "off <= 1e-9"),
-            "the largest step counts": ("known = step[", "known = 0 * step["),
+            "an id twice is a step": ("(apart != 0) & ", ""),
             "rollouts are as good as tokens": ("ddof=1) / math.sqrt(len(found))", "ddof=1) / len(found)"),
-            "outliers make a pattern": ("[np.argsort(np.argsort(z[seen]))", "[z[seen]"),
+            "outliers make a pattern": ("np.argsort(np.argsort([a[seen], b[seen]]))", "[a[seen], b[seen]]"),
         },
     ),
     (

@@ -103,7 +103,7 @@ def test_rounding_is_different_where_the_engine_is_known_to_round_less():
 )
 def test_another_config_is_a_named_bug(config, cause):
     model = drawn()
-    found = audited(engine(model, config=replace(CONFIG, **config)), model)
+    found = audited(engine(model, config=replace(CONFIG, **config), rows=3), model)
     first = found.judgement.causes[0]
     assert found.verdict == "different"
     assert (first.name, first.sure) == (cause, True)
@@ -231,6 +231,8 @@ def test_logits_of_16_bits_have_steps():
     printed = [replace(r, logprobs=np.round(r.logprobs, 5)) for r in engine(model, numerics="bfloat16")]
     assert Court.of(printed, model.weights, model.config, None).has_short_logits() is True
     assert court().of_chosen().has_short_logits() is None
+    twice = [replace(r, found=r.found[:, [0, 0]], logprobs=r.logprobs[:, [0, 0]]) for r in engine(model)]
+    assert Court.of(twice, model.weights, model.config, None).has_short_logits() is None
 
 
 def test_evidence_of_one_rollout_alone_is_not_steady():
@@ -265,9 +267,14 @@ def test_a_bug_at_one_point_alone_is_named_with_it():
 @pytest.mark.slow
 def test_two_faults_are_named_together():
     model = drawn()
-    rollouts = engine(model, config=replace(CONFIG, rope_theta=1e4), settings={"temperature": 0.7})
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7})
     first = audited(rollouts, model).judgement.causes[0]
-    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 10,000"
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
+    assert first.sure
+    short = {"numerics": "bfloat16", "engine": "plain"}
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7}, **short)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
     assert first.sure
 
 

@@ -43,6 +43,7 @@ class Trial:
     before: float
     tokens: int
     values: Array
+    view: View
     steady: float  # standard errors by which the evidence of one rollout is above 0 on average
 
     @property
@@ -140,7 +141,7 @@ class Court:
         tokens = int((~np.isnan(before)).any(-1).sum())
         if not tokens or np.array_equal(mine[~np.isnan(d)], self.base[~np.isnan(d)]):
             return None
-        trial = Trial(hypothesis, size(d), size(before), tokens, mine, steadiness(self.rollouts, before, d))
+        trial = Trial(hypothesis, size(d), size(before), tokens, mine, view, steadiness(self.rollouts, before, d))
         self.trials.append(trial)
         return trial
 
@@ -165,7 +166,7 @@ class Court:
         for t in best:
             variant, name = t.hypothesis.variant, self.allowed[-1]
             if variant is not None and not self.explains(t):
-                rounded = replace(variant, numerics=numerics_of(name)).predicted(t.hypothesis.rollouts)
+                rounded = replace(variant, numerics=numerics_of(name)).predicted(t.hypothesis.rollouts, t.view)
                 if t.left <= AMPLIFIED * size(rounded - t.values):
                     self.amplified.append(t)
 
@@ -232,8 +233,8 @@ class Court:
         with np.errstate(all="ignore"):
             a, b = (np.nansum(self.compared(z), -1) / np.sum(~np.isnan(self.compared(z)), -1) for z in (x, y))
         seen = np.isfinite(a) & np.isfinite(b)
-        ranks = [np.argsort(np.argsort(z[seen])) for z in (a, b)]
-        return float(np.corrcoef(*ranks)[0, 1]) if seen.sum() > 2 else 0.0
+        ranks = np.argsort(np.argsort([a[seen], b[seen]]))
+        return float(np.corrcoef(ranks)[0, 1]) if seen.sum() > 2 else 0.0
 
     def pattern(self, numerics: str) -> float:
         """Return how alike the engine's differences and those of these numerics are."""
@@ -248,15 +249,12 @@ class Court:
         with np.errstate(all="ignore"):  # near a power of two, the smaller step
             step = np.exp2(np.floor(np.log2(0.8 * np.abs(logits))) - 10)
         step = np.where(np.isfinite(self.theirs) & (step >= 32 * PRINTED), step, np.nan)
-        known = step[np.sum(~np.isnan(step), -1) > 1]
-        theirs = self.theirs[np.sum(~np.isnan(step), -1) > 1]
-        if known.size - len(known) < FEW:
-            return None
-        coarsest = np.nanargmax(known, -1)[:, None]
-        steps = (theirs - np.take_along_axis(theirs, coarsest, -1)) / known
-        np.put_along_axis(steps, coarsest, np.nan, -1)
-        off = np.abs(steps - np.round(steps)) * known
-        return float((off <= PRINTED)[~np.isnan(off)].mean()) > 0.5
+        several = np.sum(~np.isnan(step), -1) > 1
+        step, theirs = step[several], self.theirs[several]
+        coarsest = np.nanargmax(step, -1)[:, None] if len(step) else np.zeros((0, 1), np.int64)
+        apart = theirs - np.take_along_axis(theirs, coarsest, -1)
+        off = np.abs(apart - np.round(apart / step) * step)[(apart != 0) & ~np.isnan(step)]  # 0: the same id twice
+        return float((off <= PRINTED).mean()) > 0.5 if len(off) >= FEW else None
 
     def holds(self, t: Trial) -> bool:
         """Whether a cause also helps where the reference rounds as the engine seems to, and is more than luck.
@@ -270,7 +268,7 @@ class Court:
         clear = t.left <= t.before / 2 or t.steady >= STEADY
         if variant is None or numerics == "float32":
             return clear
-        x = replace(variant, numerics=numerics_of(numerics)).predicted(t.hypothesis.rollouts)
+        x = replace(variant, numerics=numerics_of(numerics)).predicted(t.hypothesis.rollouts, t.view)
         left, before = (size(away(self.theirs, y)) for y in (x, self.runs[numerics]))
         if t.tokens * math.log(before / max(left, 1e-12)) < APART:
             return False

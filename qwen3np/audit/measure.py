@@ -246,8 +246,8 @@ class Variant:
         self, rollouts: Sequence[Rollout], view: View = plain_view, states: Sequence[Array] | None = None
     ) -> Array:
         """Return the log-probabilities (N, 1 + K) that an engine with this model would report."""
-        states = self.states(rollouts) if states is None else states
-        return stacked([self._of_ids(r, x, view) for r, x in zip(rollouts, states, strict=True)])
+        made = self.states(rollouts) if states is None else states
+        return stacked([self._of_ids(r, x, view) for r, x in zip(rollouts, made, strict=True)])
 
     def _of_ids(self, rollout: Rollout, states: Array, view: View) -> Array:
         mine = np.empty(rollout.found.shape)

@@ -135,7 +135,7 @@ class _Fit:
                     mine[n, rows] = candidates[n].normalised(own, ordered, mass)
 
         by_rows(self.logits, look)
-        return [size(away(self.theirs, x)) for x in mine]
+        return [size(away(self.theirs, mine[n])) for n in range(len(candidates))]
 
 
 def _searched(f: Callable[[float], float], low: float, high: float) -> float:
