@@ -112,7 +112,7 @@ def main() -> None:
     add_checkpoint(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often each engine has its turn")
-    parser.add_argument("--quick", action="store_true", help=f"one round, nothing longer than {MIDDLE} tokens")
+    parser.add_argument("--quick", action="store_true", help=f"nothing longer than {MIDDLE} tokens")
     parser.add_argument("--engines", nargs="+", choices=(*ENGINES, *SMALL), default=(*ENGINES, *SMALL))
     parser.add_argument("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program of this name")
     parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="the model for it")
@@ -136,10 +136,9 @@ def main() -> None:
 
     turns: dict[str, list[Found]] = {engine: [] for engine in (*a.engines, *llamas)}
     shares: dict[str, list[float]] = {engine: [] for engine in turns}
-    rounds = 1 if a.quick else a.rounds
-    for number in range(rounds):
+    for number in range(a.rounds):
         for engine, results in turns.items():
-            print(f"[turn {number + 1} of {rounds}: {engine}]", file=sys.stderr)
+            print(f"[turn {number + 1} of {a.rounds}: {engine}]", file=sys.stderr)
             with others(shares[engine]):
                 results.append(turn(engine))
 
@@ -149,7 +148,7 @@ def main() -> None:
         import torch
 
         print(f"- torch's own kernels: {torch.backends.cpu.get_cpu_capability()}")
-    print(f"- {a.model.name}, turns of each engine: {rounds}\n")
+    print(f"- {a.model.name}, turns of each engine: {a.rounds}\n")
     print(tables(turns, [pair for pair in (*PAIRS, *partners) if all(engine in turns for engine in pair)]))
     worst = ", ".join(f"{engine} {max(values):.2f}" for engine, values in shares.items())
     print(f"Cores busy with something else, in the worst turn of each: {worst}")

@@ -86,7 +86,6 @@ def embed(
     >>> qwen3np.embed(model, ["The sky is blue.", "Grass is green."]).shape
     (2, 160)
     """
-    _check_dimensions(model, dimensions)
     skipped = 0
     if attention_mask is not None:
         if instruction is not None or prompt is not None:
@@ -205,8 +204,11 @@ def vectors(
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Embed the ids of texts, which `encoded` returns with `skipped`; the rest as in embed."""
-    _check_dimensions(model, dimensions)
-    pooling = model.pooling or Pooling("lasttoken")
+    size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
+    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
+        raise ValueError(
+            f"dimensions must be a whole number from 1 to {size}, the size of the model, got {dimensions!r}"
+        )
     if pooling.mode == "cls":  # the first token sees only itself
         sequences = [sequence[:1] for sequence in sequences]
     if pooling.mode == "mean":
@@ -227,15 +229,6 @@ def _tokenizer(model: Model, what: str, *tokens: str) -> tuple[Tokenizer, list[i
             f"Qwen/Qwen3-{'Embedding' if what == 'embed' else 'Reranker'}-0.6B"
         )
     return model.tokenizer, [i for i in ids.values() if i is not None]
-
-
-def _check_dimensions(model: Model, dimensions: int | None) -> None:
-    """Raise ValueError unless a vector has this many numbers."""
-    size = model.config.hidden_size
-    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
-        raise ValueError(
-            f"dimensions must be a whole number from 1 to {size}, the size of the model, got {dimensions!r}"
-        )
 
 
 def _check_texts(texts: Sequence[str], name: str) -> None:

@@ -90,10 +90,7 @@ def require_cache(shape: tuple[int, ...], dtype: np.dtype[Any], *, in_memory: bo
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Return an array that begins where a line of the processor's cache does, with undefined numbers.
-
-    A cast that writes across lines takes twice as long.
-    """
+    """Return an uninitialised array that starts at a cache line: a cast that writes across two takes twice as long."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + LINE, np.uint8)
     start = -memory.ctypes.data % LINE

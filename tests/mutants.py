@@ -206,9 +206,9 @@ GROUPS = [
                 "for start, stop, near in ((0, cut, NEAR),):",
             ),
             "few rows: rows and blocks mixed up": ("products.swapaxes(0, 1).reshape", "products.reshape"),
-            "few rows: a thread's last block left out": (
-                "for a, b in stretch(w, n):",
-                "for a, b in stretch(w, n)[: -1 if n else None]:",
+            "few rows: the last block left out": (
+                "for a, b in _pieces(0, len(w), step)]",
+                "for a, b in _pieces(0, len(w), step)[:-1]]",
             ),
             "tiles: the last left out": ("[*range(start, stop, size), stop]", "[*range(start, stop, size)]"),
         },
@@ -1033,7 +1033,7 @@ GROUPS = [
             "cuts of any BLAS": ("all(library.internal_api ==", "any(library.internal_api =="),
             "errors of other threads lost": ("            other.result()\n", "            pass\n"),
             "parts begin after an error": (
-                "        except BaseException:\n            left = iter(())\n            raise\n"
+                "        except BaseException:\n            left.clear()\n            raise\n"
                 "        finally:\n            _here",
                 "        finally:\n            _here",
             ),
@@ -1487,6 +1487,8 @@ GROUPS = [
             "a queue without end": (">= self.limit", "< 0"),
             "wrong guesses stay in the cache": ("job.cache.lengths[0] = len(job.ids) + len(job.new) - 1", "pass"),
             "every guess is right": ("job.cache is None or guesses[n : n + 1] != job.new[-1:]", "job.cache is None"),
+            "an answer goes on after its end": ("job.cache is None or guesses", "guesses"),
+            "guesses beside other answers": ("if len(self._running) == 1 else []", "if len(jobs) == 1 else []"),
         },
     ),
     (

@@ -46,6 +46,13 @@ def test_workers_give_the_bytes_of_one_process(tmp_path, client):
         next(qwen3np.batch([embedding("a", "Paris")], MODEL, client=client))
 
 
+def test_workers_that_die_while_they_load(monkeypatch):
+    dying = Scripted(None)
+    monkeypatch.setattr(dying, "nthreads", dict)
+    with pytest.raises(ValueError, match="every worker died while it loaded the model"):
+        Spread(dying, Recipe(None, "m"))
+
+
 def test_a_checkpoint_that_workers_do_not_have(client):
     with pytest.raises(ValueError, match="there is no folder /no/such"):
         Spread(client, Recipe("/no/such/checkpoint", "m"))

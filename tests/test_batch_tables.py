@@ -149,11 +149,22 @@ def test_a_complete_file_is_kept_and_another_is_not_taken_for_it(plain, tmp_path
         with pytest.raises(ValueError, match="has 40 results for 41 requests"):
             answer(longer, out)
         others = written(tmp_path / "others.jsonl", [*drawn(39), embedding("another", "text")])
-        with pytest.raises(ValueError, match="result 40 is of 'request 39', request 40 is 'another'"):
+        with pytest.raises(ValueError, match="result 40 is not that of request 'another'"):
             answer(others, out)
         out.write_bytes(b"[]\n")
         with pytest.raises(ValueError, match=rf"out.{kind}: holds no results of qwen3np batch"):
             answer(longer, out)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "out.parquet", "out.arrow", "out.npy", "ordered.jsonl"])
+def test_a_complete_file_with_results_of_wrong_lines_is_kept(tmp_path, name):
+    source = written(tmp_path / "in.jsonl", [embedding("a", "Paris"), {"url": "nowhere"}, embedding("a", "Rome")])
+    out, answers = tmp_path / name, Answers(MODEL, "tiny")
+    assert really_answer(source, out, answers, in_order=True)["complete"] == 0
+    before = out.read_bytes()
+    assert really_answer(source, out, answers, in_order=True)["complete"] == 3
+    answers.close()
+    assert out.read_bytes() == before
 
 
 def test_a_run_killed_before_the_conversion_goes_on(plain, tmp_path, answer):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drawing import draw_any_config, draw_ids, trained_like
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3np import KVCache, drafts, forward, generate, steps
@@ -97,6 +97,7 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(builtin):
     assert passes <= 15  # the estimate rises from 0.7; 8 tokens a pass are the most
 
 
+@example([0, 1, 2, 0, 1, 0, 0, 2, 0, 2, 1, 0, 1, 2, 0], 1)  # four ids say 1, the last two alone 2
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 7))
 def test_look_up(ids, most):
     """By Python's slices: what followed the last four, three or two ids, the longest stretch of at most `most`."""
@@ -128,6 +129,15 @@ def test_as_many_guesses_as_pay_off():
     assert always == sorted(always)
     assert sum(never) <= 20
     assert max(never[100:]) <= 1
+
+
+def test_a_wrong_guess_says_nothing_of_those_after_it():
+    """Even where more ids have followed without guesses, as in the server while other answers run."""
+    made = drafts.Drafts(lambda ids, most, choose: [5, 6, 7][:most], 7)
+    assert made.next(np.array([1]), 100, None) == [5, 6, 7]
+    made.next(np.array([1, 5, 9, 7, 8]), 100, None)
+    right = 0.7 + drafts.WEIGHT * (1 - 0.7)
+    assert made.right == pytest.approx(right + drafts.WEIGHT * (0 - right))
 
 
 def test_a_smaller_model_guesses(builtin):

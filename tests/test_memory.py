@@ -273,3 +273,15 @@ def test_the_limits_of_control_groups_count(tmp_path):
     own = "12:cpu,cpuacct:/x\n4:memory:/docker/0123abc\n1:name=systemd:/\n0::/a/b\n"
     assert list(module.left_in_groups(own, tmp_path)) == [643, 4032, -68]
     assert list(module.left_in_groups("", tmp_path)) == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, BFLOAT16])
+def test_memory_from_the_start_of_a_line(dtype):
+    """Casts write whole lines of 64 bytes; the float32 copies of a checkpoint begin with one, too."""
+    assert module.aligned((0, 3), dtype).shape == (0, 3)
+    for shape in ((1,), (7, 11), (3, 5, 1000), (1 << 20,)):
+        array = module.aligned(shape, dtype)
+        assert (array.shape, array.dtype, array.ctypes.data % 64) == (shape, dtype, 0)
+        assert array.flags.carray
+    copies = load(BUILTIN, weights_dtype="float32").weights
+    assert {copy.ctypes.data % 64 for copy in copies.values()} == {0}

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -225,15 +226,19 @@ def test_an_answer_is_the_same_among_others_in_every_kind_of_model(numerics):
 @pytest.mark.parametrize("draft", [False, True])
 def test_guesses_change_no_answer(server, draft):
     """Text that repeats its prompt, alone and beside another answer: the bits of a server that does not guess."""
-    guesses = {"assistant_model": MODEL} if draft else {"prompt_lookup_num_tokens": 7}
+    noise = np.random.default_rng(0)
+    rough = {k: w * noise.normal(1, 0.3, w.shape).astype(np.float32) for k, w in MODEL.weights.items()}
+    other = replace(MODEL, weights=rough)
+    guesses = {"assistant_model": other} if draft else {"prompt_lookup_num_tokens": 7}
     asked = [{"prompt": f"{RHYME} " * 4, "temperature": t, "seed": 5} for t in (0, 1.2)]
     never = {MODEL.text.token_to_id(name): -100 for name in ("<|im_end|>", "<|endoftext|>")}
     asked = [{**one, "max_tokens": 30, "logprobs": 3, "logit_bias": never} for one in asked]
+    asked += [{**one, "max_tokens": n} for one in asked for n in (2, 5, 8)]
 
     def answers(address, together):
         with ThreadPoolExecutor(len(asked) if together else 1) as pool:
-            found = pool.map(lambda body: http.post(f"{address}/v1/completions", json=body).json()["choices"], asked)
-            return list(found)
+            found = pool.map(lambda body: http.post(f"{address}/v1/completions", json=body).json(), asked)
+            return [(one["choices"], one["usage"]["completion_tokens"]) for one in found]
 
     def counted(address):
         return dict(re.findall(r"^qwen3np_(guesses\w*)_total (\d+)$", http.get(f"{address}/metrics").text, re.M))
@@ -241,7 +246,7 @@ def test_guesses_change_no_answer(server, draft):
     with serve(guesses=guesses) as (address, _):
         assert answers(address, together=False) == answers(server[0], together=False)
         counts = counted(address)
-        assert int(counts["guesses"]) >= int(counts["guesses_right"]) > 2
+        assert int(counts["guesses"]) > int(counts["guesses_right"]) > 2
         assert answers(address, together=True) == answers(server[0], together=False)
     assert not int(counted(server[0]).get("guesses", 0))
 
@@ -268,6 +273,9 @@ def test_embeddings(client):
         options = {} if form == "base64" else {"encoding_format": form}  # the client asks for base64 and decodes it
         found = client.embeddings.create(model="tiny", input=texts, **options).data
         np.testing.assert_array_equal(np.array([one.embedding for one in found], np.float32), truth)
+    asked = {"input": texts[0], "extra_body": {"instruction": "Find it"}}
+    ids = MODEL.text.encode(f"Instruct: Find it\nQuery:{texts[0]}")
+    assert client.embeddings.create(model="tiny", **asked).usage.prompt_tokens == len(ids) + 1  # <|endoftext|>
     short = client.embeddings.create(model="tiny", input=texts[0], dimensions=16).data[0].embedding
     np.testing.assert_allclose(short, truth[0, :16] / np.linalg.norm(truth[0, :16]), atol=1e-6)
 

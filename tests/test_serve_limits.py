@@ -59,8 +59,9 @@ def test_time_limits_end_what_runs_and_what_waits():
         with http.stream("POST", f"{address}/v1/completions", json={**LONG, "n": 8, "stream": True}) as response:
             *_, error, end = filter(None, response.iter_lines())
         assert ("timeout" in error, end) == (True, "data: [DONE]")
-        slow = threading.Event()
-        service.scheduler.call(lambda: slow.wait(0.5))
+        begun, slow = threading.Event(), threading.Event()
+        service.scheduler.call(lambda: (begun.set(), slow.wait(0.5)))
+        begun.wait(4)
         found = http.post(f"{address}/v1/completions", json=LONG)
         assert (found.status_code, "too long" in found.json()["error"]["message"]) == (503, True)
         assert service.scheduler.load == {"requests_waiting": 0, "requests_running": 0, "prefix_bytes": 0}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qwen3np.batches import tables
-from qwen3np.batches.answers import Answers, is_failure, key_of
+from qwen3np.batches.answers import REQUEST, Answers, is_failure, key_of, tag
 from qwen3np.batches.requests import Key, Request, left_of, packets, requests_of
 from qwen3np.batches.results import Results
 from qwen3np.files.writing import written_aside
@@ -86,12 +86,12 @@ def _fill(
     keys = list[Key]()
     if not grows and out.exists() and not growing.exists():
         keys += [request.key for request in requests]
-        found = tables.keys(out, kind)
+        found = tables.ids(out, kind)
         if len(found) != len(keys):
             raise ValueError(f"{out}: has {len(found):,} results for {len(keys):,} requests; choose another name")
-        for n, (of, key) in enumerate(zip(found, keys, strict=True), 1):
-            if of not in (None, key):
-                raise ValueError(f"{out}: result {n:,} is of {of!r}, request {n:,} is {key!r}; choose another name")
+        for n, (found_id, key) in enumerate(zip(found, keys, strict=True), 1):
+            if found_id not in (None, REQUEST + tag(key)):
+                raise ValueError(f"{out}: result {n:,} is not that of request {key!r}; choose another name")
         counts["results"] += len(keys)
         counts["complete"] += len(keys)
         return

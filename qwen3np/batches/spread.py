@@ -7,6 +7,7 @@ kills workers is alone.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
@@ -24,7 +25,7 @@ from qwen3np.ops.fast.threads import num_threads
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # as Dask has it: the threads are ours
 CORES = num_threads()  # of this process, before a worker gives it its share
 _PATIENCE = 20  # seconds in which a scheduler must answer
-_TRIES = 3  # to load the model, where every worker dies
+_TRIES = 3  # attempts to load the model, if every worker dies
 _LOOK = 1.0  # seconds without a result after which idle workers get copies
 _working = threading.Lock()
 _held: dict[Recipe, Answers] = {}  # on a worker: one at a time
@@ -80,7 +81,7 @@ class Spread:
             if fingerprints := self._fingerprints():
                 break
         else:
-            raise ValueError("every worker died while it loaded the model; is there memory enough for it?")
+            raise ValueError("every worker died while it loaded the model; is there enough memory for it?")
         models = {_model(fingerprint): worker for worker, fingerprint in fingerprints.items()}
         if len(models) > 1:
             listed = "; ".join(f"{worker} has {model}" for model, worker in models.items())
@@ -188,6 +189,7 @@ def _loaded(recipe: Recipe) -> Answers:
     if recipe not in _held:
         while _held:  # another model, which goes before this one needs its memory
             _held.popitem()[1].close()
+        gc.collect()
         threads = get_worker().state.nthreads
         os.environ["QWEN3NP_NUM_THREADS"] = str(threads)
         _held[recipe] = recipe.answers(share=min(threads / CORES, 1))

@@ -18,8 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from qwen3np.batches.answers import key_of
-from qwen3np.batches.requests import LONGEST, Key
+from qwen3np.batches.requests import LONGEST
 from qwen3np.errors import one_line
 
 READ = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
@@ -56,22 +55,19 @@ def lines_of(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
 
 
-def keys(path: Path, kind: str) -> list[Key | None]:
-    """Return whose results a file of this format has; None where the format does not tell. Raises ValueError."""
+def ids(path: Path, kind: str) -> list[str | None]:
+    """Return the id of each result in a file; None where the format holds none. Raises ValueError."""
+    pyarrow = _pyarrow() if kind in (".parquet", ".arrow", ".jsonl.zst") else None
     try:
         if kind == ".npy":
             return [None] * len(np.load(path, mmap_mode="r"))
-        if kind in (".parquet", ".arrow"):
-            rows = (batch.select(["custom_id", "error"]).to_pylist() for batch in _tables(path, kind))
-            return [_key(row) for some in rows for row in some]
+        if pyarrow and kind != ".jsonl.zst":
+            batches = _tables(path, kind, ["id"])
+            return [one for batch in batches for one in batch.column("id").to_pylist()]
         with _opened(path, kind) as file:
-            return [key_of(json.loads(line)) for line in file]
+            return [json.loads(line)["id"] for line in file]
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path}: holds no results of qwen3np batch; choose another name for the results") from None
-
-
-def _key(row: dict[str, Any]) -> Key:
-    return json.loads(row["error"])["line"] if row["custom_id"] is None else row["custom_id"]
 
 
 def write(path: Path, kind: str, lines: Iterable[bytes], count: int) -> None:
@@ -105,9 +101,9 @@ def _opened(path: Path, kind: str) -> IO[bytes]:
     return path.open("rb")
 
 
-def _tables(path: Path, kind: str) -> Iterator[Any]:
+def _tables(path: Path, kind: str, columns: list[str] | None = None) -> Iterator[Any]:
     if kind == ".parquet":
-        return _pyarrow().parquet.ParquetFile(path).iter_batches(_ROWS)
+        return _pyarrow().parquet.ParquetFile(path).iter_batches(_ROWS, columns=columns)
     file = _pyarrow().ipc.open_file(str(path))
     return map(file.get_batch, range(file.num_record_batches))
 

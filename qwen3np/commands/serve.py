@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     # else the body of a reply waits 40 ms for the client's delayed acknowledgment of its headers
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     model, _ = load_model(arguments)
-    memory = int((arguments.cache_memory or 0) * 1e9) or (available_memory() or 2 * 10**9) // 2
     guesses = guessing(arguments)
+    memory = int((arguments.cache_memory or 0) * 1e9) or (available_memory() or 2 * 10**9) // 2
     require_ids(checked({**guesses, "max_new_tokens": 1}), model.config)
     computed = {"numerics": arguments.numerics, "engine": arguments.engine}
     scheduler = Scheduler(model, waiting=arguments.max_waiting, memory=memory, guesses=guesses, **computed)

@@ -222,7 +222,7 @@ class Scheduler:
         for job in jobs:
             job.cache = self._new_cache(job.room)
             job.rng = generator(job.settings["seed"], job.row)
-            job.drafts = drafts_of(job.settings, self.model.config, job.room + 1)
+            job.drafts = drafts_of(job.settings, self.model.config, job.room + 1) if job.most else None
             if job.prompt_top is None:
                 job.reused = self._prefixes.fill(job.cache, job.ids)
 
@@ -261,8 +261,8 @@ class Scheduler:
             self._choose(job, logits[-1])
 
     def _step(self, jobs: list[Job]) -> None:
-        """Compute the next token of up to ROWS jobs; of one alone several, where it is right to guess at them."""
-        guesses = self._guesses(jobs[0]) if len(jobs) == 1 else []
+        """Compute the next token of up to ROWS jobs; for a job that runs alone, also those that were guessed right."""
+        guesses = self._guesses(jobs[0]) if len(self._running) == 1 else []
         cache = Joined([job.cache for job in jobs if job.cache is not None])
         passed = self._forward([[job.new[-1], *guesses] for job in jobs], cache, last_only=not guesses)
         for job, logits in zip(jobs, passed, strict=True):
@@ -317,7 +317,7 @@ class Scheduler:
         if not isinstance(event, Exception):
             with suppress(ValueError):  # too little memory is free
                 self._keep(job)
-        job.cache = None
+        job.cache = job.drafts = None
 
     def _keep(self, job: Job) -> None:
         length = len(job.ids) // PIECE * PIECE
@@ -332,7 +332,7 @@ class Scheduler:
 
 
 def _bytes_per_position(model: Model, numerics: str = "float32") -> int:
-    """What a position takes in a cache."""
+    """Return the bytes of keys and values at one position."""
     config, storage = model.config, named(numerics).storage
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * np.dtype(storage).itemsize
 

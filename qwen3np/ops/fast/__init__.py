@@ -18,7 +18,7 @@ Why cut here and not leave it to BLAS:
   copied. A single row is bound by memory: there the whole of W goes to BLAS's own threads.
 - Up to 8 rows (a batch of decode steps, or positions with guesses) are multiplied one by one, 64 rows of W at a time,
   so each has the bits it has alone; a matrix product would first copy W into an order of its own, which costs more than
-  8 rows do. Each thread goes through its own stretch of W, since handing out small blocks takes longer than they do.
+  8 rows do. The threads take blocks of W from one queue, each as soon as it is free.
 """
 
 from __future__ import annotations

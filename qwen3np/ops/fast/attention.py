@@ -32,8 +32,9 @@ def attend(
         def attend_sequence(b: int) -> None:
             contexts[b] = attend_one(q[b], keys[b], values[b], num, None, window)
 
-        if q.shape[2] <= FEW_ROWS:  # too little work in each to be cut
-            share(range(len(q)), q[0].size * sum(k.shape[1] for k in keys), attend_sequence)
+        lengths = [k.shape[1] for k in keys]
+        if threads_for(q[0].size * max(lengths)) == 1:  # too little work in each to be cut
+            share(range(len(q)), q[0].size * sum(lengths), attend_sequence)
         else:
             for b in range(len(q)):
                 attend_sequence(b)

@@ -8,7 +8,6 @@ multiplies one block: Goto and van de Geijn, 2008, https://doi.org/10.1145/13560
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise, product
 
@@ -93,27 +92,19 @@ def _dot_products(x: Array, ws: Sequence[Array], threads: int) -> list[Array]:
 
 
 def _few_products(rows: Array, ws: Sequence[Array], num: Numerics, threads: int) -> list[Array]:
-    """Return rows Wᵀ (N, out) for each W, block by block. The first thread begins at one end, the others at the other.
-
-    So nobody waits long for a thread that started late, and each reads memory in order.
-    """
+    """Return rows Wᵀ (N, out) for each W, block by block on all threads."""
     ys = [np.empty((len(rows), len(w)), num.dtype) for w in ws]
-    blocks = deque[tuple[Array, Array]]()
+
+    def apply(block: tuple[Array, Array]) -> None:
+        w, y = block
+        _few_rows(rows, _block(w, num), y)
+
+    blocks: list[tuple[Array, Array]] = []
     for w, y in zip(ws, ys, strict=True):
-        size = -(-w.size // threads) if is_ready(w, num) else BLOCK_ELEMENTS
-        step = max(size // (NEAR * w.shape[1]), 1) * NEAR
-        blocks.extend((w[a:b], y[:, a:b]) for a, b in _pieces(0, len(w), step))
-
-    def apply(n: int) -> None:
-        take = blocks.pop if n else blocks.popleft
-        while blocks:
-            try:
-                w, y = take()
-            except IndexError:  # another thread took the last one
-                return
-            _few_rows(rows, _block(w, num), y)
-
-    share(range(threads), len(rows) * sum(w.size for w in ws), apply)
+        each = -(-len(w) // (NEAR * threads)) if is_ready(w, num) else BLOCK_ELEMENTS // (NEAR * w.shape[1])
+        step = max(each, 1) * NEAR
+        blocks += [(w[a:b], y[:, a:b]) for a, b in _pieces(0, len(w), step)]
+    share(blocks, len(rows) * sum(w.size for w in ws), apply)
     return ys
 
 
@@ -137,7 +128,8 @@ def _tile_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Arra
 def _block(w: Array, num: Numerics) -> Array:
     """Return num.widen(w) as BLAS takes it: other layouts would not reach it, or give other bits."""
     ready = _ready(w, num)
-    return ready if ready.flags.carray else np.require(ready, None, ["C", "A"])
+    kept = ready.flags.c_contiguous and ready.flags.aligned
+    return ready if kept else np.require(ready, None, ["C", "A"])
 
 
 def _few_rows(x: Array, w: Array, y: Array) -> None:
@@ -180,7 +172,7 @@ _scratch = _Scratch()
 
 def _ready(w: Array, num: Numerics) -> Array:
     """Return num.widen(w), if an upcast in this thread's scratch memory, valid until the next one."""
-    stored = type(w) is not np.ndarray and isinstance(w, Stored)
+    stored = type(w) is not np.ndarray and isinstance(w, Stored)  # the second takes a microsecond
     if not stored and (w.dtype == num.dtype or (num.rounds and w.dtype != BFLOAT16)):
         return num.widen(w)
     size = w.size * num.dtype.itemsize

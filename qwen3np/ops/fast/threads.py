@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -26,6 +27,8 @@ Part = TypeVar("Part")
 MOST = 64
 # Below this many multiply-adds, handing parts to other threads (about 0.1 ms) costs more than it saves.
 WORTH_SHARING = 3 << 19
+# Seconds in which a thread that waits for the last parts stays awake: waking it takes as long as many parts do.
+SPIN = 0.001
 # The cost of an element in a layer without products, in multiply-adds.
 ELEMENT = 16
 # Elements in a block of rows: it stays in the cache together with its intermediate results.
@@ -72,24 +75,22 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             for part in parts:
                 task(part)
         return
-    left, lock = iter(parts), threading.Lock()
+    left = deque(parts)
 
     def run() -> None:
-        nonlocal left
-        _here.sharing, held = True, _here.limit > 0
+        _here.sharing = True
         try:
-            while True:
-                with lock:
-                    part = next(left, None)
-                if part is None:
+            if not _here.limit:  # a thread of the pool: with MKL and OpenMP each has its own setting
+                for library in _blas():
+                    _set_threads(library, 1)
+            while left:
+                try:
+                    part = left.popleft()
+                except IndexError:  # another thread took it
                     return
-                if not held:  # a thread of the pool: with MKL and OpenMP each has its own setting
-                    for library in _blas():
-                        _set_threads(library, 1)
-                    held = True
                 task(part)
         except BaseException:
-            left = iter(())
+            left.clear()
             raise
         finally:
             _here.sharing = False
@@ -102,11 +103,13 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
                     others.append(_pool(os.getpid()).submit(run))
             run()
         except BaseException:
-            left = iter(())
+            left.clear()
             raise
         finally:
-            while not all(other.done() for other in others):
-                time.sleep(0)  # a thread that sleeps takes longer to wake than most parts take
+            until = time.monotonic() + SPIN
+            while not all(other.done() for other in others) and time.monotonic() < until:
+                time.sleep(0)
+            wait(others)
         for other in others:
             other.result()
 
