@@ -1422,7 +1422,7 @@ GROUPS = [
             "no tolerance for printing": ("off <= PRINTED", "off <= 1e-9"),
             "an id twice is a step": ("(apart != 0) & ", ""),
             "rollouts are as good as tokens": ("ddof=1) / math.sqrt(len(found))", "ddof=1) / len(found)"),
-            "outliers make a pattern": ("np.argsort(np.argsort([a[seen], b[seen]]))", "[a[seen], b[seen]]"),
+            "outliers make a pattern": ("[np.argsort(np.argsort(z[seen]))", "[z[seen]"),
         },
     ),
     (

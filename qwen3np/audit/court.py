@@ -233,8 +233,8 @@ class Court:
         with np.errstate(all="ignore"):
             a, b = (np.nansum(self.compared(z), -1) / np.sum(~np.isnan(self.compared(z)), -1) for z in (x, y))
         seen = np.isfinite(a) & np.isfinite(b)
-        ranks = np.argsort(np.argsort([a[seen], b[seen]]))
-        return float(np.corrcoef(ranks)[0, 1]) if seen.sum() > 2 else 0.0
+        ranks = [np.argsort(np.argsort(z[seen])) for z in (a, b)]
+        return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if seen.sum() > 2 else 0.0
 
     def pattern(self, numerics: str) -> float:
         """Return how alike the engine's differences and those of these numerics are."""
