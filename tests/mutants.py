@@ -1414,6 +1414,7 @@ GROUPS = [
             "any time": ("thread.join(TIMEOUT)", "thread.join()"),
             "any scheme": ('parts.scheme not in ("http", "https") or not parts.hostname', "not parts.netloc"),
             "the echoed prompt is read twice": ("Fields(), echoed=True)", "Fields())"),
+            "vLLM's prompts a token late": ('"logprobs": of_prompt[1:]', '"logprobs": of_prompt[:-1]'),
         },
     ),
     (
@@ -1421,11 +1422,16 @@ GROUPS = [
         "audit",
         {
             "penalty on the prompt": ("np.unique(own, return_counts=True)", "np.unique(ids, return_counts=True)"),
-            "top-p keeps one less": (
-                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1",
-                "(np.cumsum(np.exp(ordered), -1) < value).sum(-1)",
+            "top-p keeps one less": ("(mass < enough).sum(-1) + 1", "(mass < enough).sum(-1)"),
+            "top-p of what top-k has dropped, too": (
+                "np.take_along_axis(mass, count[:, None] - 1, -1)\n            count",
+                "mass[:, -1:]\n            count",
             ),
-            "min-p of all": ("ordered[:, :1] + np.log(value)", "np.log(value)"),
+            "min-p is a share of the whole": (
+                "(ordered >= np.log(self.min_p))",
+                "(ordered - np.log(mass[:, -1:]) >= np.log(self.min_p))",
+            ),
+            "what filters drop is kept": ("logp[y < np.take", "logp[y > 1 + np.take"),
         },
     ),
     (
@@ -1441,10 +1447,19 @@ GROUPS = [
     (
         "audit/causes.py",
         "audit",
+        {"rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"')},
+    ),
+    (
+        "audit/court.py",
+        "audit",
         {
             "all rounding is float32's": ('MARGIN = {"float32": 4.0,', 'MARGIN = {"float32": 4e5,'),
             "no other ids left out": ("theirs[:, 1:] = np.nan", "pass"),
-            "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
+            "steps of bfloat16 alone": ("np.abs(logits))) - 10)", "np.abs(logits))) - 2)"),
+            "no tolerance for printing": ("off <= PRINTED", "off <= 1e-9"),
+            "an id twice is a step": ("(apart != 0) & ", ""),
+            "rollouts are as good as tokens": ("ddof=1) / math.sqrt(len(found))", "ddof=1) / len(found)"),
+            "outliers make a pattern": ("[np.argsort(np.argsort(z[seen]))", "[z[seen]"),
         },
     ),
     (

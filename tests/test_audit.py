@@ -12,7 +12,8 @@ from drawing import SMALL, draw_ids, trained_like
 
 import qwen3np
 from qwen3np import Config, Model, forward, processed_logits
-from qwen3np.audit.causes import UNKNOWN, Court
+from qwen3np.audit.causes import UNKNOWN
+from qwen3np.audit.court import Court, steadiness
 from qwen3np.audit.measure import Variant, experts_of, recorded_experts, sampled
 from qwen3np.audit.page import page
 from qwen3np.audit.processed import Settings
@@ -102,7 +103,7 @@ def test_rounding_is_different_where_the_engine_is_known_to_round_less():
 )
 def test_another_config_is_a_named_bug(config, cause):
     model = drawn()
-    found = audited(engine(model, config=replace(CONFIG, **config)), model)
+    found = audited(engine(model, config=replace(CONFIG, **config), rows=3), model)
     first = found.judgement.causes[0]
     assert found.verdict == "different"
     assert (first.name, first.sure) == (cause, True)
@@ -151,6 +152,7 @@ def test_processed_log_probabilities_are_named_with_their_settings(settings, nam
         {"temperature": 0.6, "top_k": 5},
         {"temperature": 1.3, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.2, "top_k": 12, "top_p": 0.8},
         {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.2},
     ],
 )
@@ -192,12 +194,95 @@ def test_another_checkpoint_is_named_if_it_is_given():
 
 @pytest.mark.slow
 def test_an_unknown_checkpoint_is_different_and_no_cause_is_sure():
-    model, rng = drawn(), np.random.default_rng(3)
-    weights = {name: w * rng.normal(1, 0.05, w.shape).astype(np.float32) for name, w in model.weights.items()}
-    found = audited(engine(model, weights=weights), model)
+    model = drawn()
+    found = audited(engine(model, weights=perturbed(model, 0.05)), model)
     assert found.verdict == "different"
     assert found.judgement.causes[0].name == UNKNOWN
     assert not any(cause.sure for cause in found.judgement.causes)
+
+
+def perturbed(model, by):
+    """Return the weights after a little training: each number is off by a fraction of itself."""
+    rng = np.random.default_rng(3)
+    return {name: w * rng.normal(1, by, w.shape).astype(np.float32) for name, w in model.weights.items()}
+
+
+@pytest.mark.slow
+def test_a_change_as_small_as_rounding_shows_in_the_steps_of_the_logits():
+    model = drawn()
+    rollouts = engine(model, weights=perturbed(model, 0.002))
+    found = audited(rollouts, model)
+    assert 0 < found.mean_abs < 2 * found.judgement.floors["bfloat16"]
+    assert (found.verdict, found.judgement.sure) == ("different", False)
+    assert found.judgement.causes[0].name == UNKNOWN
+    assert "not numbers of 16 bits" in found.judgement.meaning
+    chosen = audited([replace(r, found=r.found[:, :1], logprobs=r.logprobs[:, :1]) for r in rollouts], model)
+    assert (chosen.verdict, chosen.judgement.sure) == ("rounding", False)
+
+
+def test_logits_of_16_bits_have_steps():
+    model = drawn()
+
+    def court(**options):
+        return Court.of(engine(model, **options), model.weights, model.config, None)
+
+    assert court(numerics="bfloat16", engine="plain").has_short_logits() is True
+    assert court().has_short_logits() is False
+    printed = [replace(r, logprobs=np.round(r.logprobs, 5)) for r in engine(model, numerics="bfloat16")]
+    assert Court.of(printed, model.weights, model.config, None).has_short_logits() is True
+    assert court().of_chosen().has_short_logits() is None
+    twice = [replace(r, found=r.found[:, [0, 0]], logprobs=r.logprobs[:, [0, 0]]) for r in engine(model)]
+    assert Court.of(twice, model.weights, model.config, None).has_short_logits() is None
+
+
+def test_evidence_of_one_rollout_alone_is_not_steady():
+    rollouts = engine(drawn())
+    before, left = np.full((2, 6 * NEW, 1), 0.02)
+    left[:NEW] = 1e-4
+    assert abs(steadiness(rollouts, before, left)) < 1.1
+    left[:] = before * np.repeat([0.5, 0.6, 0.5, 0.7, 0.5, 0.6], NEW)[:, None]
+    gains = -np.log([0.5, 0.6, 0.5, 0.7, 0.5, 0.6])
+    expected = gains.mean() / (gains.std(ddof=1) / 6**0.5)
+    assert steadiness(rollouts, before, left) == pytest.approx(expected)
+    assert steadiness(rollouts[:2], before[: 2 * NEW], left[: 2 * NEW]) == 0
+
+
+def test_ranks_and_not_a_few_outliers_make_a_pattern():
+    court = Court.of(engine(drawn()), drawn().weights, CONFIG, None)
+    rng = np.random.default_rng(4)
+    x, y = (rng.normal(0, 0.01, court.theirs.shape) for _ in range(2))
+    x[:3], y[:3] = 1.0, 1.0
+    assert abs(court.likeness(x, y)) < 0.4
+    assert court.likeness(x, x**3) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_bug_at_one_point_alone_is_named_with_it():
+    model = drawn()
+    weights = {**model.weights, "model.norm.weight": 1 + model.weights["model.norm.weight"]}
+    first = audited(engine(model, weights=weights), model).judgement.causes[0]
+    assert (first.name, first.sure) == ("norm: multiplied by 1 + weight, model.norm alone", True)
+
+
+@pytest.mark.slow
+def test_two_faults_are_named_together():
+    model = drawn()
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7})
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
+    assert first.sure
+    short = {"numerics": "bfloat16", "engine": "plain"}
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7}, **short)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
+    assert first.sure
+
+
+@pytest.mark.slow
+def test_theta_is_found_where_other_experts_hide_the_slope():
+    model = drawn(MOE)
+    first = audited(engine(model, config=replace(MOE, rope_theta=2.5e5)), model).judgement.causes[0]
+    assert first.name == "rotary: rope_theta is 250,000"
 
 
 def test_other_ids_that_do_not_fit_are_left_out():
@@ -275,7 +360,7 @@ def test_samples_are_spread_and_cut():
     assert 900 < sum(lengths) <= 1024 + 2 * PROMPT + NEW
     huge = replace(CONFIG, hidden_size=4096, intermediate_size=8192, num_hidden_layers=30)
     few = sampled(rollouts, huge)
-    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 96 + PROMPT + NEW
+    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 64 + PROMPT + NEW
     assert all(len(r.logprobs) == len(r.found) == len(r.ids) for r in few)
     masked = replace(rollouts[0], logprobs=np.where(np.arange(NEW)[:, None] < NEW - 1, np.nan, rollouts[0].logprobs))
     unknown = replace(rollouts[0], logprobs=np.full_like(rollouts[0].logprobs, np.nan))

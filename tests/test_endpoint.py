@@ -78,7 +78,7 @@ def test_completions_with_echo_count_the_prompts(builtin):
     ids = [builtin.tokenizer.encode(text) for text in PROMPTS[:2]]
     assert [[*r.prompt, *r.ids] for r in found] == [[*own, *IDS] for own in ids]
     assert [len(r.prompt) for r in found] == [1, 1]
-    assert lines == [f"{url}: at most 5 requests of 32 new tokens; nothing but 2 built-in prompts is sent"]
+    assert lines == [f"{url}: at most 6 requests of 32 new tokens; nothing but 2 built-in prompts is sent"]
     assert [path for path, _, _ in seen] == ["/v1/completions"] * 2
     assert seen[0][2]["Authorization"] == "Bearer secret"
     assert "qwen3np" not in json.dumps(seen[0][1])
@@ -107,9 +107,29 @@ def test_without_echo_and_without_completions_others_are_asked(builtin):
     with server(only_chat) as (url, seen):
         found = asked(url, builtin)
     assert [r.ids for r in found] == [IDS] * 2
-    assert len(seen) == 4
+    assert len(seen) == 5
     messages = [{"role": "user", "content": PROMPTS[0]}]
     assert found[0].prompt == builtin.tokenizer.apply_chat_template(messages, tokenize=True)
+
+
+def test_where_echo_is_refused_vllms_field_gives_the_prompts(builtin):
+    def answer(path, body):
+        if "prompt_logprobs" not in body:
+            return reply({"error": {"message": "no echo"}}, 400)
+        of_prompt = [
+            None,
+            *({str(i): {"logprob": -2.0, "rank": 1}, "7": {"logprob": -3.0}} for i in body["prompt"][1:]),
+        ]
+        logprobs = {"token_ids": IDS, "token_logprobs": [-1.0] * 3}
+        return reply({"choices": [{"logprobs": logprobs, "prompt_logprobs": of_prompt}]})
+
+    with server(answer) as (url, seen):
+        found = asked(url, builtin)
+    assert len(seen) == 3
+    ids = builtin.tokenizer.encode(PROMPTS[0])
+    assert [(r.prompt, r.ids) for r in found[:2]] == [(ids, IDS), (ids[:1], ids[1:])]
+    assert (found[1].logprobs[:, 0] == -2.0).all()
+    assert found[1].found[:, 1].tolist() == [7] * (len(ids) - 1)
 
 
 def endless(path, body):
@@ -139,6 +159,8 @@ HOSTILE = {
     "deep": (lambda *_: (200, b"[" * 100_000, {}), "prompt 1: "),
     "no choices": (lambda *_: reply({}), "no log-probabilities"),
     "no log-probabilities": (lambda *_: reply({"choices": [{"text": "x", "logprobs": None}]}), "no log-probabilities"),
+    "choices that are none": (lambda *_: reply({"choices": 5}), "prompt 1: "),
+    "prompts of other types": (lambda *_: reply({"choices": [{"prompt_logprobs": {"a": 1}}]}), "prompt 1: "),
     "other types": (lambda *_: reply({"choices": [{"logprobs": {"content": 7}}]}), "not a list"),
     "other tokens": (
         lambda *_: reply({"choices": [{"logprobs": {"token_ids": [10**9], "token_logprobs": [-1]}}]}),

@@ -60,8 +60,9 @@ def ask(
 ) -> list[Rollout]:
     """Return what a server answers to the first of PROMPTS, with its log-probabilities.
 
-    Completions are asked for with echo, whose prompts count as well; without echo if the server refuses it; or else
-    chat completions. say is called before anything is sent. Raises ValueError, in one line, for any other answer.
+    Completions are asked for with the prompts' own log-probabilities, as OpenAI or as vLLM names them; without if the
+    server refuses both; or else chat completions. say is called before anything is sent. Raises ValueError, in one
+    line, for any other answer.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -69,7 +70,7 @@ def ask(
     base, key = url.rstrip("/"), (key or "").strip() or None
     if key and not (key.isascii() and key.isprintable()):
         raise ValueError("the API key has a character that a header cannot have")
-    say(f"{base}: at most {prompts + 3} requests of {NEW} new tokens; nothing but {prompts} built-in prompts is sent")
+    say(f"{base}: at most {prompts + 4} requests of {NEW} new tokens; nothing but {prompts} built-in prompts is sent")
     served = served or _only_model(base, key)
     way, found = 0, list[Rollout]()
     for n, text in enumerate(PROMPTS[:prompts]):
@@ -77,15 +78,14 @@ def ask(
         while True:
             path, body = _ways(served, ids, text, n)[way]
             status, data = _asked(base + path, body, key)
-            if status == 200 or found or way == 2 or status not in REFUSED:
+            if status == 200 or found or path != "/completions" or status not in REFUSED:
                 break
             way += 1
         where = f"{base}{path}, prompt {n + 1}"
         if status != 200:
             raise ValueError(f"{where}: status {status}: {_reason(data)}")
-        found += _read(
-            data, {"prompt_ids": ids} if way < 2 else {"messages": body["messages"]}, where, tokenizer, vocabulary
-        )
+        prompt = {"prompt_ids": ids} if "prompt" in body else {"messages": body["messages"]}
+        found += _read(data, prompt, where, tokenizer, vocabulary)
         progress(1)
     return found
 
@@ -108,7 +108,12 @@ def _ways(served: str, ids: list[int], text: str, seed: int) -> list[tuple[str, 
     common = {"model": served, "max_tokens": NEW, "temperature": 1.0, "seed": seed}
     completion = {**common, "prompt": ids, "logprobs": TOP}
     chat = {**common, "messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": TOP}
-    return [("/completions", {**completion, "echo": True}), ("/completions", completion), ("/chat/completions", chat)]
+    more: list[dict[str, Any]] = [
+        {"echo": True},
+        {"prompt_logprobs": TOP},
+        {},
+    ]  # for the prompt's own: OpenAI's, vLLM's
+    return [*(("/completions", completion | one) for one in more), ("/chat/completions", chat)]
 
 
 def _read(data: bytes, prompt: dict[str, Any], where: str, tokenizer: Tokenizer, vocabulary: int) -> list[Rollout]:
@@ -117,8 +122,13 @@ def _read(data: bytes, prompt: dict[str, Any], where: str, tokenizer: Tokenizer,
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         value = {name: value[name] for name in ("choices", "completion_probabilities") if name in value}
-        return read_rollouts([value | prompt], tokenizer, vocabulary, Fields(), echoed=True)
-    except (ValueError, RecursionError) as error:
+        rows = [value | prompt]
+        for choice in value.get("choices") or []:
+            ids = prompt.get("prompt_ids", [])
+            if len(ids) > 1 and (of_prompt := choice.get("prompt_logprobs")):
+                rows.append({"prompt_ids": ids[:1], "ids": ids[1:], "logprobs": of_prompt[1:]})
+        return read_rollouts(rows, tokenizer, vocabulary, Fields(), echoed=True)
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(one_line(f"{where}: {error}")[:500]) from None
 
 

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from qwen3np.audit.damage_kinds import GGUF, quantised_matrix
-from qwen3np.audit.measure import Variant, View, shortened
+from qwen3np.audit.formats import COMMON, formats
+from qwen3np.audit.measure import Variant, View, is_large, shortened
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
 from qwen3np.porting.catalogue import BUGS
 from qwen3np.porting.changes import Bug, Change
 from qwen3np.porting.fits import FAMILIES, number
-from qwen3np.porting.settings import HEAD, PRODUCTS, SETTINGS, Short, blocks, typed, weighed
+from qwen3np.porting.settings import HEAD, PRODUCTS, SETTINGS, weighed
 from qwen3np.tokenizer import Tokenizer
-from qwen3np.weights import count_parameters
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING, QUANTISED, CACHE, BUG = "rounding", "quantised weights", "KV cache", "bug"
 IDS, SHIFT, PROCESSED, CHECKPOINT, ROUTING = "other ids", "shifted", "processed", "another checkpoint", "routing"
 STEPPED = ("attention: causal mask", "attention: a position does not see itself")  # see more in one pass than in steps
 STEPS = 32  # tokens that run one by one, of at most two answers; in large models STEPS // 8
-LARGE = 1e8  # parameters: of larger models fewer formats are tried
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,21 @@ class Hypothesis:
 
 
 def as_run(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
-    """Return the hypothesis that the engine has this model."""
-    return Hypothesis(name, kind, look, lambda view: variant.predicted(rollouts, view), variant, rollouts)
+    """Return the hypothesis that the engine has this model, which runs once for all views."""
+    states = cache(lambda: list(variant.states(rollouts)))
+    return Hypothesis(name, kind, look, lambda view: variant.predicted(rollouts, view, states()), variant, rollouts)
 
 
 def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
-    """Yield the catalogue's bugs; those of decode steps alone token by token, on a few rollouts."""
-    for bug in BUGS:
-        if bug.applies(right.config):
+    """Yield the catalogue's bugs; those of decode steps alone token by token, on a few rollouts.
+
+    Bugs that may be at several points are also tried at each of them, except in large models.
+    """
+    for whole in BUGS:
+        apart = [] if is_large(right.config) else whole.parts
+        for bug in (whole, *(replace(one, name=f"{one.name}, {one.points[0]} alone") for one in apart)):
+            if not bug.applies(right.config):
+                continue
             variant = replace(right, table=bug.planted(right.table))
             in_steps = bug.name.startswith(STEPPED)
             if "decode step" not in bug.name:
@@ -67,19 +70,15 @@ def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
             yield as_run(f"rotary: YaRN with factor {factor:g}", BUG, look, variant, rollouts)
 
 
-def is_large(config: Config) -> bool:
-    """Whether a run of this model takes so long that fewer are made."""
-    return count_parameters(config)["active"] > LARGE
-
-
 def _in_steps(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
     """Return the hypothesis of a model that differs token by token: it is tried on the start of a few answers."""
     variant, lengths = replace(variant, stepped=True), [len(r.ids) for r in rollouts]
     steps, count = (STEPS // 8, 1) if is_large(variant.config) else (STEPS // 2, 2)
     few = [shortened(r, steps, variant.config) for r in rollouts[:count]]
+    states = cache(lambda: list(variant.states(few)))
 
     def predict(view: View) -> Array:
-        found = variant.predicted(few, view)
+        found = variant.predicted(few, view, states())
         whole, start, at = np.full((sum(lengths), found.shape[1]), np.nan), 0, 0
         for r, length in zip(few, lengths, strict=False):
             whole[start : start + len(r.ids)] = found[at : at + len(r.ids)]
@@ -99,7 +98,7 @@ def settings(right: Variant, rollouts: Sequence[Rollout], rounds: bool) -> Itera
             continue
         short = any(word in setting.name for word in ("8 bits", "4 bits", "float8"))
         kind = ROUNDING if not short else CACHE if setting.name.startswith("KV cache") else QUANTISED
-        if kind == ROUNDING and not rounds:
+        if (kind == ROUNDING and not rounds) or (kind == QUANTISED and is_large(right.config)):
             continue
         yield as_run(setting.name, kind, setting.look, replace(right, table=setting.planted(right.table)), rollouts)
         if kind == CACHE and not is_large(
@@ -123,73 +122,6 @@ def quantised(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesi
         for points in places[-1:] if large else places:
             bug = Bug(name, points, look)
             yield as_run(name, QUANTISED, look, replace(right, table=bug.planted(right.table)), rollouts)
-
-
-COMMON = (  # formats that are tried on large models, in the layers alone
-    "weights in fp8 (e4m3), a scale",
-    "weights in int8",
-    "weights in 8 bits in groups of 32",
-    "weights in 4 bits in groups of 128",
-)
-
-
-def formats() -> dict[str, tuple[Short, Short | None]]:
-    """Return formats of weights by name: how a matrix is kept, and its inputs (None: as they are)."""
-    found: dict[str, tuple[Short, Short | None]] = {}
-    row, tensor = scaled_e4m3((-1,)), scaled_e4m3((-2, -1))
-    found["weights in fp8 (e4m3) without a scale"] = typed(ml_dtypes.float8_e4m3fn), None
-    found["weights in fp8 (e4m3), a scale for each tensor"] = tensor, None
-    found["weights in fp8 (e4m3), a scale for each row"] = row, None
-    found["weights in fp8 (e4m3), a scale for each block of 128 x 128"] = _blocks_of_e4m3, None
-    found["weights and inputs in fp8 (e4m3), a scale for each tensor and token"] = tensor, row
-    found["weights and inputs in fp8 (e4m3), a scale for each row and token"] = row, row
-    found["weights in int8, a scale for each row"] = blocks(0, 8), None
-    found["weights and inputs in int8, a scale for each row and token"] = blocks(0, 8), blocks(0, 8)
-    found["weights in 8 bits in groups of 32 (Q8_0)"] = q8_0, None
-    found["weights and inputs in 8 bits in groups of 32 (Q8_0, as llama.cpp multiplies)"] = q8_0, blocks(32, 8)
-    for size in (64, 128):
-        found[f"weights in 8 bits in groups of {size}"] = blocks(size, 8), None
-    for size in (32, 64, 128):
-        found[f"weights in 4 bits in groups of {size}"] = blocks(size, 4), None
-    for kind in GGUF:
-        if kind != "q8_0":
-            found[f"weights in {kind.upper()}"] = partial(_ggml, kind), None
-    return found
-
-
-def q8_0(w: Array) -> Array:
-    """Keep 8 bits in blocks of 32, whose scales are rounded to float16 after the division; ties go to even."""
-    parts = np.pad(w, [(0, 0), (0, -w.shape[1] % 32)]).reshape(len(w), -1, 32)
-    scale = np.abs(parts).max(-1, keepdims=True) / np.float32(127)
-    kept = np.round(parts / np.where(scale > 0, scale, 1)) * scale.astype(np.float16).astype(np.float32)
-    return kept.reshape(len(w), -1)[:, : w.shape[1]]
-
-
-def _ggml(kind: str, w: Array) -> Array:
-    """Keep a matrix as ggml's own package quantises it. Raises ValueError where that cannot be."""
-    try:
-        return quantised_matrix(w, kind).astype(np.float32)
-    except ValueError as error:
-        raise Untried(str(error)) from None
-
-
-class Untried(ValueError):
-    """A hypothesis that cannot be run here."""
-
-
-def _blocks_of_e4m3(w: Array) -> Array:
-    return quantised_matrix(w, "fp8").astype(np.float32)
-
-
-def scaled_e4m3(axes: tuple[int, ...]) -> Short:
-    """Keep numbers as e4m3 times a scale: the largest along these axes becomes 448."""
-
-    def short(x: Array) -> Array:
-        scale = np.abs(x).max(axes, keepdims=True) / np.float32(448)
-        scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        return (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
-
-    return short
 
 
 def checkpoints(
@@ -222,7 +154,7 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
             if is_large(right.config):
                 starts = starts[::2]
             least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
-            if not least < error(base):
+            if not least < (0.8 if is_large(right.config) else 0.95) * error(base):
                 continue
             for _ in range(6):
                 h = 1e-3
@@ -235,6 +167,9 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 gain, least, value, at = least / error(x), error(x), nearer, x
                 if gain < 1.01:
                     break
+            for h in () if is_large(right.config) else (0.2, 0.1, 0.05, 0.02, 0.01):  # where other experts hide slopes
+                tried = [(error(x := run(v)), v, x) for v in (value * float(np.exp(s)) for s in (-h, h))]
+                least, value, at = min(((least, value, at), *tried), key=lambda t: t[0])
             for digits in (3, 2, 1):  # a rounder number, if it is as good
                 rounder = float(f"{value:.{digits}g}")
                 if error(x := run(rounder)) <= 1.02 * least:
@@ -259,7 +194,9 @@ def prompts(
 
     yield from other("the prompt without its first token", lambda r: r.prompt[1:])
     yield from other("the prompt without its last token", lambda r: r.prompt[:-1])
-    starts = {*config.eos_token_id} | ({*tokenizer.special_tokens.values()} if tokenizer else set())
+    starts = {*config.eos_token_id}
+    if tokenizer is not None and not is_large(config):
+        starts |= {*tokenizer.special_tokens.values()}
     for token in sorted(i for i in starts if i < config.vocab_size):
         name = f"a token before the prompt: {token}"
         yield from other(name, lambda r, token=token: [token, *r.prompt])

@@ -16,6 +16,7 @@ from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import forward, require_finite
 from qwen3np.memory import require_memory
 from qwen3np.numerics import FLOAT32, Array, Numerics, named
+from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, share
 from qwen3np.porting.floors import Draws, noisy, numerics_of
 from qwen3np.porting.logprobs import log_softmax
 from qwen3np.porting.points import CHOICE, POINTS, Place, Point, Rerun, split_layer
@@ -24,7 +25,8 @@ from qwen3np.weights import count_parameters
 
 ROWS = 64  # positions whose logits (V each) are in memory at once
 WORK = 5e10  # parameters times positions of the sample on which changed models run
-FEWEST, MOST = 96, 1024  # positions of that sample
+LARGE = 1e8  # parameters: of larger models fewer changes are tried
+FEWEST, MOST = 64, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
 SHORTEST = 16  # tokens of an answer in it, if it has as many
 CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
@@ -44,7 +46,6 @@ class Forced:
     mine: Array  # (N, 1 + K): the reference's log-probabilities of the ids
     theirs: Array  # (N, 1 + K): the engine's; NaN where there is none
     entropy: Array  # (N,)
-    best: Array  # (N,) the likeliest id
     at: Array  # (N, 2): rollout, and position in the sequence
 
 
@@ -72,7 +73,7 @@ def forced(
 
     progress is called with the number of positions done.
     """
-    num, mine, entropy, best = named("float32", engine), list[Array](), list[Array](), list[Array]()
+    num, mine, entropy = named("float32", engine), list[Array](), list[Array]()
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     for rollout in rollouts:
         ids = np.array([*rollout.prompt, *rollout.ids])
@@ -88,13 +89,30 @@ def forced(
         for i in range(0, len(states), ROWS):
             logits = num.ops.head(states[None, i : i + ROWS], head, num)[0]
             require_finite(logits, weights, config, ids, num.name)
-            logp = log_softmax(logits)
-            mine.append(np.take_along_axis(logp, np.maximum(rollout.found[i : i + ROWS], 0), -1))
-            entropy.append(-(np.exp(logp) * logp).sum(-1))
-            best.append(logp.argmax(-1))
+            for kept, some in zip((mine, entropy), _looked_up(logits, rollout.found[i : i + ROWS]), strict=True):
+                kept.append(some)
         progress(len(ids))
     at = [(n, len(r.prompt) + i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
-    return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.concatenate(best), np.array(at))
+    return Forced(stacked(mine), reported(rollouts), np.concatenate(entropy), np.array(at))
+
+
+def _looked_up(logits: Array, found: Array) -> tuple[Array, Array]:
+    """Return the log-probabilities (n, 1 + K) of the ids found, and the entropies (n,)."""
+    mine, entropy = np.empty(found.shape), np.empty(len(found))
+
+    def look(rows: slice) -> None:
+        logp = log_softmax(logits[rows])
+        mine[rows] = np.take_along_axis(logp, np.maximum(found[rows], 0), -1)
+        entropy[rows] = -(np.exp(logp) * logp).sum(-1)
+
+    by_rows(logits, look)
+    return mine, entropy
+
+
+def by_rows(x: Array, look: Callable[[slice], None]) -> None:
+    """Call look for all rows of x (n, V): on all threads, with as many rows at a time as fit the cache."""
+    near = max(IN_CACHE // x.shape[-1], 1)
+    share([slice(n, min(n + near, len(x))) for n in range(0, len(x), near)], ELEMENT * x.size, look)
 
 
 def experts_of(rollout: Rollout, config: Config) -> Array | None:
@@ -228,13 +246,21 @@ class Variant:
         self, rollouts: Sequence[Rollout], view: View = plain_view, states: Sequence[Array] | None = None
     ) -> Array:
         """Return the log-probabilities (N, 1 + K) that an engine with this model would report."""
-        found = list[Array]()
-        for rollout, x in zip(rollouts, self.states(rollouts) if states is None else states, strict=True):
-            for i in range(0, len(x), ROWS):
-                rows = slice(i, min(i + ROWS, len(x)))
-                logp = view(self.logits(x[rows]), rollout, rows)
-                found.append(np.take_along_axis(logp, np.maximum(rollout.found[rows], 0), -1))
-        return stacked(found)
+        made = self.states(rollouts) if states is None else states
+        return stacked([self._of_ids(r, x, view) for r, x in zip(rollouts, made, strict=True)])
+
+    def _of_ids(self, rollout: Rollout, states: Array, view: View) -> Array:
+        mine = np.empty(rollout.found.shape)
+        for start in range(0, len(states), ROWS):
+            logits = self.logits(states[start : start + ROWS])
+
+            def look(part: slice, start: int = start, logits: Array = logits) -> None:
+                rows = slice(start + part.start, start + part.stop)
+                logp = view(logits[part], rollout, rows)
+                mine[rows] = np.take_along_axis(logp, np.maximum(rollout.found[rows], 0), -1)
+
+            by_rows(logits, look)
+        return mine
 
 
 def away(theirs: Array, mine: Array) -> Array:
@@ -251,6 +277,11 @@ def size(d: Array) -> float:
     return float(np.nanmean(rows)) if np.isfinite(rows).any() else np.nan
 
 
+def is_large(config: Config) -> bool:
+    """Whether a run of this model takes so long that fewer are made."""
+    return count_parameters(config)["active"] > LARGE
+
+
 WEIGHTS_8 = {
     "fp8 weights": "weights in float8 (e4m3)",
     "int8 weights": "weights quantised to 8 bits with a scale for each row",
@@ -262,6 +293,8 @@ def rounded(variant: Variant) -> dict[str, Variant]:
     found = {"float32": replace(variant, table=noisy(Draws(0), variant.table))}
     found |= {name: replace(variant, numerics=numerics_of(name)) for name in ("float16", "bfloat16")}
     for name, setting in WEIGHTS_8.items():
-        bug = next(b for b in SETTINGS if b.name == setting)
+        bug = [b for b in SETTINGS if b.name == setting][
+            -1 if is_large(variant.config) else 0
+        ]  # the last: in the layers
         found[name] = replace(variant, table=bug.planted(variant.table))
     return found

@@ -9,12 +9,11 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from qwen3np.audit.measure import away, size
+from qwen3np.audit.measure import away, by_rows, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.numerics import Array
-from qwen3np.porting.logprobs import log_softmax
 
-POSITIONS, NUMBERS = 192, 4 << 20  # on which settings are fitted, and of their logits together
+POSITIONS, LEAST, NUMBERS = 192, 16, 2 << 20  # positions on which settings are fitted, and their logits together
 GAIN = 1.25  # how much smaller the difference must become with one more setting
 TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0)
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -27,6 +26,7 @@ TOP_K = (1, 2, 3, 4, 5, 8, 10, 15, 16, 20, 25, 30, 32, 40, 50, 64, 80, 100, 128,
 TOP_P = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 MIN_P = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 FILTERS: dict[str, tuple[float, ...]] = {"top_k": TOP_K, "top_p": TOP_P, "min_p": MIN_P}
+NO_FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Settings:
         return " and ".join(f"{name} {value:.4g}" for name, value in self.changed.items())
 
     def scaled(self, logits: Array, before: Sequence[Array], new: Sequence[Array]) -> Array:
-        """Return logits (n, V) after penalties and temperature. before and new: the ids so far, and those generated."""
+        """Return logits (n, V) after penalties and temperature, the largest 0.
+
+        before and new are the ids so far, and those of them that were generated.
+        """
         y = logits.astype(np.float64)
         for row, ids, own in zip(y, before, new, strict=True):
             if self.repetition_penalty != 1:
@@ -61,33 +64,46 @@ class Settings:
             if self.presence_penalty or self.frequency_penalty:
                 seen, counts = np.unique(own, return_counts=True)
                 row[seen] -= self.presence_penalty + self.frequency_penalty * counts
-        return y / self.temperature
+        return (y - y.max(-1, keepdims=True)) / self.temperature
 
     def view(self, logits: Array, rollout: Rollout, rows: slice) -> Array:
         """Return what an engine reports that applies these settings first."""
         places = range(rows.start, rows.stop)
         new = [np.array(rollout.ids[:i], np.int64) for i in places]
-        logp = log_softmax(self.scaled(logits, [np.array([*rollout.prompt, *own], np.int64) for own in new], new))
-        for name in FILTERS:
-            if (value := getattr(self, name)) != getattr(NEUTRAL, name):
-                order = np.argsort(-logp, axis=-1, kind="stable")
-                kept = _kept(name, value, np.take_along_axis(logp, order, -1))[:, None]
-                dropped = np.zeros(logp.shape, np.bool_)
-                np.put_along_axis(dropped, order, np.arange(logp.shape[-1]) >= kept, -1)
-                logp = log_softmax(np.where(dropped, -np.inf, logp))
+        y = self.scaled(logits, [np.array([*rollout.prompt, *own], np.int64) for own in new], new)
+        return self.normalised(y, *_summed(y, bool(self.filters)))
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """The settings that drop ids."""
+        return {name: value for name, value in self.changed.items() if name in FILTERS}
+
+    def normalised(self, y: Array, ordered: Array, mass: Array) -> Array:
+        """Return the log-probabilities (n, K) of ids with these scaled logits, -inf for those that the filters drop.
+
+        ordered (n, V) are all logits in descending order, mass (n, V) the sums of their exponentials. Each filter
+        applies to what the one before has left. Without filters no order is needed.
+        """
+        count = np.full(len(mass), min(int(self.top_k) or mass.shape[-1], mass.shape[-1]))
+        if self.top_p < 1:  # the fewest whose probabilities reach p
+            enough = self.top_p * np.take_along_axis(mass, count[:, None] - 1, -1)
+            count = np.minimum((mass < enough).sum(-1) + 1, count)
+        if self.min_p:
+            count = np.minimum((ordered >= np.log(self.min_p)).sum(-1), count)
+        last = count[:, None] - 1
+        logp = y - np.log(np.take_along_axis(mass, last, -1))
+        if self.filters:
+            logp[y < np.take_along_axis(ordered, last, -1) - 1e-12] = -np.inf
         return logp
 
 
+def _summed(y: Array, in_order: bool) -> tuple[Array, Array]:
+    """Return logits y (n, V), in descending order if that is needed, and the sums of their exponentials so far."""
+    ordered = -np.sort(-y, axis=-1) if in_order else y
+    return ordered, np.cumsum(np.exp(ordered), -1)
+
+
 NEUTRAL = Settings()
-
-
-def _kept(name: str, value: float, ordered: Array) -> Array:
-    """Return how many of the likeliest ids (n,) a filter keeps, of log-probabilities (n, V) in descending order."""
-    if name == "top_k":
-        return np.full(len(ordered), min(int(value), ordered.shape[-1]))
-    if name == "top_p":  # the fewest whose probabilities reach p
-        return np.minimum((np.cumsum(np.exp(ordered), -1) < value).sum(-1) + 1, ordered.shape[-1])
-    return (ordered >= ordered[:, :1] + np.log(value)).sum(-1)
 
 
 @dataclass
@@ -101,33 +117,25 @@ class _Fit:
     new: list[Array]
 
     def error(self, settings: Settings) -> float:
-        logp = log_softmax(settings.scaled(self.logits, self.before, self.new))
-        filters = {name: value for name, value in settings.changed.items() if name in FILTERS}
-        return min(self._filtered(logp, [filters]), default=np.inf)
+        return self.errors([settings])[0]
 
-    def _filtered(self, logp: Array, candidates: Sequence[dict[str, float]]) -> list[float]:
-        """Return the errors under each of several filters: they add the same to all ids that they keep."""
-        ordered = -np.sort(-logp, axis=-1)
-        mass = np.logaddexp.accumulate(ordered, -1) if any(candidates) else ordered
-        mine, errors = np.take_along_axis(logp, np.maximum(self.found, 0), -1), list[float]()
-        for filters in candidates:
-            kept = np.full(len(logp), logp.shape[-1])
-            for name, value in filters.items():
-                kept = np.minimum(kept, _kept(name, value, ordered))
-            last = np.maximum(kept - 1, 0)[:, None]
-            y = mine - (np.take_along_axis(mass, last, -1) if filters else 0)
-            y = np.where(mine < np.take_along_axis(ordered, last, -1) - 1e-12, -np.inf, y)
-            errors.append(size(away(self.theirs, y)))
-        return errors
+    def errors(self, candidates: Sequence[Settings]) -> list[float]:
+        """Return the mean difference under each of these settings. Filters add the same to all ids that they keep."""
+        alike: dict[Settings, list[int]] = {}
+        for n, one in enumerate(candidates):
+            alike.setdefault(replace(one, **NO_FILTERS), []).append(n)
+        mine = np.empty((len(candidates), *self.found.shape))
 
-    def with_filters(self, settings: Settings) -> tuple[float, Settings]:
-        """Return the best single filter at this temperature and these penalties."""
-        logp = log_softmax(settings.scaled(self.logits, self.before, self.new))
-        some = [{name: value} for name, values in FILTERS.items() for value in values if name not in settings.changed]
-        some = [one for one in some if one.get("top_k", 1) < logp.shape[-1]]
-        errors = self._filtered(logp, some)
-        best = int(np.argmin(errors))
-        return errors[best], replace(settings, **some[best])
+        def look(rows: slice) -> None:
+            for plain, places in alike.items():
+                y = plain.scaled(self.logits[rows], self.before[rows], self.new[rows])
+                own = np.take_along_axis(y, np.maximum(self.found[rows], 0), -1)
+                ordered, mass = _summed(y, any(candidates[n].filters for n in places))
+                for n in places:
+                    mine[n, rows] = candidates[n].normalised(own, ordered, mass)
+
+        by_rows(self.logits, look)
+        return [size(away(self.theirs, mine[n])) for n in range(len(candidates))]
 
 
 def _searched(f: Callable[[float], float], low: float, high: float) -> float:
@@ -156,7 +164,7 @@ def _refined(fit: _Fit, settings: Settings, error: float) -> tuple[float, Settin
             low, high = grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)]
             best = _searched(lambda x, name=name, s=settings: fit.error(replace(s, **{name: x})), low, high)
             tried = [replace(settings, **{name: float(f"{best:.{digits}g}")}) for digits in (1, 2, 3, 4, 12)]
-            errors = [fit.error(one) for one in tried]
+            errors = fit.errors(tried)
             least = min(errors)
             if least < error:
                 first = next(i for i, e in enumerate(errors) if e <= 1.05 * least)
@@ -174,7 +182,7 @@ def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
 
     Settings are added one by one, the best first, as long as the difference becomes GAIN times smaller.
     """
-    room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), 8)
+    room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), LEAST)
     rows = [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
     rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, room).astype(int))]
     width = max(r.found.shape[1] for r in rollouts)
@@ -191,15 +199,25 @@ def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
     )
     settings, error = NEUTRAL, fit.error(NEUTRAL)
     while len(settings.changed) < 4:
-        tried = [
-            (fit.error(one), one)
+        choices = [
+            [replace(settings, **{name: value})]
             for name, grid in GRIDS.items()
             if name not in settings.changed
-            for one in (replace(settings, **{name: value}) for value in grid)
+            for value in grid
         ]
         # a filter hides the temperature, which changes what it keeps: both together
         temperatures = (settings.temperature,) if "temperature" in settings.changed else TEMPERATURES[4:13]
-        tried += [fit.with_filters(replace(settings, temperature=t)) for t in temperatures]
+        choices += [
+            [
+                replace(settings, temperature=t, **{name: value})
+                for name, values in FILTERS.items()
+                if name not in settings.changed
+                for value in values
+            ]
+            for t in temperatures
+        ]
+        errors = iter(fit.errors([one for choice in choices for one in choice]))
+        tried = [min(((next(errors), one) for one in choice), key=_cost) for choice in choices if choice]
         leaders = sorted(tried, key=_cost)[:3]
         least, best = min((_refined(fit, one, e) for e, one in leaders), key=_cost)
         if not least * GAIN < error:

@@ -9,7 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from qwen3np.audit.causes import MARGIN, Cause
+from qwen3np.audit.causes import Cause
+from qwen3np.audit.court import MARGIN
 from qwen3np.audit.endpoint import ask
 from qwen3np.audit.page import page
 from qwen3np.audit.report import Audit, Group, audited

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from qwen3np.numerics import BFLOAT16, Array
+from qwen3np.ops.fast.threads import rowwise
 from qwen3np.porting.changes import Bug, Change, not_normalised
 from qwen3np.porting.points import Place
 
@@ -21,10 +23,13 @@ Short = Callable[[Array], Array]  # an array as it is kept
 
 def typed(dtype: Any) -> Short:
     """Keep numbers in a type."""
+    few = np.dtype(dtype).itemsize == 1  # then a table is ten times as fast as astype
+    table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) if few else np.empty(0)
 
     def short(x: Array) -> Array:
         with np.errstate(over="ignore"):
-            return x.astype(dtype).astype(x.dtype)
+            kept = x.astype(dtype)
+        return (table[kept.view(np.uint8)] if few else kept).astype(x.dtype, copy=False)
 
     return short
 
@@ -189,6 +194,7 @@ def _settings() -> list[Bug]:
 
     def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
         """Return a setting of all matrices, of all but the embedding, and of those within the layers."""
+        short = partial(rowwise, short)
         change = weighed(short, with_inputs)
         plain = weighed(short)
         within: dict[str, Change] = dict.fromkeys(inner, change)
