@@ -1,12 +1,11 @@
 """Check what `qwen3np damage` claims: its ranking against the exhaustive truth, its figures against llama.cpp's.
 
-    python benchmarks/damage.py truth FOLDER --what-if q4_0 [--file TEXT] [--tokens 2048] [--window 512] [--parts 20]
+    python benchmarks/damage.py truth FOLDER --what-if q4_0 [--file TEXT] [--tokens 2048] [--window 512] [--ranked 1]
     python benchmarks/damage.py llama FOLDER --bin DIR --file TEXT [--what-if q4_0] [--window 128]
 
 `truth` ranks the parts as `damage` does, on a few hundred tokens, and then on all, which takes an hour or more at
-the 0.6B size, and minutes with --parts; without --file the ids are random. If FOLDER does not exist, it gets a random
-checkpoint (--size) whose matrices quantise unequally well. Random weights are a poor judge: what tells them apart is
-what we put there.
+the 0.6B size; without --file the ids are random. If FOLDER does not exist, it gets a random checkpoint (--size)
+whose matrices quantise unequally well. Random weights are a poor judge: what tells them apart is what we put there.
 
 `llama` quantises FOLDER with llama.cpp's llama-quantize and compares with its llama-perplexity (both in --bin), on the
 quantised file itself and on the same numbers written as F32: on quantised files llama.cpp rounds its activations, too.
@@ -30,7 +29,7 @@ from tables import markdown
 import qwen3np
 from qwen3np import Model, init_weights, load, save_checkpoint
 from qwen3np.audit.damage_kinds import KINDS, what_if
-from qwen3np.audit.damage_parts import Part, Sources, grouped, parts_of, sources
+from qwen3np.audit.damage_parts import Sources, grouped, parts_of, sources
 from qwen3np.audit.damage_runs import Pair, Runner, scored, windows
 from qwen3np.commands.bench import machine
 from qwen3np.files.gguf_writer import write_gguf
@@ -63,43 +62,22 @@ def write_uneven_checkpoint(folder: Path, size: str) -> None:
     save_checkpoint(folder, config, weights, dtype=ml_dtypes.bfloat16)
 
 
-def truth(model: Model, kind: str, ids: list[int], window: int, ranked: int | None, most: int | None) -> None:
-    """Print how far the ranking by `damage` is from that over all tokens: of all parts, or of some by their KL alone.
-
-    Some are half of them those of the highest rank, the others spread over the rest.
-    """
-    start = time.perf_counter()
-    quantised = Model(model.config, LoadedWeights(what_if(model.weights, kind)), None, {})
-    print(f"quantised in {time.perf_counter() - start:,.0f} s", flush=True)
+def truth(model: Model, kind: str, ids: list[int], window: int, ranked: int | None) -> str:
+    """Return how far the ranking by `damage` is from that over all tokens."""
     start, cpu = time.perf_counter(), time.process_time()
-    found = qwen3np.damage(model, quantised, ids, window=window, ranked=ranked).sources
+    found = qwen3np.damage(model, kind, ids, window=window, ranked=ranked).sources
     assert found
-    print(
-        f"damage: {time.perf_counter() - start:,.0f} s, {time.process_time() - cpu:,.0f} s of processor time, "
-        f"{found.tokens:,} predictions",
-        flush=True,
-    )
+    lines = [f"damage: {time.perf_counter() - start:,.0f} s, {time.process_time() - cpu:,.0f} s of processor time"]
     num, all_ids = named("float32"), windows(ids, model.config, window)
+    quantised = Model(model.config, LoadedWeights(what_if(model.weights, kind)), None, {})
     pair = Pair.of(model, quantised)
+    parts = parts_of(pair)
     start = time.perf_counter()
     with num.ops.session(pair.reference, pair.config, all_ids.size, window, num):
-        runner = Runner(pair.config, all_ids, num)
-        if most is not None:
-            half = most // 2
-            places = np.linspace(half, len(found.parts) - 1, most - half).round().astype(int)
-            some = [*found.parts[:half], *(found.parts[n] for n in places)]
-            alone = alone_of(some, pair, runner)
-            print(f"{len(some)} parts on all windows: {time.perf_counter() - start:,.0f} s\n", flush=True)
-            order = sorted(some, key=lambda part: -alone[part.name])
-            rows = [
-                [part.name, str(1 + found.parts.index(part)), f"{part.alone:.3g}", f"{alone[part.name]:.3g}"]
-                for part in order
-            ]
-            print(markdown(["part", "rank", "alone", "alone, on all windows"], rows))
-            return
-        parts = parts_of(pair)
-        whole = sources(pair, runner, parts, *grouped(parts, pair))
-    print(f"all of {whole.tokens:,} predictions: {time.perf_counter() - start:,.0f} s\n")
+        whole = sources(pair, Runner(pair.config, all_ids, num), parts, *grouped(parts, pair))
+    lines.append(
+        f"all of {whole.tokens:,} predictions instead of {found.tokens:,}: {time.perf_counter() - start:,.0f} s\n"
+    )
     rows: list[list[str]] = []
     for level in ("parts", "layers", "kinds"):
         for figure in ("alone", "saved", "share"):
@@ -108,23 +86,13 @@ def truth(model: Model, kind: str, ids: list[int], window: int, ranked: int | No
             ranks = [np.argsort(np.argsort([one[name] for name in theirs])) for one in (ours, theirs)]
             same = f"{len({*best} & {*true})} of {len(true)}{', in this order' if best == true else ''}"
             rows.append([f"{level}, by {figure}", str(len(theirs)), same, f"{np.corrcoef(ranks)[0, 1]:.3f}"])
-    print(markdown(["ranking", "entries", f"the same top {TOP}", "rank correlation"], rows), "\n")
+    lines.append(markdown(["ranking", "entries", f"the same top {TOP}", "rank correlation"], rows))
     rows = [
         [part.name, *(f"{getattr(part, figure):.6f}" for figure in ("alone", "saved")), f"{part.share:.1%}"]
         for part in whole.parts[: 2 * TOP]
     ]
-    print(markdown(["all predictions", "alone", "saved", "share"], rows))
-
-
-def alone_of(parts: list[Part], pair: Pair, runner: Runner) -> dict[str, float]:
-    """Return the KL if only one part is quantised, for each of these parts."""
-    judge = runner.judge(pair.reference)
-    found: dict[str, float] = {}
-    for part in parts:
-        view = {**pair.reference, **{t: pair.model[t] for t in part.tensors}}
-        figures = judge.figures(runner.states(view, runner.start(view)), view["lm_head.weight"])
-        found[part.name] = float(figures[0, :, 0].mean())
-    return found
+    lines.append(markdown(["all predictions", "alone", "saved", "share"], rows))
+    return "\n".join(lines)
 
 
 def _figures(found: Sources, level: str, figure: str) -> dict[str, float]:
@@ -206,7 +174,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--ranked", type=int)
     parser.add_argument("--size", choices=SIZES, default="0.6B")
-    parser.add_argument("--parts", type=int, help="of the truth: this many parts alone")
     parser.add_argument("--bin", type=Path)
     a = parser.parse_args()
     if not a.folder.exists():
@@ -224,7 +191,7 @@ def main() -> None:
         if a.file
         else rng.integers(0, model.config.vocab_size, a.tokens).tolist()
     )
-    truth(model, a.what_if, ids[: a.tokens], window, a.ranked, a.parts)
+    print(truth(model, a.what_if, ids[: a.tokens], window, a.ranked))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def forbidden(text):
 ANSWERS = r"""
 import io, os, sys
 import numpy as np
-from qwen3np import Model, load
+from qwen3np import conversation, load
 from qwen3np.cli import main
 from qwen3np.commands import chat, generate
 from qwen3np.generate import Step
@@ -70,8 +70,7 @@ def steps(weights, config, prompts, **options):
 
 for command in (chat, generate):
     command.load_model = lambda arguments: (model, model.text)
-generate.steps = steps
-Model.stream = lambda self, ids, **options: iter([*encode(drawn(rng)), end])
+generate.steps = conversation.steps = steps
 for flags in ([], ["--chat"]):
     main(["generate", *flags, *["x"] * (int(sys.argv[1]) // 4)])
 sys.stdin = io.TextIOWrapper(io.BytesIO(b"Hi\n/reset\n" * (int(sys.argv[1]) // 2)))

@@ -97,12 +97,9 @@ def judged(
         meaning = f"{distance:.2g} nats is what rounding of {rest} makes of these tokens ({court.floors[rest]:.2g})"
         if rest != "float32":
             meaning += f", {'and with' if patterned else 'but without'} its pattern (correlation {likeness:.2f})"
-        if rest == "float32" or patterned or court.has_short_logits() is not False:
-            return replace(result, meaning=meaning, sure=rest == "float32" or patterned)
-        meaning += ", and the logits are not numbers of 16 bits"
-    else:
-        largest = computed_in or "bfloat16"
-        meaning = f"{distance / court.floors[largest]:.3g} times what rounding of {largest} makes of these tokens"
+        return replace(result, meaning=meaning, sure=rest == "float32" or patterned)
+    largest = computed_in or "bfloat16"
+    meaning = f"{distance / court.floors[largest]:.3g} times what rounding of {largest} makes of these tokens"
     nearest: dict[str, Trial] = {}
     for t in sorted(court.trials, key=lambda t: -t.explained):
         if t.explained > NEAR:
@@ -112,9 +109,7 @@ def judged(
     unknown = Cause(
         UNKNOWN, h.CHECKPOINT, None, False, "--other FOLDER tries a checkpoint; porting/README.md finds a bug", distance
     )
-    return replace(
-        result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=rest is None and tokens >= FEWEST
-    )
+    return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 
 def _contenders(found: Sequence[Trial], theirs: Array) -> list[Trial]:

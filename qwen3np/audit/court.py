@@ -29,7 +29,6 @@ LIKE = 4.0  # standard deviations of the correlation with our own rounding
 STEADY = 4.0  # standard errors above 0 of the evidence in single rollouts
 LEADERS = 4  # causes with which the size of rounding is measured again
 AMPLIFIED = 1.5  # how many times that rounding may be left
-PRINTED, FEW = 2e-5, 64  # what rounding and printing may leave of a difference, nats; ids that show steps
 FINEST = 0.4  # of the floor of int8 weights: what no format of at most 8 bits is below
 NEAR = 0.2  # a cause that explains less is not worth a line
 
@@ -240,32 +239,16 @@ class Court:
         """Return how alike the engine's differences and those of these numerics are."""
         return self.likeness(self.theirs - self.base, self.runs[numerics] - self.base)
 
-    def has_short_logits(self) -> bool | None:
-        """Whether the engine's logits are numbers of 16 bits; None if too few ids have a log-probability to tell.
-
-        Log-probabilities of one position differ by the same as the logits, which are then multiples of a known step.
-        """
-        logits = self.right.predicted(self.rollouts, lambda x, rollout, rows: x, self.states)
-        with np.errstate(all="ignore"):  # near a power of two, the smaller step
-            step = np.exp2(np.floor(np.log2(0.8 * np.abs(logits))) - 10)
-        step = np.where(np.isfinite(self.theirs) & (step >= 32 * PRINTED), step, np.nan)
-        several = np.sum(~np.isnan(step), -1) > 1
-        step, theirs = step[several], self.theirs[several]
-        coarsest = np.nanargmax(step, -1)[:, None] if len(step) else np.zeros((0, 1), np.int64)
-        apart = theirs - np.take_along_axis(theirs, coarsest, -1)
-        off = np.abs(apart - np.round(apart / step) * step)[(apart != 0) & ~np.isnan(step)]  # 0: the same id twice
-        return float((off <= PRINTED).mean()) > 0.5 if len(off) >= FEW else None
-
     def holds(self, t: Trial) -> bool:
         """Whether a cause also helps where the reference rounds as the engine seems to, and is more than luck.
 
-        In a few rollouts, noise that makes the same choice of experts looks like evidence. So the cause halves the
-        difference, or helps in most rollouts, or what is left has the pattern of rounding.
+        With experts, noise that makes the same choice of them in a few rollouts looks like evidence. So there the cause
+        halves the difference, or helps in most rollouts, or what is left has the pattern of rounding.
         """
         if self.nothing_left(t):
             return True
         variant, numerics = t.hypothesis.variant, self.rests(t.left, t.tokens) or self.allowed[-1]
-        clear = t.left <= t.before / 2 or t.steady >= STEADY
+        clear = not self.right.config.num_experts or t.left <= t.before / 2 or t.steady >= STEADY
         if variant is None or numerics == "float32":
             return clear
         x = replace(variant, numerics=numerics_of(numerics)).predicted(t.hypothesis.rollouts, t.view)
