@@ -13,6 +13,7 @@ from qwen3np.porting import Recording, record
 from qwen3np.porting.record import distance, fingerprint
 
 
+@pytest.mark.slow
 def test_kit(kit, capsys):
     """With its tolerances both precisions pass, and a change of 1e-4 in one matrix is found where it is."""
     assert {p.name for p in kit.iterdir()} == {"README.md", "tied", "untied", "moe", "wide"}

@@ -70,7 +70,7 @@ def test_steps_make_the_points(config, weights, ids, numerics):
 
 @pytest.mark.parametrize(
     "numerics",
-    ["float32", "bfloat16", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float64", "bfloat16-grouped"))],
+    ["float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float64", "bfloat16", "bfloat16-grouped"))],
 )
 def test_steps_of_the_family(numerics):
     """On drawn models with experts, YaRN and windows: names, shapes, and each step on the recorded inputs."""
