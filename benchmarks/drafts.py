@@ -1,6 +1,6 @@
 """Measure guesses at the next tokens: texts that repeat their prompt, texts that do not, and a draft model.
 
-    python benchmarks/drafts.py FOLDER TOKENIZER [--draft FOLDER] [--tokens N]
+    python benchmarks/drafts.py FOLDER TOKENIZER [--draft FOLDER] [--tokens N] [--weights-dtype mapped]
 
 With random weights a model says nothing sensible, so each answer is forced: a processor leaves one id at each step.
 Every pass is computed as ever; only what comes out of it is known. FOLDER is a checkpoint of any weights (see
@@ -179,13 +179,15 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--draft", help="the folder of a draft model, tried instead of look-up")
+    parser.add_argument("--weights-dtype", default="auto", help="as in load: auto, float32 or mapped")
     parser.add_argument("--tokens", type=int, default=1000, help="at most this many of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    model, tokenizer = load(arguments.folder), Tokenizer.from_folder(arguments.tokenizer)
+    model = load(arguments.folder, weights_dtype=arguments.weights_dtype)
+    tokenizer = Tokenizer.from_folder(arguments.tokenizer)
     guesses: dict[str, Any] = {"prompt_lookup_num_tokens": drafts.MOST}
     if arguments.draft:
-        guesses = {"assistant_model": load(arguments.draft)}
+        guesses = {"assistant_model": load(arguments.draft, weights_dtype=arguments.weights_dtype)}
     for kind, texts in (("repeats its prompt", REPEATING), ("new", NEW)):
         ratios: list[float] = []
         for name, (prompt, answer) in texts.items():
