@@ -261,6 +261,7 @@ def test_a_choice_between_equals_is_rounding(sparse):
     assert compare(golden, dump, weights=weights).first_point == "lm_head"
 
 
+@pytest.mark.slow
 def test_a_choice_between_others_is_not(sparse):
     """A logit that is 1e-3 too large is not rounding in float32."""
     weights, golden, dump = other_choice(sparse, 1e-3)

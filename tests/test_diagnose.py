@@ -53,7 +53,7 @@ def test_nothing_different(config, weights, golden):
     ("numerics", "batch"),
     [
         ("float32", 1),
-        ("bfloat16", 2),
+        pytest.param("bfloat16", 2, marks=pytest.mark.slow),
         pytest.param("float32", 2, marks=pytest.mark.slow),
         pytest.param("bfloat16", 1, marks=pytest.mark.slow),
     ],
@@ -73,6 +73,7 @@ def test_theta(config, numerics, batch):
         assert found.unexplained == []
 
 
+@pytest.mark.slow
 def test_two_bugs_apart(config, weights, golden):
     """The first wrong point has its own cause; errors that other points introduce are reported."""
     mine = points(weights, replace(config, rope_theta=1e4, tie_word_embeddings=True), golden)
@@ -108,7 +109,7 @@ def test_where_it_is_wrong(golden, weights):
     [
         {"tokens": (0, 19), "heads": (1, 4)},
         pytest.param({"layers": (1,)}, marks=pytest.mark.slow),
-        {"points": "*_rope,lm_head"},
+        pytest.param({"points": "*_rope,lm_head"}, marks=pytest.mark.slow),
     ],
 )
 def test_cut_recordings(config, weights, golden, choice):
@@ -125,6 +126,7 @@ def test_cut_recordings(config, weights, golden, choice):
         assert (found.causes[0].name, found.causes[0].sure) == (THETA, True), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"rope_theta": 1e4}, {"rms_norm_eps": 1e-5}])
 def test_scores_before_the_mask(config, weights, golden, change):
     """They are compared where they are seen, and the next step was given those behind the mask."""

@@ -68,10 +68,8 @@ def test_steps_make_the_points(config, weights, ids, numerics):
             assert distance(rerun.made(name), x, 1)[0] <= limit, name
 
 
-@pytest.mark.parametrize(
-    "numerics",
-    ["float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float64", "bfloat16", "bfloat16-grouped"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", ["float32", "float64", "bfloat16", "bfloat16-grouped"])
 def test_steps_of_the_family(numerics):
     """On drawn models with experts, YaRN and windows: names, shapes, and each step on the recorded inputs."""
     limit = {"float32": 3e-6, "float64": 1e-14}.get(numerics, 3e-2)

@@ -244,7 +244,8 @@ def logits(dump):
     return {name: x for name, x in dump.items() if name.endswith("lm_head")}
 
 
-@pytest.mark.parametrize("short", [np.float32, pytest.param(BFLOAT16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("short", [np.float32, BFLOAT16])
 def test_numbers_are_fitted(config, short_weights, golden, short):
     """A theta and an eps that are not in the catalogue, from all points and from logits."""
     for key, value, name in (
@@ -283,6 +284,7 @@ def test_causes_in_part(config, short_weights, golden):
         assert (best.name, best.scope, best.sure) == ("mlp: GELU instead of SiLU", "in layer 1 alone", True)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_apart(config, short_weights, golden):
     def exchanged(own, at, x, positions):
         half = x.shape[-1] // 2
@@ -575,6 +577,7 @@ def test_a_norm_hides_no_bug(config, short_weights, golden, with_weights):
     assert compare(golden, few, weights=weights).first_point == first
 
 
+@pytest.mark.slow
 def test_a_setting_hides_no_bug(config, short_weights, golden):
     """A cache in float16 explains 93 % of the error of layer outputs; the rest is an eps of 1e-5 in q and k norms."""
     replaced, _ = chosen("KV cache in float16", short_weights)
