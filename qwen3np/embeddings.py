@@ -203,7 +203,7 @@ def vectors(
     engine: str = "fast",
     progress: Callable[[int], object] | None = None,
 ) -> Array:
-    """Embed the ids of texts, which `encoded` returns with `skipped`; the rest as in embed."""
+    """Embed the ids of N texts, which `encoded` returns with `skipped` -> (N, D). The rest, errors too, as in embed."""
     size, pooling = model.config.hidden_size, model.pooling or Pooling("lasttoken")
     if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= size):
         raise ValueError(

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from qwen3np import Model, forward, load
 from qwen3np.config import Config
 from qwen3np.files.hub import BUILTIN
+from qwen3np.numerics import BFLOAT16
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and so all processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,6 +85,12 @@ def weights(config) -> dict[str, np.ndarray]:
     for tensor in weights.values():
         tensor.setflags(write=False)
     return weights
+
+
+@pytest.fixture(scope="session")
+def short_weights(weights) -> dict[str, np.ndarray]:
+    """The same weights as a checkpoint in bfloat16 stores them."""
+    return {name: tensor.astype(BFLOAT16) for name, tensor in weights.items()}
 
 
 @pytest.fixture(scope="session")

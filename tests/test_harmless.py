@@ -1,4 +1,4 @@
-"""What is no bug in a port: other positions, heads in another order, padded batches, bad luck with 16 bits."""
+"""Differences that are no bugs: other positions, heads in another order, padded batches, bad luck with 16 bits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ from qwen3np.porting.diagnose import diagnose
 
 PROMPT, STEPS = 40, 2
 Q_ROPE = "model.layers.0.self_attn.q_rope"
-
-
-@pytest.fixture(scope="module")
-def short_weights(config):
-    return {name: w.astype(BFLOAT16) for name, w in trained_like(config, 0).items()}
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_an_answer_is_the_same_among_others_in_every_kind_of_model(numerics):
 
 @pytest.mark.parametrize("draft", [False, True])
 def test_guesses_change_no_answer(server, draft):
-    """Text that repeats its prompt, alone and beside another answer: the bits of a server that does not guess."""
+    """A server that guesses gives the bits of one that does not, for an answer alone and beside others."""
     noise = np.random.default_rng(0)
     rough = {k: w * noise.normal(1, 0.3, w.shape).astype(np.float32) for k, w in MODEL.weights.items()}
     other = replace(MODEL, weights=rough)

@@ -30,11 +30,6 @@ PROMPT, STEPS = 40, 2
 
 
 @pytest.fixture(scope="module")
-def short_weights(config):
-    return {name: w.astype(BFLOAT16) for name, w in trained_like(config, 0).items()}
-
-
-@pytest.fixture(scope="module")
 def golden(config, short_weights):
     return record(short_weights, config, draw_ids(np.random.default_rng(0), config, 1, PROMPT), steps=STEPS)
 

@@ -293,8 +293,7 @@ def rounded(variant: Variant) -> dict[str, Variant]:
     found = {"float32": replace(variant, table=noisy(Draws(0), variant.table))}
     found |= {name: replace(variant, numerics=numerics_of(name)) for name in ("float16", "bfloat16")}
     for name, setting in WEIGHTS_8.items():
-        bug = [b for b in SETTINGS if b.name == setting][
-            -1 if is_large(variant.config) else 0
-        ]  # the last: in the layers
+        everywhere, *_, in_layers = [b for b in SETTINGS if b.name == setting]
+        bug = in_layers if is_large(variant.config) else everywhere
         found[name] = replace(variant, table=bug.planted(variant.table))
     return found

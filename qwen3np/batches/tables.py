@@ -57,11 +57,13 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 def ids(path: Path, kind: str) -> list[str | None]:
     """Return the id of each result in a file; None where the format holds none. Raises ValueError."""
-    pyarrow = _pyarrow() if kind in (".parquet", ".arrow", ".jsonl.zst") else None
+    is_table = kind in (".parquet", ".arrow")
+    if is_table or kind == ".jsonl.zst":
+        _pyarrow()  # an error of its own where it is missing
     try:
         if kind == ".npy":
             return [None] * len(np.load(path, mmap_mode="r"))
-        if pyarrow and kind != ".jsonl.zst":
+        if is_table:
             batches = _tables(path, kind, ["id"])
             return [one for batch in batches for one in batch.column("id").to_pylist()]
         with _opened(path, kind) as file:

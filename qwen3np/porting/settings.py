@@ -23,7 +23,7 @@ Short = Callable[[Array], Array]  # an array as it is kept
 
 def typed(dtype: Any) -> Short:
     """Keep numbers in a type."""
-    few = np.dtype(dtype).itemsize == 1  # then a table is ten times as fast as astype
+    few = np.dtype(dtype).itemsize == 1  # looking those up takes a tenth of the time of astype
     table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) if few else np.empty(0)
 
     def short(x: Array) -> Array:
