@@ -26,8 +26,9 @@ MARGIN = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 SURE = 12.0  # nats of evidence against the plain reference, after a few hundred hypotheses
 APART = 6.0  # nats of evidence between two causes
 LIKE = 4.0  # standard deviations of the correlation with our own rounding
+HIDDEN = 0.5  # of the difference: a sure verdict leaves no more than this without our own rounding's pattern
 STEADY = 4.0  # standard errors above 0 of the evidence in single rollouts
-LEADERS = 4  # causes with which the size of rounding is measured again
+LEADERS = 4  # causes with which settings are fitted, and the size of rounding is measured, again
 AMPLIFIED = 1.5  # how many times that rounding may be left
 FINEST = 0.4  # of the floor of int8 weights: what no format of at most 8 bits is below
 NEAR = 0.2  # a cause that explains less is not worth a line
@@ -159,10 +160,13 @@ class Court:
         name = self.rests(t.left, t.tokens) or ("float32" if self.nothing_left(t) else None)
         return f"rounding of {name or self.allowed[-1]}" + ("" if name else ", which it amplifies")
 
+    def leaders(self) -> list[Trial]:
+        """The causes that leave the least."""
+        return sorted((t for t in self.trials if t.explained > NEAR), key=lambda t: t.left / t.before)[:LEADERS]
+
     def amplify(self) -> None:
         """Find causes that make rounding larger than it is in the reference: a cache in 8 bits turns it into steps."""
-        best = sorted((t for t in self.trials if t.explained > NEAR), key=lambda t: t.left / t.before)[:LEADERS]
-        for t in best:
+        for t in self.leaders():
             variant, name = t.hypothesis.variant, self.allowed[-1]
             if variant is not None and not self.explains(t):
                 rounded = replace(variant, numerics=numerics_of(name)).predicted(t.hypothesis.rollouts, t.view)
@@ -203,17 +207,22 @@ class Court:
             return h.fits(self.right, self.rollouts, self.theirs, self.base, view)
 
         if settings != NEUTRAL:
-            look = "ask the engine for raw log-probabilities (vLLM: logprobs_mode=raw_logprobs)"
 
             def predict(view: View) -> Array:
                 return self.right.predicted(self.rollouts, settings.view, self.states)
 
-            if hear([Hypothesis(processed, h.PROCESSED, look, predict)]):
+            if hear([Hypothesis(processed, h.PROCESSED, h.RAW, predict)]):
                 return
         families = list(self.families(tokenizer, others, rounds))
         for family in (*families, fits(plain_view)):
             if hear(family):
                 return
+        if any(self.explains(t) for t in self.trials):
+            return
+        for t in self.leaders():  # a bug may hide the settings, as settings may hide the bug
+            x, model = t.hypothesis, t.hypothesis.variant
+            if model is not None and (own := fitted([model.logits(y) for y in x.states()], x.rollouts)) != NEUTRAL:
+                hear([x], own.view, f"processed by {own}, and ")
         if settings == NEUTRAL or any(self.explains(t) for t in self.trials):
             return
         for family in (*families[1:], fits(settings.view)):  # with the same final states, except those that are fitted
@@ -238,6 +247,10 @@ class Court:
     def pattern(self, numerics: str) -> float:
         """Return how alike the engine's differences and those of these numerics are."""
         return self.likeness(self.theirs - self.base, self.runs[numerics] - self.base)
+
+    def hidden(self, numerics: str) -> float:
+        """Return the mean difference that is left without our own rounding: a smaller change would not show."""
+        return size(away(self.theirs, self.runs[numerics]))
 
     def holds(self, t: Trial) -> bool:
         """Whether a cause also helps where the reference rounds as the engine seems to, and is more than luck.
