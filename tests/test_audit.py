@@ -12,11 +12,12 @@ from drawing import SMALL, draw_ids, trained_like
 
 import qwen3np
 from qwen3np import Config, Model, forward, processed_logits
+from qwen3np.audit import causes, court, hypotheses
 from qwen3np.audit.causes import UNKNOWN
 from qwen3np.audit.court import Court, steadiness
 from qwen3np.audit.measure import Variant, experts_of, recorded_experts, sampled
 from qwen3np.audit.page import page
-from qwen3np.audit.processed import Settings
+from qwen3np.audit.processed import Settings, fitted
 from qwen3np.audit.report import divergences
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.cli import main
@@ -129,6 +130,21 @@ def test_quantised_weights_are_named_with_their_format():
     assert not first.sure
 
 
+@pytest.mark.slow
+def test_groups_with_zero_points_are_named():
+    """Four bits from the least to the largest of each 128, as AWQ and GPTQ pack them."""
+    model, weights = drawn(), {}
+    for name, w in model.weights.items():
+        if w.ndim == 2:
+            low, high = np.minimum(w.min(-1, keepdims=True), 0), np.maximum(w.max(-1, keepdims=True), 0)
+            step = ((high - low) / 15).astype(np.float16).astype(np.float32)
+            zero = np.round(-low / step)
+            w = ((np.clip(np.round(w / step) + zero, 0, 15) - zero) * step).astype(np.float32)
+        weights[name] = w
+    first = audited(engine(model, weights=weights), model).judgement.causes[0]
+    assert {f"weights in 4 bits in groups of {n} with zero points" for n in (64, 128)} == {first.name, *first.alike}
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -144,6 +160,16 @@ def test_processed_log_probabilities_are_named_with_their_settings(settings, nam
     found = audited(engine(model, settings=settings), model)
     assert found.judgement.causes[0].name == f"processed by {name}"
     assert found.judgement.causes[0].sure
+
+
+def test_ids_at_the_edge_of_a_filter_do_not_decide_its_fit():
+    model, settings = drawn(), {"temperature": 0.7, "top_p": 0.9}
+    rollouts = engine(model, settings=settings, numerics="bfloat16", engine="plain", rows=12)
+    right = Variant(model.weights, CONFIG)
+    found = fitted(map(right.logits, right.states(rollouts)), rollouts)
+    assert found.changed == settings
+    wide = [np.flatnonzero(np.isfinite(r.logprobs[:, -1])) for r in rollouts]
+    assert any(map(len, wide))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +236,11 @@ def perturbed(model, by):
 @pytest.mark.slow
 def test_a_change_as_small_as_rounding_is_no_sure_verdict():
     model = drawn()
-    found = audited(engine(model, weights=perturbed(model, 0.002)), model)
-    assert 0 < found.mean_abs < 2 * found.judgement.floors["bfloat16"]
-    assert (found.verdict, found.judgement.sure) == ("rounding", False)
+    for options in ({}, {"numerics": "bfloat16", "engine": "plain"}):
+        found = audited(engine(model, weights=perturbed(model, 0.002), **options), model)
+        assert 0 < found.mean_abs < 2 * found.judgement.floors["bfloat16"]
+        assert (found.verdict, found.judgement.sure) == ("rounding", False)
+        assert "would not show" in found.judgement.meaning
 
 
 def test_evidence_of_one_rollout_alone_is_not_steady():
@@ -252,10 +280,11 @@ def test_two_faults_are_named_together():
     assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
     assert first.sure
     short = {"numerics": "bfloat16", "engine": "plain"}
-    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7}, **short)
-    first = audited(rollouts, model).judgement.causes[0]
-    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
-    assert first.sure
+    for theta, name in ((7e5, "700,000"), (1e4, "10,000")):  # the larger of the two hides the other
+        rollouts = engine(model, config=replace(CONFIG, rope_theta=theta), settings={"temperature": 0.7}, **short)
+        first = audited(rollouts, model).judgement.causes[0]
+        assert first.name == f"processed by temperature 0.7, and rotary: rope_theta is {name}"
+        assert first.sure
 
 
 @pytest.mark.slow
@@ -340,13 +369,32 @@ def test_samples_are_spread_and_cut():
     assert 900 < sum(lengths) <= 1024 + 2 * PROMPT + NEW
     huge = replace(CONFIG, hidden_size=4096, intermediate_size=8192, num_hidden_layers=30)
     few = sampled(rollouts, huge)
-    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 64 + PROMPT + NEW
+    assert 192 - 32 < sum(len(r.prompt) + len(r.ids) for r in few) <= 192 + PROMPT + NEW
+    assert {len(r.prompt) for r in few} == {PROMPT}  # the shortest prompts
     assert all(len(r.logprobs) == len(r.found) == len(r.ids) for r in few)
     masked = replace(rollouts[0], logprobs=np.where(np.arange(NEW)[:, None] < NEW - 1, np.nan, rollouts[0].logprobs))
     unknown = replace(rollouts[0], logprobs=np.full_like(rollouts[0].logprobs, np.nan))
     [one] = sampled([unknown, masked, unknown], huge)
     assert np.isfinite(one.logprobs[-1]).all()
-    assert sampled([replace(r, prompt=r.prompt * 20) for r in rollouts], huge)[0].prompt == rollouts[0].prompt * 20
+    [one] = sampled([replace(r, prompt=r.prompt * 20) for r in rollouts], huge)
+    assert one.prompt == rollouts[0].prompt * 20
+
+
+def test_a_large_model_has_its_floors_on_several_rollouts_and_its_causes_on_the_first(monkeypatch):
+    model = drawn()
+    for module in (causes, court, hypotheses):
+        monkeypatch.setattr(module, "is_large", lambda config: True)
+    rollouts = engine(model, settings={"temperature": 0.7}, rows=3)
+    wide = [replace(r, found=r.found[:, : 3 + n], logprobs=r.logprobs[:, : 3 + n]) for n, r in enumerate(rollouts)]
+    found = audited(wide, model)
+    whole = Court.of(wide, model.weights, CONFIG, None)
+    assert found.judgement.floors == pytest.approx(whole.of_chosen().floors)
+    assert (found.judgement.sample, found.judgement.tried) == (3 * NEW, 1)  # and no other cause is tried
+    assert found.judgement.causes[0].name == "processed by temperature 0.7"
+    first = whole.first()
+    assert first.theirs.shape == first.base.shape == first.runs["bfloat16"].shape == (NEW, 3)
+    assert [r.where for r in first.rollouts] == [rollouts[0].where]
+    np.testing.assert_array_equal(first.theirs, wide[0].logprobs)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------

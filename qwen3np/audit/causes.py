@@ -78,6 +78,7 @@ def judged(
     likeness = court.pattern(rest) if rest else 0.0
     patterned = likeness * math.sqrt(tokens) > LIKE
     if rest != "float32" and not (patterned and is_large(config)):  # few tokens show nothing below rounding
+        court = court.first() if is_large(config) else court
         court.search(tokenizer, others, rest is None or not (patterned or is_large(config)), progress)
         court.amplify()
     by_size = sorted(court.trials, key=lambda t: t.left / t.before)

@@ -12,7 +12,7 @@ import numpy as np
 from qwen3np.audit import hypotheses as h
 from qwen3np.audit.formats import Untried
 from qwen3np.audit.hypotheses import Hypothesis
-from qwen3np.audit.measure import Variant, View, away, plain_view, recorded_experts, reported, rounded, size
+from qwen3np.audit.measure import Variant, View, away, is_large, plain_view, recorded_experts, reported, rounded, size
 from qwen3np.audit.processed import NEUTRAL, fitted
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
@@ -28,9 +28,10 @@ APART = 6.0  # nats of evidence between two causes
 LIKE = 4.0  # standard deviations of the correlation with our own rounding
 HIDDEN = 0.5  # of the difference: a sure verdict leaves no more than this without our own rounding's pattern
 STEADY = 4.0  # standard errors above 0 of the evidence in single rollouts
+CLEAR = 8.0  # times that a cause makes the difference smaller, if no other is tried on a large model
 LEADERS = 4  # causes with which settings are fitted, and the size of rounding is measured, again
 AMPLIFIED = 1.5  # how many times that rounding may be left
-FINEST = 0.4  # of the floor of int8 weights: what no format of at most 8 bits is below
+FINEST, COARSEST = 0.4, 64.0  # times the floor of int8 weights: no format of at most 8 bits is below, of 4 bits above
 NEAR = 0.2  # a cause that explains less is not worth a line
 
 
@@ -114,6 +115,17 @@ class Court:
         theirs[:, 1:] = np.nan
         return replace(self, theirs=theirs)
 
+    def first(self) -> Court:
+        """Return the court for the first rollout alone."""
+        rows, columns = self.rollouts[0].found.shape
+
+        def kept(x: Array) -> Array:
+            return x[:rows, :columns]
+
+        runs = {name: kept(x) for name, x in self.runs.items()}
+        some = replace(self, rollouts=self.rollouts[:1], states=self.states[:1], runs=runs)
+        return replace(some, theirs=kept(self.theirs), base=kept(self.base))
+
     def routing_of_rounding(self) -> float | None:
         """Return how much of bfloat16's rounding comes from other experts being chosen; None without experts."""
         config, weights = self.right.config, self.right.weights
@@ -181,7 +193,7 @@ class Court:
         yield [*h.shifts(right, rollouts, self.states), *h.units(self.base)]
         yield [*h.checkpoints(right, rollouts, others), *h.prompts(right, rollouts, right.config, tokenizer)]
         yield [*h.bugs(right, rollouts)]
-        if distance > FINEST * self.floors["int8 weights"]:
+        if FINEST < distance / max(self.floors["int8 weights"], TINY) < COARSEST:
             yield [*h.quantised(right, rollouts)]
         rounds = rounds and distance <= 2 * limit("bfloat16", self.floors, len(self.base))
         yield [*h.settings(right, rollouts, rounds)]
@@ -194,14 +206,14 @@ class Court:
         progress: Callable[[int], object],
     ) -> None:
         """Hear all hypotheses, until one explains everything down to float32; first under the settings that fit."""
-        settings = fitted([self.right.logits(x) for x in self.states], self.rollouts)
+        large, settings = is_large(self.right.config), fitted(map(self.right.logits, self.states), self.rollouts)
         processed = f"processed by {settings}"
 
         def hear(family: Iterable[Hypothesis], view: View = plain_view, before: str = "") -> bool:
             for x in family:
                 self.heard(replace(x, name=f"{before}{x.name}"), view)
                 progress(1)
-            return self.exact()
+            return self.exact() or (large and self.clear())
 
         def fits(view: View) -> Iterator[Hypothesis]:
             return h.fits(self.right, self.rollouts, self.theirs, self.base, view)
@@ -232,6 +244,10 @@ class Court:
     def exact(self) -> bool:
         """Whether a hypothesis explains all but rounding of float32."""
         return any(t.evidence >= 2 * SURE and self.nothing_left(t) for t in self.trials)
+
+    def clear(self) -> bool:
+        """Whether a hypothesis explains all but rounding so clearly that no other needs to be heard."""
+        return any(self.explains(t) and t.left <= t.before / CLEAR for t in self.trials)
 
     def likeness(self, x: Array, y: Array) -> float:
         """Return the rank correlation of two arrays of differences from token to token, or 0 if there are too few.

@@ -21,7 +21,6 @@ COMMON = (  # formats that are tried on large models, in the layers alone
     "weights in int8",
     "weights in 8 bits in groups of 32",
     "weights in 4 bits in groups of 128",
-    "weights in NF4",
 )
 SQUARE = 128  # rows and inputs that share a scale in Qwen's FP8 releases
 
