@@ -1451,7 +1451,7 @@ GROUPS = [
         "audit",
         {
             "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
-            "a little of the pattern is enough": ("and court.hidden(rest) <= HIDDEN * distance", ""),
+            "a little of the pattern is enough": ("and hidden <= HIDDEN * distance", ""),
             "a large model on all rollouts": ("court = court.first() if is_large(config) else court", "pass"),
         },
     ),

@@ -236,11 +236,20 @@ def perturbed(model, by):
 @pytest.mark.slow
 def test_a_change_as_small_as_rounding_is_no_sure_verdict():
     model = drawn()
-    for options in ({}, {"numerics": "bfloat16", "engine": "plain"}):
-        found = audited(engine(model, weights=perturbed(model, 0.002), **options), model)
-        assert 0 < found.mean_abs < 2 * found.judgement.floors["bfloat16"]
-        assert (found.verdict, found.judgement.sure) == ("rounding", False)
-        assert "would not show" in found.judgement.meaning
+    found = audited(engine(model, weights=perturbed(model, 0.002)), model)
+    assert 0 < found.mean_abs < 2 * found.judgement.floors["bfloat16"]
+    assert (found.verdict, found.judgement.sure) == ("rounding", False)
+
+
+def test_a_change_next_to_rounding_is_no_sure_verdict(monkeypatch):
+    model = drawn()
+    monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
+    for by, sure in ((0, True), (0.002, False)):
+        short = engine(model, weights=perturbed(model, by), numerics="bfloat16", engine="plain")
+        found = audited(short, model)
+        assert found.mean_abs < 2 * found.judgement.floors["bfloat16"]
+        assert (found.verdict, found.judgement.sure) == ("rounding", sure)
+        assert ("would not show" in found.judgement.meaning) != sure
 
 
 def test_evidence_of_one_rollout_alone_is_not_steady():
@@ -280,11 +289,19 @@ def test_two_faults_are_named_together():
     assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
     assert first.sure
     short = {"numerics": "bfloat16", "engine": "plain"}
-    for theta, name in ((7e5, "700,000"), (1e4, "10,000")):  # the larger of the two hides the other
-        rollouts = engine(model, config=replace(CONFIG, rope_theta=theta), settings={"temperature": 0.7}, **short)
-        first = audited(rollouts, model).judgement.causes[0]
-        assert first.name == f"processed by temperature 0.7, and rotary: rope_theta is {name}"
-        assert first.sure
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7}, **short)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
+    assert first.sure
+
+
+def test_settings_are_fitted_again_on_top_of_a_bug_that_hides_them(monkeypatch):
+    model, short = drawn(), {"numerics": "bfloat16", "engine": "plain"}
+    monkeypatch.setattr(Court, "families", lambda *arguments: iter([]))  # theta is fitted
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=1e4), settings={"temperature": 0.7}, **short)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 10,000"
+    assert first.sure
 
 
 @pytest.mark.slow

@@ -98,11 +98,12 @@ def judged(
         meaning = f"{distance:.2g} nats is what rounding of {rest} makes of these tokens ({court.floors[rest]:.2g})"
         if rest == "float32":
             return replace(result, meaning=meaning)
-        sure = patterned and court.hidden(rest) <= HIDDEN * distance
+        hidden = min(court.hidden(rest), distance)
+        sure = patterned and hidden <= HIDDEN * distance
         meaning += f", {'and with' if sure else 'partly with' if patterned else 'but without'} its pattern"
         meaning += f" (correlation {likeness:.2f})"
         if not sure:
-            meaning += f": a change below {court.hidden(rest):.2g} nats would not show"
+            meaning += f": a change below {hidden:.2g} nats would not show"
         return replace(result, meaning=meaning, sure=sure)
     largest = computed_in or "bfloat16"
     meaning = f"{distance / court.floors[largest]:.3g} times what rounding of {largest} makes of these tokens"
