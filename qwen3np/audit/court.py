@@ -216,7 +216,8 @@ class Court:
             return self.exact() or (large and self.clear())
 
         def fits(view: View) -> Iterator[Hypothesis]:
-            return h.fits(self.right, self.rollouts, self.theirs, self.base, view)
+            plain = self.right.predicted(self.rollouts, view, self.states)
+            return h.fits(self.right, self.rollouts, self.theirs, plain, view)
 
         if settings != NEUTRAL:
 

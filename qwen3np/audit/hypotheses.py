@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen3np.audit.formats import COMMON, formats, places
-from qwen3np.audit.measure import Variant, View, is_large, shortened
+from qwen3np.audit.measure import Variant, View, away, is_large, shortened, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
@@ -150,20 +150,21 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 return replace(right, table=bug.planted(right.table)).predicted(rollouts, view)
 
             def error(x: Array) -> float:
-                return float(np.nanmean(np.abs(theirs - x)))
+                return size(away(theirs, x))
 
             starts = family.starts(right.config)
             if family.key == "rope_theta":
                 starts = sorted({*starts, 5e4, 2e5, 3e5, 2e6, 3e6, 2e7, 1e8} - {right.config.rope_theta})
             if is_large(right.config):
                 starts = starts[::2]
-            least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
-            if not least < (0.8 if is_large(right.config) else 0.95) * error(base):
-                continue
+            own: tuple[float, float, Array] = (error(base), getattr(right.config, family.key), base)
+            least, value, at = min([own, *((error(x := run(v)), v, x) for v in starts)], key=lambda t: t[0])
             for _ in range(6):
                 h = 1e-3
-                slope = (run(value * float(np.exp(h))) - at) / h
-                step = float(np.nansum(slope * (theirs - at)) / max(np.nansum(slope * slope), 1e-300))
+                with np.errstate(invalid="ignore"):  # of what filters drop
+                    slope, gap = (run(value * float(np.exp(h))) - at) / h, theirs - at
+                seen = np.isfinite(slope) & np.isfinite(gap)
+                step = float(slope[seen] @ gap[seen] / max(slope[seen] @ slope[seen], 1e-300))
                 nearer = value * float(np.exp(np.clip(step, -1, 1)))
                 x = run(nearer)
                 if not error(x) < least:
@@ -171,6 +172,8 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 gain, least, value, at = least / error(x), error(x), nearer, x
                 if gain < 1.01:
                     break
+            if not least < (0.8 if is_large(right.config) else 0.95) * own[0]:
+                continue
             for h in () if is_large(right.config) else (0.2, 0.1, 0.05, 0.02, 0.01):  # where other experts hide slopes
                 tried = [(error(x := run(v)), v, x) for v in (value * float(np.exp(s)) for s in (-h, h))]
                 least, value, at = min(((least, value, at), *tried), key=lambda t: t[0])
