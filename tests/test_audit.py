@@ -21,6 +21,9 @@ from qwen3np.audit.processed import Settings, fitted
 from qwen3np.audit.report import divergences
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.cli import main
+from qwen3np.porting.catalogue import BUGS
+from qwen3np.porting.points import POINTS
+from qwen3np.porting.settings import SETTINGS
 
 CONFIG = Config(**SMALL, max_position_embeddings=128)
 MOE = replace(CONFIG, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=(1,))
@@ -241,11 +244,24 @@ def test_a_change_as_small_as_rounding_is_no_sure_verdict():
     assert (found.verdict, found.judgement.sure) == ("rounding", False)
 
 
+def test_rounding_at_some_points_alone_is_rounding(monkeypatch):
+    model, setting = drawn(), next(s for s in SETTINGS if s.name == "norms in bfloat16")
+    rollouts = engine(model)
+    table = setting.planted(POINTS)
+    rows = np.split(Variant(model.weights, CONFIG, table).predicted(rollouts), len(rollouts))
+    rollouts = [replace(r, logprobs=x) for r, x in zip(rollouts, rows, strict=True)]
+    monkeypatch.setattr(
+        Court, "families", lambda self, *_: iter([[*hypotheses.settings(self.right, self.rollouts, True)]])
+    )
+    j = audited(rollouts, model).judgement
+    assert (j.verdict, j.causes[0].name, j.sure) == ("rounding", "norms in bfloat16", True)
+
+
 def test_a_change_next_to_rounding_is_no_sure_verdict(monkeypatch):
     model = drawn()
     monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
-    for by, sure in ((0, True), (0.002, False)):
-        short = engine(model, weights=perturbed(model, by), numerics="bfloat16", engine="plain")
+    for by, sure in ((0, True), (0.0003, False), (0.002, False)):
+        short = engine(model, weights=perturbed(model, by), numerics="bfloat16", engine="plain", rows=12)
         found = audited(short, model)
         assert found.mean_abs < 2 * found.judgement.floors["bfloat16"]
         assert (found.verdict, found.judgement.sure) == ("rounding", sure)
@@ -356,11 +372,12 @@ def test_divergences_estimate_kl_without_bias():
 
 def test_numbers_are_those_of_the_differences(monkeypatch):
     model = drawn()
-    rollouts = [replace(r, logprobs=r.logprobs + 0.3 * (np.arange(NEW) == 3)[:, None]) for r in engine(model, rows=2)]
+    off = 0.3 * (np.arange(NEW) == 3) + 0.2 * (np.arange(NEW) == 9)  # ratios of 0.74 and 0.82
+    rollouts = [replace(r, logprobs=r.logprobs + off[:, None]) for r in engine(model, rows=2)]
     monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
     found = audited(rollouts, model)
-    assert abs(found.mean_abs - 0.3 / NEW) < 1e-4
-    assert abs(found.bias - 0.3 / NEW) < 1e-4
+    assert abs(found.mean_abs - 0.5 / NEW) < 1e-4
+    assert abs(found.bias - 0.5 / NEW) < 1e-4
     assert abs(found.max_abs - 0.3) < 1e-4
     assert found.outside["[0.8, 1.2]"] == 2 / (2 * NEW)
     assert {w.position for w in found.worst[:2]} == {PROMPT + 3, PROMPT + 1 + 3}
@@ -377,6 +394,10 @@ def test_a_changed_model_runs_as_the_engine_does():
     np.testing.assert_allclose(whole, np.concatenate([r.logprobs for r in rollouts]), atol=2e-5)
     for options in ({"alone": True}, {"stepped": True}):
         np.testing.assert_allclose(Variant(model.weights, MOE, **options).predicted(rollouts), whole, atol=2e-5)
+    from_one = [replace(r, prompt=r.prompt[-1:]) for r in rollouts]
+    unmasked = next(b for b in BUGS if b.name.startswith("attention: causal mask")).planted(POINTS)
+    steps = Variant(model.weights, MOE, unmasked, stepped=True).predicted(from_one)  # nothing is there to hide yet
+    np.testing.assert_allclose(steps, Variant(model.weights, MOE).predicted(from_one), atol=2e-5)
 
 
 def test_samples_are_spread_and_cut():
@@ -401,17 +422,18 @@ def test_a_large_model_has_its_floors_on_several_rollouts_and_its_causes_on_the_
     model = drawn()
     for module in (causes, court, hypotheses):
         monkeypatch.setattr(module, "is_large", lambda config: True)
-    rollouts = engine(model, settings={"temperature": 0.7}, rows=3)
+    first = engine(model, settings={"temperature": 0.7}, rows=1)[0]
+    rollouts = [first, *engine(model, settings={"temperature": 0.8}, rows=3)[1:]]
     wide = [replace(r, found=r.found[:, : 3 + n], logprobs=r.logprobs[:, : 3 + n]) for n, r in enumerate(rollouts)]
     found = audited(wide, model)
     whole = Court.of(wide, model.weights, CONFIG, None)
     assert found.judgement.floors == pytest.approx(whole.of_chosen().floors)
     assert (found.judgement.sample, found.judgement.tried) == (3 * NEW, 1)  # and no other cause is tried
     assert found.judgement.causes[0].name == "processed by temperature 0.7"
-    first = whole.first()
-    assert first.theirs.shape == first.base.shape == first.runs["bfloat16"].shape == (NEW, 3)
-    assert [r.where for r in first.rollouts] == [rollouts[0].where]
-    np.testing.assert_array_equal(first.theirs, wide[0].logprobs)
+    part = whole.first()
+    assert part.theirs.shape == part.base.shape == part.runs["bfloat16"].shape == (NEW, 3)
+    assert [r.where for r in part.rollouts] == [first.where]
+    np.testing.assert_array_equal(part.theirs, wide[0].logprobs)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
