@@ -1031,12 +1031,9 @@ GROUPS = [
         {
             "threads of the pool keep their BLAS threads": ("_set_threads(library, 1)", "pass"),
             "cuts of any BLAS": ("all(library.internal_api ==", "any(library.internal_api =="),
-            "errors of other threads lost": ("            other.result()\n", "            pass\n"),
-            "parts begin after an error": (
-                "        except BaseException:\n            left.clear()\n            raise\n"
-                "        finally:\n            _here",
-                "        finally:\n            _here",
-            ),
+            "errors of other threads lost": ("        raise errors.pop()\n", "        pass\n"),
+            "parts begin after an error": ("            left.clear()\n            errors", "            errors"),
+            "parts still run when it returns": ("                end.acquire()\n    if", "                pass\n    if"),
             "BLAS not given back": (
                 "            _hold(self.outside)\n\n\ndef blas_limit",
                 "            pass\n\n\ndef blas_limit",
