@@ -1452,6 +1452,7 @@ GROUPS = [
         {
             "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
             "a little of the pattern is enough": ("and hidden <= HIDDEN * distance", ""),
+            "rounding tells causes apart": ("max(x, rounding, 1e-9)", "max(x, 1e-9)"),
             "a large model on all rollouts": ("court = court.first() if is_large(config) else court", "pass"),
         },
     ),

@@ -244,6 +244,22 @@ def test_a_change_as_small_as_rounding_is_no_sure_verdict():
     assert (found.verdict, found.judgement.sure) == ("rounding", False)
 
 
+def test_bugs_that_differ_in_rounding_alone_are_named_together(monkeypatch):
+    """Even if the engine rounds as we do with one of them: q and k turned by pi/2 - angle are turned back together."""
+    model, rollouts = drawn(), engine(drawn())
+    flipped = next(bug for bug in BUGS if bug.name == "rotary: sign of sin flipped").planted(POINTS)
+    rows = np.split(Variant(model.weights, CONFIG, flipped).predicted(rollouts), len(rollouts))
+    rollouts = [replace(r, logprobs=x) for r, x in zip(rollouts, rows, strict=True)]
+
+    def rotary(court, *_):
+        yield [x for x in hypotheses.bugs(court.right, court.rollouts) if x.name.startswith("rotary")]
+
+    monkeypatch.setattr(Court, "families", rotary)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert {first.name, *first.alike} == {"rotary: sign of sin flipped", "rotary: cos and sin exchanged"}
+    assert not first.sure
+
+
 def test_rounding_at_some_points_alone_is_rounding(monkeypatch):
     model, setting = drawn(), next(s for s in SETTINGS if s.name == "norms in bfloat16")
     rollouts = engine(model)

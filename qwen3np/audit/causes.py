@@ -88,7 +88,7 @@ def judged(
     if rest != "float32":
         result = replace(result, routing_of_rounding=court.routing_of_rounding())
     if found:
-        contenders = _contenders(found, court.theirs)
+        contenders = _contenders(found, court)
         verdicts = {"rounding" if t.hypothesis.kind == h.ROUNDING else "different" for t in contenders}
         cause = _cause(found[0], [t.hypothesis.name for t in contenders])
         meaning = f"{_named(cause)} explains {per_cent(found[0].explained)} of the squared difference"
@@ -119,14 +119,18 @@ def judged(
     return replace(result, verdict="different", meaning=meaning, causes=[unknown, *causes], sure=tokens >= FEWEST)
 
 
-def _contenders(found: Sequence[Trial], theirs: Array) -> list[Trial]:
-    """Return the trials that these tokens cannot tell from the first, which is one of them."""
-    best = found[0]
+def _contenders(found: Sequence[Trial], court: Court) -> list[Trial]:
+    """Return the trials that these tokens cannot tell from the first, which is one of them.
+
+    Some bugs are the same in exact arithmetic: rotating backwards and exchanging cos and sin. Rounding tells nothing.
+    """
+    best, rounding = found[0], court.floors["float32"]
 
     def apart(t: Trial) -> float:
         both = np.isnan(t.values) | np.isnan(best.values)
-        left, least = (size(np.where(both, np.nan, away(theirs, x.values))) for x in (t, best))
-        return min(t.tokens, best.tokens) * math.log(max(left, 1e-9) / max(least, 1e-9))
+        sizes = (size(np.where(both, np.nan, away(court.theirs, x.values))) for x in (t, best))
+        left, least = (max(x, rounding, 1e-9) for x in sizes)
+        return min(t.tokens, best.tokens) * math.log(left / least)
 
     return [t for t in found if apart(t) < APART]
 
