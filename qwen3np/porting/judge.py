@@ -129,7 +129,7 @@ def added_errors(
     rounded = [replace(right, numerics=n, computed={})]
     drawn = noisy_runs(right, golden.ids.size * golden.config.hidden_size, port) if port == "float32" else []
     added: dict[str, tuple[float, float, bool]] = {}
-    floors: dict[str, float] = {}  # of a point in any pass so far
+    floors, worst = dict[str, float](), dict[str, float]()  # of a point in any pass so far; of its worst token
     for prefix, _, _ in golden.passes:
         for name in point_names(golden.config):
             with np.errstate(all="ignore"):
@@ -141,13 +141,16 @@ def added_errors(
             if name.endswith(CHOICE) and here.whole.shape == exact.shape:
                 gate = gate_of(name)
                 exact = settle(here.whole, exact, right.value(prefix + gate), floors.get(gate, LEAST[port]))
-            own = [root_mean([distance(x, exact, axis)[0] for x in xs]) for xs in each if xs]
+            away = [[distance(x, exact, axis) for x in xs] for xs in each if xs]
+            own = [root_mean([overall for overall, _ in runs]) for runs in away]
             floors[name] = max([floors.get(name, LEAST[port]), *(x for x in own if math.isfinite(x))])
+            # over many layers the errors of some tokens grow far more than those of others
+            by_token = [float(tokens.max()) for runs in away for _, tokens in runs]
+            worst[name] = max([worst.get(name, floors[name]), *(x for x in by_token if math.isfinite(x))])
             part = kept(golden, here, prefix + name, exact)
             scale = None if here.view is None else here.view.size(kept(golden, replace(here, view=None), name, exact))
-            away = distance(here.part, part, axis, scale)[0]
-            out = not name.endswith(CHOICE) and is_outlier(here.part, part, scale, _single(name, floors[name]))
-            added[prefix + name] = away, floors[name], out
+            out = not name.endswith(CHOICE) and is_outlier(here.part, part, scale, _single(name, worst[name]))
+            added[prefix + name] = distance(here.part, part, axis, scale)[0], floors[name], out
     return added
 
 
