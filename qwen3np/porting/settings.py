@@ -168,10 +168,20 @@ def _products(change: Change, attention: Change | None = None) -> dict[str, Chan
     return of | ({} if attention is None else {"self_attn.scores": attention, "self_attn.context": attention})
 
 
-def _settings() -> list[Bug]:
-    found = [
-        Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}") for name, short in SHORT.items()
+def _caches() -> list[Bug]:
+    return [Bug(f"KV cache in {name}", cached(of), f"the type of the cache: {name}") for name, of in SHORT.items()]
+
+
+def _layers() -> list[Bug]:
+    within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
+    return [
+        Bug(f"layers in {name}", dict.fromkeys((*within, *SPARSE), results(short)), f"some layers are kept in {name}")
+        for name, short in {"bfloat16": BRAIN, "float16": HALF}.items()
     ]
+
+
+def _others() -> list[Bug]:
+    found = list[Bug]()
     for name in ("float16", "bfloat16", "8 bits in blocks of 32"):
         for what, (point, change) in zip(("keys", "values"), cached(SHORT[name]).items(), strict=True):
             found.append(Bug(f"{what} cached in {name}", {point: change}, f"the type of the cache: {name}"))
@@ -219,11 +229,8 @@ def _settings() -> list[Bug]:
         for points in ((HEAD,), (HEAD, "model.embed_tokens")):
             name = f"weights quantised to {bits} bits in groups of 32"
             found.append(Bug(name, dict.fromkeys(points, change), DEQUANTISED))
-    within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
-    for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
-        everywhere: dict[str, Change] = dict.fromkeys((*within, *SPARSE), results(short))
-        found.append(Bug(f"layers in {name}", everywhere, f"some layers are kept in {name}"))
     return found
 
 
-SETTINGS = tuple(_settings())
+CACHES, LAYERS = tuple(_caches()), tuple(_layers())
+SETTINGS = (*CACHES, *_others(), *LAYERS)
