@@ -1126,6 +1126,14 @@ GROUPS = [
         },
     ),
     (
+        "porting/compare.py",
+        "harmless",
+        {
+            "settings one by one alone": ("        best = best or _best(bench,", "        best = best and _best(bench,"),
+            "no single layers": ("bench.attempt((*pairs, *parts))", "bench.attempt(pairs)"),
+        },
+    ),
+    (
         "porting/judge.py",
         "compare",
         {
