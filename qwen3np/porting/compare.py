@@ -9,9 +9,10 @@ from functools import reduce
 from typing import Any
 
 from qwen3np.numerics import Array
-from qwen3np.porting.align import PRECISIONS, Aligned, align, digits, reroute
+from qwen3np.porting.align import PRECISIONS, Aligned, align, digits, reroute, tolerance
 from qwen3np.porting.bench import TINY, Bench, Trial, usable
 from qwen3np.porting.changes import Bug
+from qwen3np.porting.floors import limit
 from qwen3np.porting.harmless import Moved, common_shift, moved
 from qwen3np.porting.judge import Comparison, PointReport, Setting, coverage, judge
 from qwen3np.porting.points import POINTS, Point, split_layer, split_pass
@@ -212,9 +213,13 @@ def _best(bench: Bench, trials: Sequence[Trial], first: Mapping[str, PointReport
 def _together(bench: Bench, alone: Sequence[Trial]) -> list[Trial]:
     """Return settings next to a short cache, which many programs have by default, and single layers in 16 bits.
 
-    Two settings that round do not show one by one: with other numbers before it, a rounding falls otherwise.
+    Two settings that round do not show one by one: next to the other's numbers, each rounds otherwise. They are not
+    tried, since they take a while, where an error is larger than 16 bits throughout could make it.
     """
-    small = [t.bugs[0] for t in alone if t.left <= LOUD * bench.error(bench.point)]
+    error, size = bench.error(bench.point), bench.aligned.found[bench.point].part.size
+    if error > limit(tolerance(bench.point, bench.golden, "bfloat16")[0], size) ** 2:
+        return []
+    small = [t.bugs[0] for t in alone if t.left <= LOUD * error]
     pairs = [(s, c) for c in CACHES if c in small for s in small if s not in CACHES]
     parts = [(part,) for s in LAYERS for part in bench.scopes(s)]
     return sorted(bench.attempt((*pairs, *parts)), key=lambda t: t.left)
