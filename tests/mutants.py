@@ -1129,7 +1129,7 @@ GROUPS = [
         "porting/compare.py",
         "harmless",
         {
-            "settings one by one alone": ("        best = best or _best(bench,", "        best = best and _best(bench,"),
+            "settings one by one alone": ("_nearest(bench, _together(bench, alone))", "_nearest(bench, [])"),
             "no single layers": ("bench.attempt((*pairs, *parts))", "bench.attempt(pairs)"),
         },
     ),

@@ -44,6 +44,10 @@ def test_positions_from_another_one(config, short_weights, golden):
     ).run(golden)
     found = compare(golden, dump, weights=short_weights)
     assert (found.verdict, found.first_point) == ("different", Q_ROPE)
+    dump = Foreign(
+        config, short_weights, rope=lambda own, at, x, p: own(x, p + 1000) if not at.prefix else own(x, 2 * p)
+    ).run(golden)
+    assert compare(golden, dump, weights=short_weights).first_point == Q_ROPE  # decode steps have no shift
     ropes = {k: x for k, x in run(1000).items() if k.endswith("_rope") and "layers.0" in k}
     found = compare(golden, ropes, weights=short_weights)  # nothing shows that the scores are the same
     assert (found.verdict, found.meaning) == ("different", f"a bug at {Q_ROPE}: positions shifted by 1000")
