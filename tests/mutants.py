@@ -222,9 +222,9 @@ GROUPS = [
                 "scores = r(_product(rows, keys.swapaxes(1, 2)))",
                 "scores = _product(rows, keys.swapaxes(1, 2))",
             ),
-            "the mask shows the next position": ("total - last - a + 1)", "total - last - a + 2)"),
-            "the mask hides the own position": ("total - last - a + 1)", "total - last - a)"),
-            "the window shows one more": ("total - last - a - window)", "total - last - a - window - 1)"),
+            "the mask shows the next position": ("past[near:] > at)", "past[near:] > at + 1)"),
+            "the mask hides the own position": ("past[near:] > at)", "past[near:] >= at)"),
+            "the window shows one more": ("past <= at - window", "past < at - window"),
             "the window shows one less": ("max(first - window + 1, 0)", "max(first - window + 2, 0)"),
             "running softmax: sums not rescaled": ("sums += total_exp * shrink", "sums += total_exp"),
             "running softmax: values not rescaled": ("products += mixed * shrink", "products += mixed"),
@@ -912,8 +912,8 @@ GROUPS = [
         "files/quantized.py",
         "quantized",
         {
-            "fp8: NaN as 480": ("< _NAN and largest < 128", "<= _NAN and largest < 128"),
-            "fp8: scales that overflow": ("and largest < 128", "and largest < 1e30"),
+            "fp8: NaN as 480": ("max(initial=0) == 0x7F or", "max(initial=0) == 0x80 or"),
+            "fp8: scales that overflow": ("< 128).all()", "< 1e30).all()"),
             "fp8: the next block's scale": ("np.arange(out) // block[0]", "(np.arange(out) + 1) // block[0]"),
             "AWQ: columns in order": ("AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "AWQ_ORDER = tuple(range(8))"),
             "GPTQ: zeros as stored": (".T + self.less", ".T"),
@@ -1031,12 +1031,9 @@ GROUPS = [
         {
             "threads of the pool keep their BLAS threads": ("_set_threads(library, 1)", "pass"),
             "cuts of any BLAS": ("all(library.internal_api ==", "any(library.internal_api =="),
-            "errors of other threads lost": ("            other.result()\n", "            pass\n"),
-            "parts begin after an error": (
-                "        except BaseException:\n            left.clear()\n            raise\n"
-                "        finally:\n            _here",
-                "        finally:\n            _here",
-            ),
+            "errors of other threads lost": ("        raise errors.pop()\n", "        pass\n"),
+            "parts begin after an error": ("            left.clear()\n            errors", "            errors"),
+            "parts still run when it returns": ("                end.acquire()\n    if", "                pass\n    if"),
             "BLAS not given back": (
                 "            _hold(self.outside)\n\n\ndef blas_limit",
                 "            pass\n\n\ndef blas_limit",

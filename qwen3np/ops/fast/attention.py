@@ -136,12 +136,12 @@ def _attend_block(
         scores *= head_dim**-0.5
         scores = r(scores)
         in_groups = scores.reshape(*q.shape[:3], -1)
-        if a + width > total - last + 1:
-            hidden = np.triu(np.ones((last, keys.shape[1]), np.bool_), total - last - a + 1)
-            np.copyto(in_groups, -np.inf, where=hidden)
+        at, past = np.arange(total - last, total)[:, None], np.arange(a, a + keys.shape[1])
+        near = max(total - last - a + 1, 0)  # every query sees the keys before this one
+        if near < len(past):
+            np.copyto(in_groups[..., near:], -np.inf, where=past[near:] > at)
         if window is not None and a < total - window:
-            hidden = np.tril(np.ones((last, keys.shape[1]), np.bool_), total - last - a - window)
-            np.copyto(in_groups, -np.inf, where=hidden)
+            np.copyto(in_groups, -np.inf, where=past <= at - window)
         if watched:
             watched[0][..., a : a + width] = in_groups
 

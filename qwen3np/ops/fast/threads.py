@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -27,8 +26,6 @@ Part = TypeVar("Part")
 MOST = 64
 # Below this many multiply-adds, handing parts to other threads (about 0.1 ms) costs more than it saves.
 WORTH_SHARING = 3 << 19
-# Seconds in which a thread that waits for the last parts stays awake: waking it takes as long as many parts do.
-SPIN = 0.001
 # The cost of an element in a layer without products, in multiply-adds.
 ELEMENT = 16
 # Elements in a block of rows: it stays in the cache together with its intermediate results.
@@ -75,7 +72,7 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
             for part in parts:
                 task(part)
         return
-    left = deque(parts)
+    left, errors = deque(parts), list[BaseException]()
 
     def run() -> None:
         _here.sharing = True
@@ -89,29 +86,32 @@ def share(parts: Sequence[Part], work: int, task: Callable[[Part], None]) -> Non
                 except IndexError:  # another thread took it
                     return
                 task(part)
-        except BaseException:
+        except BaseException as error:
             left.clear()
-            raise
+            errors.append(error)
         finally:
             _here.sharing = False
 
+    def help_out(end: threading.Lock) -> None:
+        run()
+        end.release()
+
     with blas_threads():
-        others: list[Future[None]] = []
+        ends: list[threading.Lock] = []  # a lock wakes this thread sooner than a future does
         try:
             with suppress(RuntimeError):  # no more threads, or the main one has ended: this thread does it all
                 for _ in range(threads - 1):
-                    others.append(_pool(os.getpid()).submit(run))
+                    end = threading.Lock()
+                    end.acquire()
+                    _pool(os.getpid()).submit(help_out, end)
+                    ends.append(end)
             run()
-        except BaseException:
-            left.clear()
-            raise
         finally:
-            until = time.monotonic() + SPIN
-            while not all(other.done() for other in others) and time.monotonic() < until:
-                time.sleep(0)
-            wait(others)
-        for other in others:
-            other.result()
+            left.clear()
+            for end in ends:
+                end.acquire()
+    if errors:
+        raise errors.pop()
 
 
 def rowwise(f: Callable[..., Array], *arrays: Array) -> Array:
