@@ -1033,7 +1033,10 @@ GROUPS = [
             "cuts of any BLAS": ("all(library.internal_api ==", "any(library.internal_api =="),
             "errors of other threads lost": ("        raise errors.pop()\n", "        pass\n"),
             "parts begin after an error": ("            left.clear()\n            errors", "            errors"),
-            "parts still run when it returns": ("                end.acquire()\n    if", "                pass\n    if"),
+            "parts still run when it returns": (
+                "                end.acquire()\n    if",
+                "                pass\n    if",
+            ),
             "BLAS not given back": (
                 "            _hold(self.outside)\n\n\ndef blas_limit",
                 "            pass\n\n\ndef blas_limit",
