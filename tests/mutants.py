@@ -1134,6 +1134,11 @@ GROUPS = [
         },
     ),
     (
+        "porting/settings.py",
+        "verdicts",
+        {"products are not kept short": ("return short(product(run, at, *x))", "return product(run, at, *x)")},
+    ),
+    (
         "porting/judge.py",
         "compare",
         {

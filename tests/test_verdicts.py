@@ -11,7 +11,7 @@ from drawing import draw_ids, trained_like
 from foreign import Foreign
 from foreign_bugs import BUGS
 from foreign_right import ANGLES, linear, norm, one_by_one, rope, squares_one_by_one
-from foreign_settings import SETTINGS, activations, brain, chosen, half, norms, quantised
+from foreign_settings import SETTINGS, activations, autocast, brain, chosen, half, norms, quantised
 from safetensors.numpy import load_file, save_file
 
 from qwen3np import save_checkpoint
@@ -261,6 +261,15 @@ def test_most_numbers_in_16_bits(config, short_weights, golden):
     found = compare(golden, dump, weights=short_weights)
     assert (found.verdict, found.precision) == ("rounding", "float32")
     assert [s.name for s in found.settings] == ["layers in float16"]
+
+
+def test_autocast(config, short_weights, golden):
+    """Every product takes and gives 16 bits; the rest is in float32."""
+    for short, name in ((brain, "autocast to bfloat16"), (half, "autocast to float16")):
+        dump = Foreign(config, short_weights, **autocast(short)).run(golden)
+        found = compare(golden, dump, weights=short_weights)
+        assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
+        assert found.settings[0].explained > 0.9999
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------

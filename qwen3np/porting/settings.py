@@ -156,6 +156,16 @@ def weighed(short: Short, with_inputs: Short | None = None) -> Change:
     return change
 
 
+def kernel(short: Short) -> Change:
+    """Multiply with fewer digits, and keep the product so, as a kernel that takes and gives 16 bits."""
+    product = weighed(short, short)
+
+    def change(run: Change, at: Place, *x: Array) -> Array:
+        return short(product(run, at, *x))
+
+    return change
+
+
 PRODUCTS, HEAD = "[ms]*_proj", "lm_head"
 SPARSE = "mlp.gate", "mlp.router_weights", "mlp.experts"
 DEQUANTISED = "record from the dequantised weights, and only other errors remain"
@@ -200,6 +210,13 @@ def _others() -> list[Bug]:
         look = "inputs of matrix products are rounded: allow_tf32, or its like"
         for attention in (None, inputs(short)):
             found.append(Bug(f"matrix products in {name}", _products(weighed(short, short), attention), look))
+    for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
+        look = f"torch.autocast, or its like: matrix products take and give {name}"
+        found.append(Bug(f"autocast to {name}", _products(kernel(short), kernel(short)), look))
+        after: dict[str, Change] = {"self_attn.context": kernel(short), "*.probs": results(short)}
+        for scores in (kernel(short), inputs(short)):  # flash attention keeps scores in float32
+            look = f"q, k and v are cast to {name} for attention"
+            found.append(Bug(f"attention in {name}", {"self_attn.scores": scores, **after}, look))
     inner = (PRODUCTS, "mlp.gate", "mlp.experts")
 
     def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
