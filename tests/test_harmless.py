@@ -92,7 +92,7 @@ def test_two_settings(config, short_weights, golden):
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", names)
 
 
-@pytest.mark.parametrize("part", ["layers", "logits"])
+@pytest.mark.parametrize("part", [pytest.param("layers", marks=pytest.mark.slow), "logits"])
 @pytest.mark.parametrize(
     ("names", "settings", "short"),
     [
@@ -118,7 +118,7 @@ def test_two_settings_seen_from_afar(config, short_weights, golden, part, names,
     assert f"{' together with '.join(names)} explains " in found.meaning
 
 
-@pytest.mark.parametrize("short", [half, pytest.param(brain, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("short", [half, pytest.param(brain, marks=pytest.mark.slow)], ids=["float16", "bfloat16"])
 def test_one_layer_in_16_bits_seen_from_afar(config, short_weights, golden, short):
     def shortened(own, at, *x):
         y = own(*x)

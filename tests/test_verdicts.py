@@ -263,13 +263,13 @@ def test_most_numbers_in_16_bits(config, short_weights, golden):
     assert [s.name for s in found.settings] == ["layers in float16"]
 
 
-def test_autocast(config, short_weights, golden):
+@pytest.mark.parametrize("short", [brain, pytest.param(half, marks=pytest.mark.slow)], ids=["bfloat16", "float16"])
+def test_autocast(config, short_weights, golden, short):
     """Every product takes and gives 16 bits; the rest is in float32."""
-    for short, name in ((brain, "autocast to bfloat16"), (half, "autocast to float16")):
-        dump = Foreign(config, short_weights, **autocast(short)).run(golden)
-        found = compare(golden, dump, weights=short_weights)
-        assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
-        assert found.settings[0].explained > 0.9999
+    found = compare(golden, Foreign(config, short_weights, **autocast(short)).run(golden), weights=short_weights)
+    name = f"autocast to {'bfloat16' if short is brain else 'float16'}"
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name]), found.meaning
+    assert found.settings[0].explained > 0.9999
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------
