@@ -63,6 +63,14 @@ def test_matches_one_query_at_a_time(seed):
         np.testing.assert_allclose(context[s, h * dh : (h + 1) * dh], out, rtol=0, atol=1e-14)
 
 
+def test_a_key_that_outweighs_all_others_may_be_in_any_block():
+    v = np.arange(24.0).reshape(1, 12, 2)
+    for place in range(12):
+        k = np.zeros((1, 12, 2))
+        k[0, place] = 2000  # e^2000 overflows
+        np.testing.assert_array_equal(attend_one(np.ones((1, 1, 2)), k, v, FLOAT64), v[:, place])
+
+
 @given(SEEDS, NAMES)
 def test_no_later_key_or_value_moves_an_earlier_output(seed, name):
     q, k, v, rng = draw(seed, name)
