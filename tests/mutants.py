@@ -1455,12 +1455,18 @@ GROUPS = [
             "steps of two": ("range(starts[0], width) if self.stepped", "range(starts[0], width, 2) if self.stepped"),
             "experts a position late": ("count - 1: 0,", "count - 1: 1,"),
             "experts not replayed": ("return np.where(given < 0, chosen, given)", "return chosen"),
+            "a few ids decide": ("EDGE = 1.0 ", "EDGE = 50.0 "),
+            "the longest prompts": ("key=lambda r: len(r.prompt))", "key=lambda r: -len(r.prompt))"),
         },
     ),
     (
         "audit/causes.py",
         "audit",
-        {"rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"')},
+        {
+            "rounding is different": ('"rounding" if t.hypothesis.kind == h.ROUNDING else "different"', '"different"'),
+            "a little of the pattern is enough": ("and hidden <= HIDDEN * distance", ""),
+            "a large model on all rollouts": ("court = court.first() if is_large(config) else court", "pass"),
+        },
     ),
     (
         "audit/court.py",
@@ -1468,11 +1474,23 @@ GROUPS = [
         {
             "all rounding is float32's": ('MARGIN = {"float32": 4.0,', 'MARGIN = {"float32": 4e5,'),
             "no other ids left out": ("theirs[:, 1:] = np.nan", "pass"),
-            "steps of bfloat16 alone": ("np.abs(logits))) - 10)", "np.abs(logits))) - 2)"),
-            "no tolerance for printing": ("off <= PRINTED", "off <= 1e-9"),
-            "an id twice is a step": ("(apart != 0) & ", ""),
+            "causes without evidence": ("if t.evidence < SURE:", "if False:"),
+            "settings on top of a bug are not fitted": ("if model is not None and (own :=", "if False and (own :="),
+            "a narrower rollout": ("return x[:rows, :columns]", "return x[:rows]"),
             "rollouts are as good as tokens": ("ddof=1) / math.sqrt(len(found))", "ddof=1) / len(found)"),
             "outliers make a pattern": ("[np.argsort(np.argsort(z[seen]))", "[z[seen]"),
+        },
+    ),
+    (
+        "audit/formats.py",
+        "audit_formats",
+        {
+            "no subnormals": ("np.float32(2**-6)", "np.float32(2**-9)"),
+            "a digit less": ("np.float32(1.5 * 2**20)", "np.float32(1.5 * 2**21)"),
+            "squares of rows": ("scaled_e4m3((0, 2))", "scaled_e4m3((2,))"),
+            "zero points are fractions": ("zero = np.rint(-low / scale)", "zero = -low / scale"),
+            "the next lower code": ("(NF4[1:] + NF4[:-1]) / 2,", "NF4[1:],"),
+            "as many quantiles on both sides": ("*_quantiles(8)]", "*_quantiles(7)]"),
         },
     ),
     (

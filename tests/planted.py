@@ -196,7 +196,11 @@ def decode_positions(move):
     def plant(oracle, model, monkeypatch):
         rotary = model.model.rotary_emb
         own = rotary.forward
-        rotary.forward = lambda x, p: own(x, move(p) if p.shape[1] == 1 else p)
+
+        def forward(x, position_ids):
+            return own(x, move(position_ids) if position_ids.shape[1] == 1 else position_ids)
+
+        rotary.forward = forward
 
     return plant
 

@@ -12,14 +12,18 @@ from drawing import SMALL, draw_ids, trained_like
 
 import qwen3np
 from qwen3np import Config, Model, forward, processed_logits
+from qwen3np.audit import causes, court, hypotheses
 from qwen3np.audit.causes import UNKNOWN
 from qwen3np.audit.court import Court, steadiness
 from qwen3np.audit.measure import Variant, experts_of, recorded_experts, sampled
 from qwen3np.audit.page import page
-from qwen3np.audit.processed import Settings
+from qwen3np.audit.processed import Settings, fitted
 from qwen3np.audit.report import divergences
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.cli import main
+from qwen3np.porting.catalogue import BUGS
+from qwen3np.porting.points import POINTS
+from qwen3np.porting.settings import SETTINGS
 
 CONFIG = Config(**SMALL, max_position_embeddings=128)
 MOE = replace(CONFIG, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=(1,))
@@ -129,6 +133,21 @@ def test_quantised_weights_are_named_with_their_format():
     assert not first.sure
 
 
+@pytest.mark.slow
+def test_groups_with_zero_points_are_named():
+    """Four bits from the least to the largest of each 128, as AWQ and GPTQ pack them."""
+    model, weights = drawn(), {}
+    for name, w in model.weights.items():
+        if w.ndim == 2:
+            low, high = np.minimum(w.min(-1, keepdims=True), 0), np.maximum(w.max(-1, keepdims=True), 0)
+            step = ((high - low) / 15).astype(np.float16).astype(np.float32)
+            zero = np.round(-low / step)
+            w = ((np.clip(np.round(w / step) + zero, 0, 15) - zero) * step).astype(np.float32)
+        weights[name] = w
+    first = audited(engine(model, weights=weights), model).judgement.causes[0]
+    assert {f"weights in 4 bits in groups of {n} with zero points" for n in (64, 128)} == {first.name, *first.alike}
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -144,6 +163,16 @@ def test_processed_log_probabilities_are_named_with_their_settings(settings, nam
     found = audited(engine(model, settings=settings), model)
     assert found.judgement.causes[0].name == f"processed by {name}"
     assert found.judgement.causes[0].sure
+
+
+def test_ids_at_the_edge_of_a_filter_do_not_decide_its_fit():
+    model, settings = drawn(), {"temperature": 0.7, "top_p": 0.9}
+    rollouts = engine(model, settings=settings, numerics="bfloat16", engine="plain", rows=12)
+    right = Variant(model.weights, CONFIG)
+    found = fitted(map(right.logits, right.states(rollouts)), rollouts)
+    assert found.changed == settings
+    wide = [np.flatnonzero(np.isfinite(r.logprobs[:, -1])) for r in rollouts]
+    assert any(map(len, wide))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +244,30 @@ def test_a_change_as_small_as_rounding_is_no_sure_verdict():
     assert (found.verdict, found.judgement.sure) == ("rounding", False)
 
 
+def test_rounding_at_some_points_alone_is_rounding(monkeypatch):
+    model, setting = drawn(), next(s for s in SETTINGS if s.name == "norms in bfloat16")
+    rollouts = engine(model)
+    table = setting.planted(POINTS)
+    rows = np.split(Variant(model.weights, CONFIG, table).predicted(rollouts), len(rollouts))
+    rollouts = [replace(r, logprobs=x) for r, x in zip(rollouts, rows, strict=True)]
+    monkeypatch.setattr(
+        Court, "families", lambda self, *_: iter([[*hypotheses.settings(self.right, self.rollouts, True)]])
+    )
+    j = audited(rollouts, model).judgement
+    assert (j.verdict, j.causes[0].name, j.sure) == ("rounding", "norms in bfloat16", True)
+
+
+def test_a_change_next_to_rounding_is_no_sure_verdict(monkeypatch):
+    model = drawn()
+    monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
+    for by, sure in ((0, True), (0.0003, False), (0.002, False)):
+        short = engine(model, weights=perturbed(model, by), numerics="bfloat16", engine="plain", rows=12)
+        found = audited(short, model)
+        assert found.mean_abs < 2 * found.judgement.floors["bfloat16"]
+        assert (found.verdict, found.judgement.sure) == ("rounding", sure)
+        assert ("would not show" in found.judgement.meaning) != sure
+
+
 def test_evidence_of_one_rollout_alone_is_not_steady():
     rollouts = engine(drawn())
     before, left = np.full((2, 6 * NEW, 1), 0.02)
@@ -255,6 +308,15 @@ def test_two_faults_are_named_together():
     rollouts = engine(model, config=replace(CONFIG, rope_theta=7e5), settings={"temperature": 0.7}, **short)
     first = audited(rollouts, model).judgement.causes[0]
     assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 700,000"
+    assert first.sure
+
+
+def test_settings_are_fitted_again_on_top_of_a_bug_that_hides_them(monkeypatch):
+    model, short = drawn(), {"numerics": "bfloat16", "engine": "plain"}
+    monkeypatch.setattr(Court, "families", lambda *arguments: iter([]))  # theta is fitted
+    rollouts = engine(model, config=replace(CONFIG, rope_theta=1e4), settings={"temperature": 0.7}, **short)
+    first = audited(rollouts, model).judgement.causes[0]
+    assert first.name == "processed by temperature 0.7, and rotary: rope_theta is 10,000"
     assert first.sure
 
 
@@ -310,11 +372,12 @@ def test_divergences_estimate_kl_without_bias():
 
 def test_numbers_are_those_of_the_differences(monkeypatch):
     model = drawn()
-    rollouts = [replace(r, logprobs=r.logprobs + 0.3 * (np.arange(NEW) == 3)[:, None]) for r in engine(model, rows=2)]
+    off = 0.3 * (np.arange(NEW) == 3) + 0.2 * (np.arange(NEW) == 9)  # ratios of 0.74 and 0.82
+    rollouts = [replace(r, logprobs=r.logprobs + off[:, None]) for r in engine(model, rows=2)]
     monkeypatch.setattr(Court, "search", lambda *arguments: None)  # no cause is needed here
     found = audited(rollouts, model)
-    assert abs(found.mean_abs - 0.3 / NEW) < 1e-4
-    assert abs(found.bias - 0.3 / NEW) < 1e-4
+    assert abs(found.mean_abs - 0.5 / NEW) < 1e-4
+    assert abs(found.bias - 0.5 / NEW) < 1e-4
     assert abs(found.max_abs - 0.3) < 1e-4
     assert found.outside["[0.8, 1.2]"] == 2 / (2 * NEW)
     assert {w.position for w in found.worst[:2]} == {PROMPT + 3, PROMPT + 1 + 3}
@@ -331,6 +394,10 @@ def test_a_changed_model_runs_as_the_engine_does():
     np.testing.assert_allclose(whole, np.concatenate([r.logprobs for r in rollouts]), atol=2e-5)
     for options in ({"alone": True}, {"stepped": True}):
         np.testing.assert_allclose(Variant(model.weights, MOE, **options).predicted(rollouts), whole, atol=2e-5)
+    from_one = [replace(r, prompt=r.prompt[-1:]) for r in rollouts]
+    unmasked = next(b for b in BUGS if b.name.startswith("attention: causal mask")).planted(POINTS)
+    steps = Variant(model.weights, MOE, unmasked, stepped=True).predicted(from_one)  # nothing is there to hide yet
+    np.testing.assert_allclose(steps, Variant(model.weights, MOE).predicted(from_one), atol=2e-5)
 
 
 def test_samples_are_spread_and_cut():
@@ -340,13 +407,33 @@ def test_samples_are_spread_and_cut():
     assert 900 < sum(lengths) <= 1024 + 2 * PROMPT + NEW
     huge = replace(CONFIG, hidden_size=4096, intermediate_size=8192, num_hidden_layers=30)
     few = sampled(rollouts, huge)
-    assert 0 < sum(len(r.prompt) + len(r.ids) for r in few) <= 64 + PROMPT + NEW
+    assert 192 - 32 < sum(len(r.prompt) + len(r.ids) for r in few) <= 192 + PROMPT + NEW
+    assert {len(r.prompt) for r in few} == {PROMPT}  # the shortest prompts
     assert all(len(r.logprobs) == len(r.found) == len(r.ids) for r in few)
     masked = replace(rollouts[0], logprobs=np.where(np.arange(NEW)[:, None] < NEW - 1, np.nan, rollouts[0].logprobs))
     unknown = replace(rollouts[0], logprobs=np.full_like(rollouts[0].logprobs, np.nan))
     [one] = sampled([unknown, masked, unknown], huge)
     assert np.isfinite(one.logprobs[-1]).all()
-    assert sampled([replace(r, prompt=r.prompt * 20) for r in rollouts], huge)[0].prompt == rollouts[0].prompt * 20
+    [one] = sampled([replace(r, prompt=r.prompt * 20) for r in rollouts], huge)
+    assert one.prompt == rollouts[0].prompt * 20
+
+
+def test_a_large_model_has_its_floors_on_several_rollouts_and_its_causes_on_the_first(monkeypatch):
+    model = drawn()
+    for module in (causes, court, hypotheses):
+        monkeypatch.setattr(module, "is_large", lambda config: True)
+    first = engine(model, settings={"temperature": 0.7}, rows=1)[0]
+    rollouts = [first, *engine(model, settings={"temperature": 0.8}, rows=3)[1:]]
+    wide = [replace(r, found=r.found[:, : 3 + n], logprobs=r.logprobs[:, : 3 + n]) for n, r in enumerate(rollouts)]
+    found = audited(wide, model)
+    whole = Court.of(wide, model.weights, CONFIG, None)
+    assert found.judgement.floors == pytest.approx(whole.of_chosen().floors)
+    assert (found.judgement.sample, found.judgement.tried) == (3 * NEW, 1)  # and no other cause is tried
+    assert found.judgement.causes[0].name == "processed by temperature 0.7"
+    part = whole.first()
+    assert part.theirs.shape == part.base.shape == part.runs["bfloat16"].shape == (NEW, 3)
+    assert [r.where for r in part.rollouts] == [first.where]
+    np.testing.assert_array_equal(part.theirs, wide[0].logprobs)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------

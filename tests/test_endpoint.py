@@ -146,7 +146,7 @@ def elsewhere(path, body):
 
 HOSTILE = {
     "an endless answer": (endless, "more than 16 MiB"),
-    "an answer byte by byte": (slow, "within 1 s"),
+    "an answer byte by byte": (slow, "no whole answer within 1 s"),
     "a redirect": (elsewhere, "redirects to http://example.com/v1/completions, which is not followed"),
     "an error": (lambda *_: reply({"error": {"message": "no\nroom\x1b[31m" * 100}}, 500), "status 500: no"),
     "an error without words": (lambda *_: (503, b"", {}), "status 503: no reason given"),

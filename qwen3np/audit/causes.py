@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen3np.audit import hypotheses as h
-from qwen3np.audit.court import APART, LIKE, NEAR, Court, Trial, limit
+from qwen3np.audit.court import APART, HIDDEN, LIKE, NEAR, Court, Trial, limit
 from qwen3np.audit.measure import away, is_large, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
@@ -78,6 +78,7 @@ def judged(
     likeness = court.pattern(rest) if rest else 0.0
     patterned = likeness * math.sqrt(tokens) > LIKE
     if rest != "float32" and not (patterned and is_large(config)):  # few tokens show nothing below rounding
+        court = court.first() if is_large(config) else court
         court.search(tokenizer, others, rest is None or not (patterned or is_large(config)), progress)
         court.amplify()
     by_size = sorted(court.trials, key=lambda t: t.left / t.before)
@@ -95,9 +96,15 @@ def judged(
         return replace(result, verdict=max(verdicts), meaning=meaning, causes=[cause], sure=len(verdicts) == 1)
     if rest is not None:
         meaning = f"{distance:.2g} nats is what rounding of {rest} makes of these tokens ({court.floors[rest]:.2g})"
-        if rest != "float32":
-            meaning += f", {'and with' if patterned else 'but without'} its pattern (correlation {likeness:.2f})"
-        return replace(result, meaning=meaning, sure=rest == "float32" or patterned)
+        if rest == "float32":
+            return replace(result, meaning=meaning)
+        hidden = min(court.hidden(rest), distance)
+        sure = patterned and hidden <= HIDDEN * distance
+        meaning += f", {'and with' if sure else 'partly with' if patterned else 'but without'} its pattern"
+        meaning += f" (correlation {likeness:.2f})"
+        if not sure:
+            meaning += f": a change below {hidden:.2g} nats would not show"
+        return replace(result, meaning=meaning, sure=sure)
     largest = computed_in or "bfloat16"
     meaning = f"{distance / court.floors[largest]:.3g} times what rounding of {largest} makes of these tokens"
     nearest: dict[str, Trial] = {}

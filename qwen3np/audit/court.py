@@ -12,7 +12,7 @@ import numpy as np
 from qwen3np.audit import hypotheses as h
 from qwen3np.audit.formats import Untried
 from qwen3np.audit.hypotheses import Hypothesis
-from qwen3np.audit.measure import Variant, View, away, plain_view, recorded_experts, reported, rounded, size
+from qwen3np.audit.measure import Variant, View, away, is_large, plain_view, recorded_experts, reported, rounded, size
 from qwen3np.audit.processed import NEUTRAL, fitted
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
@@ -26,10 +26,12 @@ MARGIN = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 SURE = 12.0  # nats of evidence against the plain reference, after a few hundred hypotheses
 APART = 6.0  # nats of evidence between two causes
 LIKE = 4.0  # standard deviations of the correlation with our own rounding
+HIDDEN = 0.5  # of the difference: a sure verdict leaves no more than this without our own rounding's pattern
 STEADY = 4.0  # standard errors above 0 of the evidence in single rollouts
-LEADERS = 4  # causes with which the size of rounding is measured again
+CLEAR = 8.0  # times that a cause makes the difference smaller, if no other is tried on a large model
+LEADERS = 4  # causes with which settings are fitted, and the size of rounding is measured, again
 AMPLIFIED = 1.5  # how many times that rounding may be left
-FINEST = 0.4  # of the floor of int8 weights: what no format of at most 8 bits is below
+FINEST, COARSEST = 0.4, 64.0  # times the floor of int8 weights: no format of at most 8 bits is below, of 4 bits above
 NEAR = 0.2  # a cause that explains less is not worth a line
 
 
@@ -113,6 +115,17 @@ class Court:
         theirs[:, 1:] = np.nan
         return replace(self, theirs=theirs)
 
+    def first(self) -> Court:
+        """Return the court for the first rollout alone."""
+        rows, columns = self.rollouts[0].found.shape
+
+        def kept(x: Array) -> Array:
+            return x[:rows, :columns]
+
+        runs = {name: kept(x) for name, x in self.runs.items()}
+        some = replace(self, rollouts=self.rollouts[:1], states=self.states[:1], runs=runs)
+        return replace(some, theirs=kept(self.theirs), base=kept(self.base))
+
     def routing_of_rounding(self) -> float | None:
         """Return how much of bfloat16's rounding comes from other experts being chosen; None without experts."""
         config, weights = self.right.config, self.right.weights
@@ -159,10 +172,13 @@ class Court:
         name = self.rests(t.left, t.tokens) or ("float32" if self.nothing_left(t) else None)
         return f"rounding of {name or self.allowed[-1]}" + ("" if name else ", which it amplifies")
 
+    def leaders(self) -> list[Trial]:
+        """The causes that leave the least."""
+        return sorted((t for t in self.trials if t.explained > NEAR), key=lambda t: t.left / t.before)[:LEADERS]
+
     def amplify(self) -> None:
         """Find causes that make rounding larger than it is in the reference: a cache in 8 bits turns it into steps."""
-        best = sorted((t for t in self.trials if t.explained > NEAR), key=lambda t: t.left / t.before)[:LEADERS]
-        for t in best:
+        for t in self.leaders():
             variant, name = t.hypothesis.variant, self.allowed[-1]
             if variant is not None and not self.explains(t):
                 rounded = replace(variant, numerics=numerics_of(name)).predicted(t.hypothesis.rollouts, t.view)
@@ -177,7 +193,7 @@ class Court:
         yield [*h.shifts(right, rollouts, self.states), *h.units(self.base)]
         yield [*h.checkpoints(right, rollouts, others), *h.prompts(right, rollouts, right.config, tokenizer)]
         yield [*h.bugs(right, rollouts)]
-        if distance > FINEST * self.floors["int8 weights"]:
+        if FINEST < distance / max(self.floors["int8 weights"], TINY) < COARSEST:
             yield [*h.quantised(right, rollouts)]
         rounds = rounds and distance <= 2 * limit("bfloat16", self.floors, len(self.base))
         yield [*h.settings(right, rollouts, rounds)]
@@ -190,30 +206,36 @@ class Court:
         progress: Callable[[int], object],
     ) -> None:
         """Hear all hypotheses, until one explains everything down to float32; first under the settings that fit."""
-        settings = fitted([self.right.logits(x) for x in self.states], self.rollouts)
+        large, settings = is_large(self.right.config), fitted(map(self.right.logits, self.states), self.rollouts)
         processed = f"processed by {settings}"
 
         def hear(family: Iterable[Hypothesis], view: View = plain_view, before: str = "") -> bool:
             for x in family:
                 self.heard(replace(x, name=f"{before}{x.name}"), view)
                 progress(1)
-            return self.exact()
+            return self.exact() or (large and self.clear())
 
         def fits(view: View) -> Iterator[Hypothesis]:
-            return h.fits(self.right, self.rollouts, self.theirs, self.base, view)
+            plain = self.right.predicted(self.rollouts, view, self.states)
+            return h.fits(self.right, self.rollouts, self.theirs, plain, view)
 
         if settings != NEUTRAL:
-            look = "ask the engine for raw log-probabilities (vLLM: logprobs_mode=raw_logprobs)"
 
             def predict(view: View) -> Array:
                 return self.right.predicted(self.rollouts, settings.view, self.states)
 
-            if hear([Hypothesis(processed, h.PROCESSED, look, predict)]):
+            if hear([Hypothesis(processed, h.PROCESSED, h.RAW, predict)]):
                 return
         families = list(self.families(tokenizer, others, rounds))
         for family in (*families, fits(plain_view)):
             if hear(family):
                 return
+        if any(self.explains(t) for t in self.trials):
+            return
+        for t in self.leaders():  # a bug may hide the settings, as settings may hide the bug
+            x, model = t.hypothesis, t.hypothesis.variant
+            if model is not None and (own := fitted([model.logits(y) for y in x.states()], x.rollouts)) != NEUTRAL:
+                hear([x], own.view, f"processed by {own}, and ")
         if settings == NEUTRAL or any(self.explains(t) for t in self.trials):
             return
         for family in (*families[1:], fits(settings.view)):  # with the same final states, except those that are fitted
@@ -223,6 +245,10 @@ class Court:
     def exact(self) -> bool:
         """Whether a hypothesis explains all but rounding of float32."""
         return any(t.evidence >= 2 * SURE and self.nothing_left(t) for t in self.trials)
+
+    def clear(self) -> bool:
+        """Whether a hypothesis explains all but rounding so clearly that no other needs to be heard."""
+        return any(self.explains(t) and t.left <= t.before / CLEAR for t in self.trials)
 
     def likeness(self, x: Array, y: Array) -> float:
         """Return the rank correlation of two arrays of differences from token to token, or 0 if there are too few.
@@ -238,6 +264,10 @@ class Court:
     def pattern(self, numerics: str) -> float:
         """Return how alike the engine's differences and those of these numerics are."""
         return self.likeness(self.theirs - self.base, self.runs[numerics] - self.base)
+
+    def hidden(self, numerics: str) -> float:
+        """Return the mean difference that is left without our own rounding: a smaller change would not show."""
+        return size(away(self.theirs, self.runs[numerics]))
 
     def holds(self, t: Trial) -> bool:
         """Whether a cause also helps where the reference rounds as the engine seems to, and is more than luck.

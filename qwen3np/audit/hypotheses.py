@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from qwen3np.audit.formats import COMMON, formats
-from qwen3np.audit.measure import Variant, View, is_large, shortened
+from qwen3np.audit.formats import COMMON, formats, places
+from qwen3np.audit.measure import Variant, View, away, is_large, shortened, size
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.config import Config
 from qwen3np.numerics import Array
 from qwen3np.porting.catalogue import BUGS
-from qwen3np.porting.changes import Bug, Change
-from qwen3np.porting.fits import FAMILIES, number
-from qwen3np.porting.settings import HEAD, PRODUCTS, SETTINGS, weighed
+from qwen3np.porting.changes import Bug
+from qwen3np.porting.fits import FAMILIES
+from qwen3np.porting.settings import SETTINGS
 from qwen3np.tokenizer import Tokenizer
 
 ROUNDING, QUANTISED, CACHE, BUG = "rounding", "quantised weights", "KV cache", "bug"
 IDS, SHIFT, PROCESSED, CHECKPOINT, ROUTING = "other ids", "shifted", "processed", "another checkpoint", "routing"
+RAW = "ask the engine for raw log-probabilities (vLLM: logprobs_mode=raw_logprobs)"
 STEPPED = ("attention: causal mask", "attention: a position does not see itself")  # see more in one pass than in steps
 STEPS = 32  # tokens that run one by one, of at most two answers; in large models STEPS // 8
 
@@ -36,6 +37,7 @@ class Hypothesis:
     predict: Callable[[View], Array]
     variant: Variant | None = None  # the model that it runs on all rollouts
     rollouts: Sequence[Rollout] = ()
+    states: Callable[[], list[Array]] = list[Array]  # the final hidden states of that run
 
 
 # --- other models -----------------------------------------------------------------------------------------------------
@@ -44,7 +46,11 @@ class Hypothesis:
 def as_run(name: str, kind: str, look: str, variant: Variant, rollouts: Sequence[Rollout]) -> Hypothesis:
     """Return the hypothesis that the engine has this model, which runs once for all views."""
     states = cache(lambda: list(variant.states(rollouts)))
-    return Hypothesis(name, kind, look, lambda view: variant.predicted(rollouts, view, states()), variant, rollouts)
+
+    def predict(view: View) -> Array:
+        return variant.predicted(rollouts, view, states())
+
+    return Hypothesis(name, kind, look, predict, variant, rollouts, states)
 
 
 def bugs(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesis]:
@@ -112,14 +118,12 @@ def quantised(right: Variant, rollouts: Sequence[Rollout]) -> Iterator[Hypothesi
     """Yield weights in fewer bits: in the layers, there and in the head, or in all matrices."""
     look = "name the file that the engine loads with --model, or add --other FILE: only rounding should remain"
     large = is_large(right.config)
-    for name, (short, given) in formats().items():
+    for name, (short, inputs) in formats().items():
         if large and not name.startswith(COMMON):
             continue
-        within: dict[str, Change] = dict.fromkeys((PRODUCTS, "mlp.experts"), weighed(short, given))
-        heads: dict[str, Change] = within | {HEAD: weighed(short, given)}
-        whole: dict[str, Change] = heads | {"model.embed_tokens": weighed(short)}
-        places = (whole, within) if right.config.tie_word_embeddings else (whole, heads, within)
-        for points in places[-1:] if large else places:
+        whole, heads, within = places(short, inputs)
+        tried = (within,) if large else (whole, within) if right.config.tie_word_embeddings else (whole, heads, within)
+        for points in tried:
             bug = Bug(name, points, look)
             yield as_run(name, QUANTISED, look, replace(right, table=bug.planted(right.table)), rollouts)
 
@@ -146,20 +150,21 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 return replace(right, table=bug.planted(right.table)).predicted(rollouts, view)
 
             def error(x: Array) -> float:
-                return float(np.nanmean(np.abs(theirs - x)))
+                return size(away(theirs, x))
 
             starts = family.starts(right.config)
             if family.key == "rope_theta":
                 starts = sorted({*starts, 5e4, 2e5, 3e5, 2e6, 3e6, 2e7, 1e8} - {right.config.rope_theta})
             if is_large(right.config):
                 starts = starts[::2]
-            least, value, at = min(((error(x := run(v)), v, x) for v in starts), key=lambda t: t[0])
-            if not least < (0.8 if is_large(right.config) else 0.95) * error(base):
-                continue
+            own: tuple[float, float, Array] = (error(base), getattr(right.config, family.key), base)
+            least, value, at = min([own, *((error(x := run(v)), v, x) for v in starts)], key=lambda t: t[0])
             for _ in range(6):
                 h = 1e-3
-                slope = (run(value * float(np.exp(h))) - at) / h
-                step = float(np.nansum(slope * (theirs - at)) / max(np.nansum(slope * slope), 1e-300))
+                with np.errstate(invalid="ignore"):  # of what filters drop
+                    slope, gap = (run(value * float(np.exp(h))) - at) / h, theirs - at
+                seen = np.isfinite(slope) & np.isfinite(gap)
+                step = float(slope[seen] @ gap[seen] / max(slope[seen] @ slope[seen], 1e-300))
                 nearer = value * float(np.exp(np.clip(step, -1, 1)))
                 x = run(nearer)
                 if not error(x) < least:
@@ -167,6 +172,8 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 gain, least, value, at = least / error(x), error(x), nearer, x
                 if gain < 1.01:
                     break
+            if not least < (0.8 if is_large(right.config) else 0.95) * own[0]:
+                continue
             for h in () if is_large(right.config) else (0.2, 0.1, 0.05, 0.02, 0.01):  # where other experts hide slopes
                 tried = [(error(x := run(v)), v, x) for v in (value * float(np.exp(s)) for s in (-h, h))]
                 least, value, at = min(((least, value, at), *tried), key=lambda t: t[0])
@@ -174,8 +181,8 @@ def fits(right: Variant, rollouts: Sequence[Rollout], theirs: Array, base: Array
                 rounder = float(f"{value:.{digits}g}")
                 if error(x := run(rounder)) <= 1.02 * least:
                     value, at = rounder, x
-            name = family.name.format(number(value))
-            yield Hypothesis(name, BUG, family.look, lambda view, at=at: at)
+            bug = family.bug(pattern, value)
+            yield as_run(bug.name, BUG, family.look, replace(right, table=bug.planted(right.table)), rollouts)
 
 
 # --- other ids, and other places --------------------------------------------------------------------------------------

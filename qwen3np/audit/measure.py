@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from qwen3np import routing
+from qwen3np.audit.formats import places, scaled_e4m3
 from qwen3np.audit.rollouts import Rollout
 from qwen3np.cache import KVCache
 from qwen3np.config import Config
@@ -16,20 +18,22 @@ from qwen3np.generate import PREFILL_CHUNK
 from qwen3np.guard import forward, require_finite
 from qwen3np.memory import require_memory
 from qwen3np.numerics import FLOAT32, Array, Numerics, named
-from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, share
+from qwen3np.ops.fast.threads import ELEMENT, IN_CACHE, rowwise, share
+from qwen3np.porting.changes import Bug
 from qwen3np.porting.floors import Draws, noisy, numerics_of
 from qwen3np.porting.logprobs import log_softmax
 from qwen3np.porting.points import CHOICE, POINTS, Place, Point, Rerun, split_layer
-from qwen3np.porting.settings import SETTINGS
+from qwen3np.porting.settings import blocks
 from qwen3np.weights import count_parameters
 
-ROWS = 64  # positions whose logits (V each) are in memory at once
-WORK = 5e10  # parameters times positions of the sample on which changed models run
-LARGE = 1e8  # parameters: of larger models fewer changes are tried
-FEWEST, MOST = 64, 1024  # positions of that sample
+ROWS = 256  # positions whose logits (V each) are in memory at once
+WORK = 1e11  # parameters times positions of the sample on which changed models run
+LARGE = 1e8  # parameters: of larger models fewer changes are tried, on fewer tokens
+FEWEST, MOST = 192, 1024  # positions of that sample
 SCORES = 1 << 24  # numbers of attention scores that are in memory at once
-SHORTEST = 16  # tokens of an answer in it, if it has as many
-CAP = 50.0  # nats: a larger difference, such as from -inf, counts as this
+SHORTEST = 32  # tokens of an answer in it, if it has as many
+CAP = 50.0  # nats: a larger difference counts as this
+EDGE = 1.0  # nats: an id that the reference drops and the engine does not, as rounding makes it at the edge of a filter
 
 View = Callable[[Array, Rollout, slice], Array]  # logits (n, V) of these positions of an answer -> log-probabilities
 
@@ -162,16 +166,17 @@ def shortened(r: Rollout, count: int, config: Config) -> Rollout:
 def sampled(rollouts: Sequence[Rollout], config: Config) -> list[Rollout]:
     """Return some of the rollouts, evenly spaced and perhaps cut short, on which many changed models can be run.
 
-    For a large model it is only the start of the answer to the shortest prompt.
+    For a large model it is only the start of the answers to the shortest prompts.
     """
     rollouts = [r for r in rollouts if np.isfinite(r.logprobs).any()]
     room = int(np.clip(WORK / count_parameters(config)["active"], FEWEST, MOST))
-    count = int(len(rollouts) * min(1, room / sum(len(r.prompt) + len(r.ids) for r in rollouts)))
+    part = min(1, room / sum(len(r.prompt) + len(r.ids) for r in rollouts))
+    count = 0 if is_large(config) else int(len(rollouts) * part)
     places = np.linspace(0, len(rollouts) - 1, count).round().astype(int).tolist()
     found = list[Rollout]()
-    for r in [rollouts[n] for n in places] or [min(rollouts, key=lambda r: len(r.prompt))]:
+    for r in [rollouts[n] for n in places] or sorted(rollouts, key=lambda r: len(r.prompt)):
         known = np.flatnonzero(np.isfinite(r.logprobs).any(-1))
-        keep = min(len(r.ids), max(room - len(r.prompt), int(known[:SHORTEST][-1]) + 1))
+        keep = min(len(r.ids), max(room - len(r.prompt) if places else 0, int(known[:SHORTEST][-1]) + 1))
         found.append(shortened(r, keep, config))
         room -= len(r.prompt) + keep
         if room < SHORTEST:
@@ -264,10 +269,11 @@ class Variant:
 
 
 def away(theirs: Array, mine: Array) -> Array:
-    """Return the absolute differences (N, 1 + K); NaN where either is unknown, at most CAP."""
+    """Return the absolute differences (N, 1 + K), at most CAP; NaN where either is unknown, EDGE where mine is -inf."""
     with np.errstate(invalid="ignore"):
         d = np.where(theirs == mine, 0, np.abs(theirs - mine))
-    return np.where(np.isneginf(theirs) & np.isfinite(mine), np.nan, np.minimum(d, CAP))
+    d = np.where(np.isneginf(mine) & np.isfinite(theirs), EDGE, np.minimum(d, CAP))
+    return np.where(np.isneginf(theirs) & np.isfinite(mine), np.nan, d)
 
 
 def size(d: Array) -> float:
@@ -282,18 +288,15 @@ def is_large(config: Config) -> bool:
     return count_parameters(config)["active"] > LARGE
 
 
-WEIGHTS_8 = {
-    "fp8 weights": "weights in float8 (e4m3)",
-    "int8 weights": "weights quantised to 8 bits with a scale for each row",
-}
+WEIGHTS_8 = {"fp8 weights": scaled_e4m3((-1,)), "int8 weights": blocks(0, 8)}  # with a scale for each row
 
 
 def rounded(variant: Variant) -> dict[str, Variant]:
     """Return right programs that round as usual: in float32 with sums in the worst order, in 16 bits, 8-bit weights."""
     found = {"float32": replace(variant, table=noisy(Draws(0), variant.table))}
     found |= {name: replace(variant, numerics=numerics_of(name)) for name in ("float16", "bfloat16")}
-    for name, setting in WEIGHTS_8.items():
-        everywhere, *_, in_layers = [b for b in SETTINGS if b.name == setting]
-        bug = in_layers if is_large(variant.config) else everywhere
+    for name, short in WEIGHTS_8.items():
+        everywhere, _, in_layers = places(partial(rowwise, short))
+        bug = Bug(name, in_layers if is_large(variant.config) else everywhere, "")
         found[name] = replace(variant, table=bug.planted(variant.table))
     return found

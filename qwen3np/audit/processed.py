@@ -4,7 +4,7 @@ reported them. Each setting is fitted to the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -81,8 +81,8 @@ class Settings:
     def normalised(self, y: Array, ordered: Array, mass: Array) -> Array:
         """Return the log-probabilities (n, K) of ids with these scaled logits, -inf for those that the filters drop.
 
-        ordered (n, V) are all logits in descending order, mass (n, V) the sums of their exponentials. Each filter
-        applies to what the one before has left. Without filters no order is needed.
+        ordered and mass are what _summed returns, in order if there are filters. Each filter applies to what the one
+        before has left.
         """
         count = np.full(len(mass), min(int(self.top_k) or mass.shape[-1], mass.shape[-1]))
         if self.top_p < 1:  # the fewest whose probabilities reach p
@@ -98,8 +98,10 @@ class Settings:
 
 
 def _summed(y: Array, in_order: bool) -> tuple[Array, Array]:
-    """Return logits y (n, V), in descending order if that is needed, and the sums of their exponentials so far."""
-    ordered = -np.sort(-y, axis=-1) if in_order else y
+    """Return logits y (n, V) in descending order and the sums of their exponentials so far, or y and the whole sum."""
+    if not in_order:
+        return y, np.exp(y).sum(-1, keepdims=True)
+    ordered = -np.sort(-y, axis=-1)
     return ordered, np.cumsum(np.exp(ordered), -1)
 
 
@@ -143,7 +145,7 @@ def _searched(f: Callable[[float], float], low: float, high: float) -> float:
     ratio = (5**0.5 - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     fa, fb = f(a), f(b)
-    for _ in range(48):
+    for _ in range(30):
         if fa < fb:
             high, b, fb = b, a, fa
             a = high - ratio * (high - low)
@@ -167,7 +169,8 @@ def _refined(fit: _Fit, settings: Settings, error: float) -> tuple[float, Settin
             errors = fit.errors(tried)
             least = min(errors)
             if least < error:
-                first = next(i for i, e in enumerate(errors) if e <= 1.05 * least)
+                noise = 1 / len(fit.found) ** 0.5
+                first = next(i for i, e in enumerate(errors) if e <= (1 + noise) * least)
                 settings, error = tried[first], errors[first]
     return error, settings
 
@@ -177,11 +180,12 @@ def _cost(found: tuple[float, Settings]) -> float:
     return found[0] * GAIN ** len(found[1].changed)
 
 
-def fitted(logits: Sequence[Array], rollouts: Sequence[Rollout]) -> Settings:
+def fitted(logits: Iterable[Array], rollouts: Sequence[Rollout]) -> Settings:
     """Return the settings that explain what the engine reported best; NEUTRAL if none helps. logits: (n, V) each.
 
     Settings are added one by one, the best first, as long as the difference becomes GAIN times smaller.
     """
+    logits = list(logits)
     room = max(min(POSITIONS, NUMBERS // logits[0].shape[-1]), LEAST)
     rows = [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.ids))]
     rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, room).astype(int))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -110,9 +111,11 @@ def audited(
             raise ValueError(f"{name} has no lm_head.weight, so it has no log-probabilities")
         if config.vocab_size < (most := 1 + max(max(*r.prompt, *r.ids, int(r.found.max())) for r in rollouts)):
             raise ValueError(f"{name} has {config.vocab_size:,} ids, and the rollouts have id {most - 1:,}")
-    judgement = judged(
-        sampled(rollouts, model.config), model.weights, model.config, model.tokenizer, others or {}, computed_in
-    )
+    with warnings.catch_warnings():  # a wrong model may overflow, in threads that np.errstate does not reach
+        warnings.simplefilter("ignore", RuntimeWarning)
+        judgement = judged(
+            sampled(rollouts, model.config), model.weights, model.config, model.tokenizer, others or {}, computed_in
+        )
     replayed = (judgement.routing or 0) > 0
     seen = forced(model.weights, model.config, rollouts, engine=engine, replayed=replayed, progress=progress)
     return _measured(rollouts, seen, judgement, fields or {})
