@@ -66,6 +66,30 @@ def activations(short):
     }
 
 
+def attention(short):
+    """Cast q, k and v for a kernel that keeps scores in float32, and probabilities and its result in 16 bits."""
+    return {
+        "scores": lambda own, at, q, k, v: own(short(q), short(k), v),
+        "probs": lambda own, at, s: short(own(s)),
+        "context": lambda own, at, p, v: short(own(p, short(v))),
+    }
+
+
+def autocast(short):
+    """Take and give 16 bits in every product, as torch.autocast does."""
+
+    def product(own, at, x, *w):
+        return short(own(short(x), *w))
+
+    def scores(own, at, q, k, v):
+        return short(own(short(q), short(k), v))
+
+    def context(own, at, p, v):
+        return short(own(short(p), short(v)))
+
+    return {"linear": product, "head": product, "scores": scores, "context": context}
+
+
 def same(x):
     return x
 
@@ -79,6 +103,7 @@ SETTINGS = {
     "KV cache in float8 (e4m3)": (cache(kept(ml_dtypes.float8_e4m3fn)), same, same),
     "norms in bfloat16": (norms(brain), same, same),
     "norms in float16": (norms(half), same, same),
+    "attention in bfloat16": (attention(brain), same, same),
     "activations in bfloat16": (activations(brain), same, same),
     "activations in float16": (activations(half), same, same),
     "inputs quantised to 8 bits in groups of 64": (inputs(quantised(64, scale=np.float32)), same, same),

@@ -1126,6 +1126,19 @@ GROUPS = [
         },
     ),
     (
+        "porting/compare.py",
+        "harmless",
+        {
+            "settings one by one alone": ("_nearest(bench, _together(bench, alone))", "_nearest(bench, [])"),
+            "no single layers": ("bench.attempt((*pairs, *parts))", "bench.attempt(pairs)"),
+        },
+    ),
+    (
+        "porting/settings.py",
+        "verdicts",
+        {"products are not kept short": ("return short(product(run, at, *x))", "return product(run, at, *x)")},
+    ),
+    (
         "porting/judge.py",
         "compare",
         {

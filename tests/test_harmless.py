@@ -44,6 +44,10 @@ def test_positions_from_another_one(config, short_weights, golden):
     ).run(golden)
     found = compare(golden, dump, weights=short_weights)
     assert (found.verdict, found.first_point) == ("different", Q_ROPE)
+    dump = Foreign(
+        config, short_weights, rope=lambda own, at, x, p: own(x, p + 1000) if not at.prefix else own(x, 2 * p)
+    ).run(golden)
+    assert compare(golden, dump, weights=short_weights).first_point == Q_ROPE  # decode steps have no shift
     ropes = {k: x for k, x in run(1000).items() if k.endswith("_rope") and "layers.0" in k}
     found = compare(golden, ropes, weights=short_weights)  # nothing shows that the scores are the same
     assert (found.verdict, found.meaning) == ("different", f"a bug at {Q_ROPE}: positions shifted by 1000")
@@ -86,6 +90,59 @@ def test_two_settings(config, short_weights, golden):
     found = compare(golden, dump, weights=short_weights)
     names = ["activations in float16", "KV cache in 8 bits, one scale for each head"]
     assert (found.verdict, [s.name for s in found.settings]) == ("rounding", names)
+
+
+@pytest.mark.parametrize("part", [pytest.param("layers", marks=pytest.mark.slow), "logits"])
+@pytest.mark.parametrize(
+    ("names", "settings", "short"),
+    [
+        (["matrix products in TF32 or float16", "KV cache in float16"], cache(half) | inputs(tf32), tf32),
+        pytest.param(
+            ["inputs quantised to 8 bits in groups of 64", "KV cache in float16"],
+            cache(half) | inputs(quantised(64, scale=np.float32)),
+            None,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["norms in float16", "KV cache in bfloat16"], cache(brain) | norms(half), None, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_two_settings_seen_from_afar(config, short_weights, golden, part, names, settings, short):
+    """Without the points between them neither shows alone: next to the other one its numbers are rounded otherwise."""
+    own = {k: w if short is None or w.ndim < 2 else short(w) for k, w in short_weights.items()}
+    dump = Foreign(config, own, **settings).run(golden)
+    dump = {k: x for k, x in dump.items() if k.endswith("lm_head") or (part == "layers" and k[-1].isdigit())}
+    found = compare(golden, dump, weights=short_weights)
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", names)
+    assert f"{' together with '.join(names)} explains " in found.meaning
+
+
+@pytest.mark.parametrize("short", [half, pytest.param(brain, marks=pytest.mark.slow)], ids=["float16", "bfloat16"])
+def test_one_layer_in_16_bits_seen_from_afar(config, short_weights, golden, short):
+    def shortened(own, at, *x):
+        y = own(*x)
+        return short(y) if at.layer == 1 else y
+
+    operations = ("norm", "linear", "rope", "scores", "probs", "context", "act", "add")
+    dump = Foreign(config, short_weights, **dict.fromkeys(operations, shortened)).run(golden)
+    dump = {k: x for k, x in dump.items() if k.endswith("lm_head")}
+    found = compare(golden, dump, weights=short_weights)
+    name = f"layers in {'float16' if short is half else 'bfloat16'} (in layer 1 alone)"
+    assert (found.verdict, [s.name for s in found.settings]) == ("rounding", [name])
+
+
+@pytest.mark.slow
+def test_what_may_be_rounding_is_said_in_both(config, short_weights, golden):
+    """Positions that no point shows, next to a short cache: nothing but the size of the error is known."""
+    dump = Foreign(config, short_weights, rope=later(5), **cache(half)).run(golden)
+    dump = {k: x for k, x in dump.items() if k.endswith("lm_head")}
+    doubt = "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
+    found, why = (f(golden, dump, weights=short_weights) for f in (compare, diagnose))
+    assert (found.verdict, why.verdict) == ("different", "different")
+    assert found.meaning.endswith(doubt)
+    assert why.meaning.startswith("nothing in the catalogue explains the error at lm_head")
+    assert why.meaning.endswith(doubt)
 
 
 def coarse(own, at, x, positions):

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any
 
 from qwen3np.numerics import Array
-from qwen3np.porting.align import PRECISIONS, Aligned, align, digits, reroute
+from qwen3np.porting.align import PRECISIONS, Aligned, align, digits, reroute, tolerance
 from qwen3np.porting.bench import TINY, Bench, Trial, usable
 from qwen3np.porting.changes import Bug
+from qwen3np.porting.floors import limit
 from qwen3np.porting.harmless import Moved, common_shift, moved
 from qwen3np.porting.judge import Comparison, PointReport, Setting, coverage, judge
 from qwen3np.porting.points import POINTS, Point, split_layer, split_pass
 from qwen3np.porting.record import Recording
-from qwen3np.porting.settings import SETTINGS
+from qwen3np.porting.settings import CACHES, LAYERS, SETTINGS
 from qwen3np.porting.shapes import HEAD_ORDER
 
 # The share of the squared error from which on a setting is the whole reason, or is one next to a bug.
@@ -27,6 +29,9 @@ WHOLE, EXPLAINED = 0.98, 0.9
 SCATTERED, OWN = 1 / 3, 3.0
 ALIKE = 1e-6  # settings whose fractions differ by less cannot be told apart
 MOST = 4  # settings of one port, and candidates for each
+# A setting that leaves more times the error makes a larger one itself. A part of it, whose roundings fall otherwise
+# next to the other part, leaves up to twice the error.
+LOUD = 2.5
 
 
 @dataclass(frozen=True)
@@ -168,35 +173,64 @@ def with_settings(result: Compared, weights: Mapping[str, Array]) -> Compared:
         if point is None or point not in aligned.found or not usable(aligned.found[point]):
             break
         bench = Bench(golden, aligned, weights, reports, point, table)
-        before = set(bench.adding)
-        best: tuple[bool, int, Trial, Comparison] | None = None
-        for trial in _nearest(bench):
-            _, after = judge(golden, aligned, weights, trial.bugs[0].planted(table))
-            own, first = bench.scatter(trial), result.reports
-            after = replace(after, points=[_settled(r, first[r.name], own.get(r.name, 0.0)) for r in after.points])
-            adding = {r.name for r in after.points if r.adds}
-            in_part = point in adding
-            named = not in_part or trial.left <= (1 - EXPLAINED) * bench.error(point)
-            if named and not adding - before and (best is None or (in_part, len(adding)) < best[:2]):
-                best = in_part, len(adding), trial, after
+        alone = sorted(bench.attempt((s,) for s in SETTINGS), key=lambda t: t.left)
+        best = _best(bench, _nearest(bench, alone), result.reports)
+        best = best or _best(bench, _nearest(bench, _together(bench, alone)), result.reports)
         if best is None:
             break
-        _, _, trial, now = best
-        table = trial.bugs[0].planted(table)
-        found.append((point, trial.bugs[0], 1 - trial.left / max(bench.error(point), TINY)))
+        trial, now = best
+        table = _planted(trial, table)
+        found += [(point, bug, 1 - trial.left / max(bench.error(point), TINY)) for bug in trial.bugs]
         reports = {r.name: r for r in now.points}
     if not found:
         return result
     return _told(replace(result, table=table, reports=reports, settings=found), now)
 
 
-def _nearest(bench: Bench) -> list[Trial]:
-    """Return the settings that leave the least error at the point; only in part where the whole spoils other points."""
-    whole = sorted(bench.attempt((s,) for s in SETTINGS if s.applies(bench.golden.config)), key=lambda t: t.left)
-    if not whole or whole[0].left > (1 - SCATTERED) * bench.error(bench.point):
+def _planted(trial: Trial, table: Mapping[str, Point]) -> Mapping[str, Point]:
+    return reduce(lambda changed, bug: bug.planted(changed), trial.bugs, table)
+
+
+def _best(bench: Bench, trials: Sequence[Trial], first: Mapping[str, PointReport]) -> tuple[Trial, Comparison] | None:
+    """Return the settings after which the fewest points add an error, and the verdict by a reference with them.
+
+    first: the reports without any settings.
+    """
+    before = set(bench.adding)
+    best: tuple[bool, int, Trial, Comparison] | None = None
+    for trial in trials:
+        _, after = judge(bench.golden, bench.aligned, bench.weights, _planted(trial, bench.table))
+        own = bench.scatter(trial)
+        after = replace(after, points=[_settled(r, first[r.name], own.get(r.name, 0.0)) for r in after.points])
+        adding = {r.name for r in after.points if r.adds}
+        in_part = bench.point in adding
+        named = not in_part or trial.left <= (1 - EXPLAINED) * bench.error(bench.point)
+        if named and not adding - before and (best is None or (in_part, len(adding)) < best[:2]):
+            best = in_part, len(adding), trial, after
+    return best and best[2:]
+
+
+def _together(bench: Bench, alone: Sequence[Trial]) -> list[Trial]:
+    """Return settings next to a short cache, which many programs have by default, and single layers in 16 bits.
+
+    Two settings that round do not show one by one: next to the other's numbers, each rounds otherwise. They are not
+    tried, since they take a while, where an error is larger than 16 bits throughout could make it.
+    """
+    error, size = bench.error(bench.point), bench.aligned.found[bench.point].part.size
+    if error > limit(tolerance(bench.point, bench.golden, "bfloat16")[0], size) ** 2:
+        return []
+    small = [t.bugs[0] for t in alone if t.left <= LOUD * error]
+    pairs = [(s, c) for c in CACHES if c in small for s in small if s not in CACHES]
+    parts = [(part,) for s in LAYERS for part in bench.scopes(s)]
+    return sorted(bench.attempt((*pairs, *parts)), key=lambda t: t.left)
+
+
+def _nearest(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, sorted, that leave the least error; only in part where the whole spoils other points."""
+    if not trials or trials[0].left > (1 - SCATTERED) * bench.error(bench.point):
         return []
     found: list[Trial] = []
-    for trial in [t for t in whole if t.left <= 1.01 * whole[0].left + ALIKE * bench.error(bench.point)][:MOST]:
+    for trial in [t for t in trials if t.left <= 1.01 * trials[0].left + ALIKE * bench.error(bench.point)][:MOST]:
         parts = [trial]
         if bench.spoils(trial):
             parts = list(bench.attempt((part,) for part in bench.scopes(trial.bugs[0], apart=True)))
@@ -228,7 +262,13 @@ def _told(result: Compared, now: Comparison) -> Compared:
             r = replace(r, verdict="rounding", notes=(*r.notes, *(names if r.adds else ())))
         shown.append(r)
     settings = [Setting(f"{bug.name}{f' ({bug.scope})' if bug.scope else ''}", x, at) for at, bug, x in result.settings]
-    told = "; ".join(f"{s.name} explains {per_cent(s.explained)} of the error that {s.point} adds" for s in settings)
+    together: dict[tuple[str, float], list[str]] = {}
+    for s in settings:
+        together.setdefault((s.point, s.explained), []).append(s.name)
+    told = "; ".join(
+        f"{' together with '.join(names)} explains {per_cent(explained)} of the error that {point} adds"
+        for (point, explained), names in together.items()
+    )
     if wrong:
         comparison = replace(now, points=shown, settings=settings, meaning=f"{now.meaning}. Besides, {told}")
     else:

@@ -126,7 +126,7 @@ def _found(result: Compared, weights: Mapping[str, Array], more: tuple[Bug, ...]
         trials = _tried(bench, (*more, *SETTINGS) if sentences else more)  # compare tried them at the first point
         own = _causes(bench, trials)
         causes += own[: 1 if sentences else SHOWN]
-        sentences.append(_said(bench, trials, own[0] if own else None))
+        sentences.append(_said(bench, trials, own[0] if own else None, comparison.doubt if not sentences else ""))
         if not own or not own[0].sure or len(sentences) == ROUNDS:
             break
         unexplained = unexplained or list(trials[0].rest)
@@ -140,8 +140,8 @@ def _found(result: Compared, weights: Mapping[str, Array], more: tuple[Bug, ...]
     return Diagnosis("different", first, meaning, causes, unexplained, known)
 
 
-def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None) -> str:
-    """Return what was found at a point, in words."""
+def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None, doubt: str) -> str:
+    """Return what was found at a point, in words; with compare's doubt if that is nothing."""
     point = bench.point
     if best is not None and best.sure:
         return f"{_sentence(best)} at {point}; look at: {best.look}"
@@ -150,7 +150,7 @@ def _said(bench: Bench, trials: Sequence[Trial], best: Cause | None) -> str:
     if best is not None and best.explained > 0.5 and within and not spoken_against:
         return f"perhaps: {_sentence(best)} at {point}. What is left is rounding, but it is not sure"
     nearest = f"; the nearest: {_sentence(best)}" if best is not None else ""
-    return f"nothing in the catalogue explains the error at {point}{nearest}"
+    return f"nothing in the catalogue explains the error at {point}{nearest}{doubt}"
 
 
 def _sentence(cause: Cause) -> str:

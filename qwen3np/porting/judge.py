@@ -61,6 +61,7 @@ class Comparison:
     unknown: list[str] = field(default_factory=list[str])
     unmapped: list[str] = field(default_factory=list[str])  # names in the map that are not in the dump
     settings: list[Setting] = field(default_factory=list[Setting])
+    doubt: str = ""  # how "different" may still be rounding; part of the meaning
 
 
 def judge(
@@ -87,13 +88,15 @@ def judge(
         aligned = replace(aligned, misread=frozenset(others))
         reports = _reports(golden, aligned, weights, table)
     verdict, first, meaning = _verdict(reports, aligned, golden, shifts)
+    doubt = _doubt(reports, aligned, golden)
     missing = [name for name in golden.points if name not in aligned.found and name not in aligned.misfits]
+    meaning += doubt
     if verdict != "different":
         meaning += f"; {coverage(golden, aligned)}"
     elif isinstance(golden, Moved):
         meaning += f"; {golden.why}"
     return aligned, Comparison(
-        verdict, first, meaning, aligned.precision, reports, missing, aligned.unknown, aligned.unmapped
+        verdict, first, meaning, aligned.precision, reports, missing, aligned.unknown, aligned.unmapped, doubt=doubt
     )
 
 
@@ -129,7 +132,7 @@ def added_errors(
     rounded = [replace(right, numerics=n, computed={})]
     drawn = noisy_runs(right, golden.ids.size * golden.config.hidden_size, port) if port == "float32" else []
     added: dict[str, tuple[float, float, bool]] = {}
-    floors: dict[str, float] = {}  # of a point in any pass so far
+    floors, worst = dict[str, float](), dict[str, float]()  # of a point in any pass so far; of its worst token
     for prefix, _, _ in golden.passes:
         for name in point_names(golden.config):
             with np.errstate(all="ignore"):
@@ -141,13 +144,16 @@ def added_errors(
             if name.endswith(CHOICE) and here.whole.shape == exact.shape:
                 gate = gate_of(name)
                 exact = settle(here.whole, exact, right.value(prefix + gate), floors.get(gate, LEAST[port]))
-            own = [root_mean([distance(x, exact, axis)[0] for x in xs]) for xs in each if xs]
+            away = [[distance(x, exact, axis) for x in xs] for xs in each if xs]
+            own = [root_mean([overall for overall, _ in runs]) for runs in away]
             floors[name] = max([floors.get(name, LEAST[port]), *(x for x in own if math.isfinite(x))])
+            # over many layers the errors of some tokens grow far more than those of others
+            by_token = [float(tokens.max()) for runs in away for _, tokens in runs]
+            worst[name] = max([worst.get(name, floors[name]), *(x for x in by_token if math.isfinite(x))])
             part = kept(golden, here, prefix + name, exact)
             scale = None if here.view is None else here.view.size(kept(golden, replace(here, view=None), name, exact))
-            away = distance(here.part, part, axis, scale)[0]
-            out = not name.endswith(CHOICE) and is_outlier(here.part, part, scale, _single(name, floors[name]))
-            added[prefix + name] = away, floors[name], out
+            out = not name.endswith(CHOICE) and is_outlier(here.part, part, scale, _single(name, worst[name]))
+            added[prefix + name] = distance(here.part, part, axis, scale)[0], floors[name], out
     return added
 
 
@@ -298,15 +304,24 @@ def _verdict(
         why = ": other token ids, or another embedding"
     elif not {prefix + input_name(layer, x, golden.config) for x in POINTS[kind].inputs} & found.keys():
         why = ", or at a point before it that the dump does not have"
-    if first.added is None and other_choices(golden, found):
-        why += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"
+    return "different", first.name, f"a bug at {first.name}{why}"
+
+
+def _doubt(reports: list[PointReport], aligned: Aligned, golden: Recording) -> str:
+    """Return how a dump that is different may still be rounding, as the end of a sentence; empty if it cannot be."""
+    found, port, doubt = aligned.found, aligned.precision, ""
+    different = [report for report in reports if report.verdict == "different"]
+    if not different or found[different[0].name].fault:
+        return ""
+    if different[0].added is None and other_choices(golden, found):
+        doubt += "; or rounding, since other experts of nearly equal weight were chosen: see with --model"
     elif port != "float32" and golden.config.num_experts and not any(name.endswith(CHOICE) for name in found):
-        why += "; or rounding, if other experts of nearly equal weight were chosen: dump mlp.router_indices"
+        doubt += "; or rounding, if other experts of nearly equal weight were chosen: dump mlp.router_indices"
     # computing in 16 bits shows as an error of this size nearly everywhere, a bug only from one point on
     coarse = len(different) > 0.8 * len(reports) and all(
         r.rel_l2 is not None and 2**-14 < r.rel_l2 <= MARGIN * tolerance(r.name, golden, "bfloat16")[0]
         for r in different
     )
     if port == "float32" and coarse:
-        why += "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
-    return "different", first.name, f"a bug at {first.name}{why}"
+        doubt += "; or rounding, if the port computes in 16 bits anywhere: see with --precision bfloat16"
+    return doubt

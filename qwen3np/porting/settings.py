@@ -156,6 +156,16 @@ def weighed(short: Short, with_inputs: Short | None = None) -> Change:
     return change
 
 
+def kernel(short: Short) -> Change:
+    """Multiply with fewer digits, and keep the product so, as a kernel that takes and gives 16 bits."""
+    product = weighed(short, short)
+
+    def change(run: Change, at: Place, *x: Array) -> Array:
+        return short(product(run, at, *x))
+
+    return change
+
+
 PRODUCTS, HEAD = "[ms]*_proj", "lm_head"
 SPARSE = "mlp.gate", "mlp.router_weights", "mlp.experts"
 DEQUANTISED = "record from the dequantised weights, and only other errors remain"
@@ -168,10 +178,20 @@ def _products(change: Change, attention: Change | None = None) -> dict[str, Chan
     return of | ({} if attention is None else {"self_attn.scores": attention, "self_attn.context": attention})
 
 
-def _settings() -> list[Bug]:
-    found = [
-        Bug(f"KV cache in {name}", cached(short), f"the type of the cache: {name}") for name, short in SHORT.items()
+def _caches() -> list[Bug]:
+    return [Bug(f"KV cache in {name}", cached(of), f"the type of the cache: {name}") for name, of in SHORT.items()]
+
+
+def _layers() -> list[Bug]:
+    within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
+    return [
+        Bug(f"layers in {name}", dict.fromkeys((*within, *SPARSE), results(short)), f"some layers are kept in {name}")
+        for name, short in {"bfloat16": BRAIN, "float16": HALF}.items()
     ]
+
+
+def _others() -> list[Bug]:
+    found = list[Bug]()
     for name in ("float16", "bfloat16", "8 bits in blocks of 32"):
         for what, (point, change) in zip(("keys", "values"), cached(SHORT[name]).items(), strict=True):
             found.append(Bug(f"{what} cached in {name}", {point: change}, f"the type of the cache: {name}"))
@@ -190,6 +210,13 @@ def _settings() -> list[Bug]:
         look = "inputs of matrix products are rounded: allow_tf32, or its like"
         for attention in (None, inputs(short)):
             found.append(Bug(f"matrix products in {name}", _products(weighed(short, short), attention), look))
+    for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
+        look = f"torch.autocast, or its like: matrix products take and give {name}"
+        found.append(Bug(f"autocast to {name}", _products(kernel(short), kernel(short)), look))
+        after: dict[str, Change] = {"self_attn.context": kernel(short), "*.probs": results(short)}
+        for scores in (kernel(short), inputs(short)):  # flash attention keeps scores in float32
+            look = f"q, k and v are cast to {name} for attention"
+            found.append(Bug(f"attention in {name}", {"self_attn.scores": scores, **after}, look))
     inner = (PRODUCTS, "mlp.gate", "mlp.experts")
 
     def weights_kept(name: str, short: Short, with_inputs: Short | None, look: str) -> list[Bug]:
@@ -219,11 +246,8 @@ def _settings() -> list[Bug]:
         for points in ((HEAD,), (HEAD, "model.embed_tokens")):
             name = f"weights quantised to {bits} bits in groups of 32"
             found.append(Bug(name, dict.fromkeys(points, change), DEQUANTISED))
-    within = ("*norm", "*_proj", "*_rope", "*.scores", "*.probs", "*.context", "*residual", "mlp.act", "output")
-    for name, short in {"bfloat16": BRAIN, "float16": HALF}.items():
-        everywhere: dict[str, Change] = dict.fromkeys((*within, *SPARSE), results(short))
-        found.append(Bug(f"layers in {name}", everywhere, f"some layers are kept in {name}"))
     return found
 
 
-SETTINGS = tuple(_settings())
+CACHES, LAYERS = tuple(_caches()), tuple(_layers())
+SETTINGS = (*CACHES, *_others(), *LAYERS)

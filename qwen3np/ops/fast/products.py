@@ -27,6 +27,8 @@ NEAR = 64
 # Rows of x and of W in one product of many rows. A BLAS rounds differently next to the edges of a product, so they are
 # the same for every storage of W and every number of threads.
 TILE_ROWS, TILE_OUTPUTS = 512, 256
+# At or below this many rows of x, OpenBLAS's kernels for AVX-512 compute (W xᵀ)ᵀ up to 1.4 times as fast as x Wᵀ.
+SHORT_ROWS = 64
 # Elements of W that are upcast at a time for a few rows, which are multiplied by them while they are in the cache.
 BLOCK_ELEMENTS = 1 << 18
 
@@ -114,7 +116,11 @@ def _tile_products(rows: Array, ws: Sequence[Array], num: Numerics) -> list[Arra
 
     def apply(tile: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
         n, (start, stop), (a, b) = tile
-        np.matmul(rows[start:stop], _block(ws[n][a:b], num).T, out=ys[n][start:stop, a:b])
+        x, w, y = rows[start:stop], _block(ws[n][a:b], num), ys[n][start:stop, a:b]
+        if len(x) <= SHORT_ROWS:
+            y[:] = (w @ x.T).T
+        else:
+            np.matmul(x, w.T, out=y)
 
     tiles = [
         (n, *tile)
