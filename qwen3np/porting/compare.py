@@ -32,6 +32,7 @@ MOST = 4  # settings of one port, and candidates for each
 # A setting that leaves more times the error makes a larger one itself. A part of it, whose roundings fall otherwise
 # next to the other part, leaves up to twice the error.
 LOUD = 2.5
+PAIRED = 0.75  # the share that two settings must explain: of so many pairs, some fit a bug's error by chance
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ def _together(bench: Bench, alone: Sequence[Trial]) -> list[Trial]:
     small = [t.bugs[0] for t in alone if t.left <= LOUD * error]
     pairs = [(s, c) for c in CACHES if c in small for s in small if s not in CACHES]
     parts = [(part,) for s in LAYERS for part in bench.scopes(s)]
-    return sorted(bench.attempt((*pairs, *parts)), key=lambda t: t.left)
+    found = [t for t in bench.attempt((*pairs, *parts)) if len(t.bugs) == 1 or t.left <= (1 - PAIRED) * error]
+    return sorted(found, key=lambda t: t.left)
 
 
 def _nearest(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
