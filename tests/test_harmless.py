@@ -1,4 +1,4 @@
-"""Differences that are no bugs: other positions, heads in another order, padded batches, bad luck with 16 bits."""
+"""Differences that are not bugs: other positions, heads in another order, padded batches, bad luck with 16 bits."""
 
 from __future__ import annotations
 
