@@ -155,6 +155,7 @@ def opened(browser, server):
     browser.execute_script("onpagehide = null; messages = []; chosen = {}; running?.controller.abort()")
     browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": addresses[-1], "storageTypes": "all"})
     browser.execute_script("model = null")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # the next page gets the window's own size
 
 
 def wait(browser, script, *arguments):

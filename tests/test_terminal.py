@@ -127,7 +127,8 @@ def wide(monkeypatch):
     def wide(columns, rows=24):
         screen = Screen()
         monkeypatch.setattr(sys, "stdout", screen)
-        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, rows)))
+        monkeypatch.setenv("COLUMNS", str(columns))  # which shutil.get_terminal_size reads first
+        monkeypatch.setenv("LINES", str(rows))
         return screen
 
     return wide
