@@ -130,11 +130,12 @@ def save(folder, config, pack, settings, rng, change=lambda tensors: None):
     return {name: np.ascontiguousarray(w) for name, w in plain.items()}
 
 
+@pytest.mark.parametrize("models", [range(3), pytest.param(range(3, 10), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_logits_are_those_of_a_plain_float32_copy(tmp_path, name, sparse):
+def test_logits_are_those_of_a_plain_float32_copy(tmp_path, name, sparse, models):
     pack, settings = FORMATS[name]
-    for n in range(10):
+    for n in models:
         rng = np.random.default_rng(n)
         config = draw(rng, sparse)
         plain = save(tmp_path / str(n), config, pack, settings, rng)
