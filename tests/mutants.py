@@ -914,7 +914,10 @@ GROUPS = [
         {
             "fp8: NaN as 480": ("max(initial=0) == 0x7F or", "max(initial=0) == 0x80 or"),
             "fp8: scales that overflow": ("< 128).all()", "< 1e30).all()"),
-            "fp8: the next block's scale": ("np.arange(out) // block[0]", "(np.arange(out) + 1) // block[0]"),
+            "fp8: the next block's scale": ("np.s_[first : last + 1]", "np.s_[first + 1 : last + 2]"),
+            "fp8: rows across blocks as one": ("range) and (first == last or", "range) and (True or"),
+            "fp8: the last of a sorted few for all": ("isinstance(self.rows, range) and (", "("),
+            "fp8: subnormal numbers flushed": ("if ordinary and _SUBNORMAL * 1.0:", "if ordinary:"),
             "AWQ: columns in order": ("AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "AWQ_ORDER = tuple(range(8))"),
             "GPTQ: zeros as stored": (".T + self.less", ".T"),
             "GPTQ: groups in order": (

@@ -108,6 +108,19 @@ def test_fp8_with_any_scale_and_code(seed, scale):
     np.testing.assert_array_equal(found, truth)
 
 
+def test_fp8_in_a_process_that_flushes_subnormal_numbers():
+    torch = pytest.importorskip("torch")
+    codes = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)[None]
+    truth = codes.astype(np.float32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        found = np.asarray(FP8.of(codes, np.ones((1, 1), np.float32), (1, 127)))
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(found, truth)
+
+
 def test_a_scale_for_each_row_or_for_all():
     rng = np.random.default_rng(0)
     for block in ((1, 64), (50, 64)):

@@ -17,7 +17,8 @@ from qwen3np.stored import FLOAT, Stored
 
 # The value of each byte as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
-_SUBNORMAL = np.full(1, 1e-40, FLOAT)
+_E4M3_UNIT = 2.0**120  # what _put_e4m3 divides by
+_SUBNORMAL = 5e-324
 # The two 4-bit numbers in each byte, the lower bits first, as one element of 8 bytes: one look-up finds both.
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(FLOAT).view(np.uint64)[:, 0]
 # AWQ's "gemm" order: which of its 8 columns each 4 bits of a word hold, the lowest first.
@@ -30,38 +31,45 @@ class FP8(Stored):
 
     codes: Array
     scales: Array
-    line: Array  # (out,): the row of scales for each row
-    width: int  # inputs of a block
-    ordinary: Callable[[], bool]  # whether, in the whole matrix, no code means NaN and all scales are below 128
+    rows: range | Array  # which of the file's matrix these are
+    block: tuple[int, int]  # rows and inputs of a block
+    factors: Callable[[], tuple[Array, bool]]  # see of
 
     @classmethod
     def of(cls, codes: Array, scales: Array, block: tuple[int, int]) -> FP8:
         """The matrix whose blocks have this many rows and inputs."""
-        out, columns = codes.shape
 
         @cache  # a look at every code, the first time that one is decoded
-        def ordinary() -> bool:
+        def factors() -> tuple[Array, bool]:
+            """Return the scales as float32, and whether they are for _put_e4m3, times 2^120."""
             nan = codes.view(np.int8).max(initial=0) == 0x7F or codes.view(np.uint8).max(initial=0) == 0xFF
-            return not nan and bool((np.abs(scales.astype(FLOAT)) < 128).all())
+            found = scales.astype(FLOAT)
+            ordinary = not nan and bool((np.abs(found) < 128).all())
+            return found * FLOAT.type(_E4M3_UNIT if ordinary else 1), ordinary
 
-        return cls((out, columns), codes, scales, np.arange(out) // block[0], min(block[1], columns), ordinary)
+        return cls(codes.shape, codes, scales, range(len(codes)), block, factors)
 
     def _rows(self, which: slice | Array) -> FP8:
         codes = self.codes[which]
-        return replace(self, shape=codes.shape, codes=codes, line=self.line[which])
+        rows = self.rows[which] if isinstance(which, slice) else np.asarray(self.rows)[which]
+        return FP8(codes.shape, codes, self.scales, rows, self.block, self.factors)
 
     def _fill(self, out: Array) -> None:
-        scales = self.scales[self.line].astype(FLOAT)
-        if self.ordinary() and (_SUBNORMAL * FLOAT.type(1)).any():
+        factors, ordinary = self.factors()
+        if ordinary and _SUBNORMAL * 1.0:
             _put_e4m3(self.codes.view(np.int8), out)
-            scales *= FLOAT.type(2.0**120)
         else:
             np.take(_E4M3, self.codes.view(np.uint8), out=out, mode="clip")
-        whole = self.shape[1] // self.width * self.width
-        blocks = out[:, :whole].reshape(len(out), -1, self.width)
-        blocks *= scales[:, : blocks.shape[1], None]
-        if whole < self.shape[1]:
-            out[:, whole:] *= scales[:, -1:]
+            factors = factors / FLOAT.type(_E4M3_UNIT if ordinary else 1)
+        (height, width), columns = self.block, self.shape[1]
+        first, last = int(self.rows[0]) // height, int(self.rows[-1]) // height
+        # with as few calls as possible: after each, threads wait for the GIL
+        if isinstance(self.rows, range) and (first == last or len(out) == (last - first + 1) * height):
+            which, blocks = np.s_[first : last + 1], out.reshape(last - first + 1, -1, columns)
+        else:
+            which, blocks = np.asarray(self.rows) // height, out[:, None]
+        scales = factors[which] if width >= columns else np.repeat(factors[which], width, axis=1)
+        blocks *= scales[:, None, :columns]
 
 
 def _put_e4m3(codes: Array, out: Array) -> None:
