@@ -217,11 +217,9 @@ GROUPS = [
         "ops/fast/attention.py",
         "attention model cache engines drafts",
         {
-            "scores not scaled": ("        scores *= head_dim**-0.5\n", ""),
-            "scaled before the first rounding": (
-                "scores = r(_product(rows, keys.swapaxes(1, 2)))",
-                "scores = _product(rows, keys.swapaxes(1, 2))",
-            ),
+            "scores not scaled": ("rows = rows * scale", "pass"),
+            "bfloat16: scores not scaled": ("r(r(scores) * scale)", "r(r(scores))"),
+            "scaled before the first rounding": ("r(r(scores) * scale)", "r(scores * scale)"),
             "the mask shows the next position": ("past[near:] > at)", "past[near:] > at + 1)"),
             "the mask hides the own position": ("past[near:] > at)", "past[near:] >= at)"),
             "the window shows one more": ("past <= at - window", "past < at - window"),

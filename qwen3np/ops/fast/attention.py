@@ -13,7 +13,7 @@ from qwen3np.ops.plain import softmax
 from qwen3np.qwen3 import Scope
 
 # A block of scores stays in the cache next to its keys and values. Its rows: the G queries of each of some positions.
-BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 1024, 1 << 18
+BLOCK_ROWS, BLOCK_KEYS, BLOCK_SCORES = 256, 2048, 1 << 19
 
 
 def attend(
@@ -128,13 +128,15 @@ def _attend_block(
     """
     heads, _, last, head_dim = q.shape
     total: int = k.shape[1]
-    r, rows = num.round, q.reshape(heads, -1, head_dim)
+    r, rows, scale = num.round, q.reshape(heads, -1, head_dim), head_dim**-0.5
+    if not num.rounds:  # fewer numbers than the scores
+        rows = rows * scale
     largest = total_exp = mixed = np.empty(0)  # running values, of the blocks so far
     for a in range(0, total, width):
         keys, values = num.widen(k[:, a : a + width]), num.widen(v[:, a : a + width])
-        scores = r(_product(rows, keys.swapaxes(1, 2)))  # (h, G * s, width)
-        scores *= head_dim**-0.5
-        scores = r(scores)
+        scores = _product(rows, keys.swapaxes(1, 2))  # (h, G * s, width)
+        if num.rounds:
+            scores = r(r(scores) * scale)
         in_groups = scores.reshape(*q.shape[:3], -1)
         at, past = np.arange(total - last, total)[:, None], np.arange(a, a + keys.shape[1])
         near = max(total - last - a + 1, 0)  # every query sees the keys before this one
@@ -151,7 +153,7 @@ def _attend_block(
             np.maximum(largest, before, out=largest)
         scores -= largest
         np.exp(scores, out=scores)
-        sums = scores.sum(axis=-1, keepdims=True)
+        sums = scores @ np.ones((scores.shape[-1], 1), scores.dtype)  # faster than a sum
         if num.rounds:
             scores = r(scores / sums)
         products = _product(scores, values)
