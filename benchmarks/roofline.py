@@ -2,11 +2,12 @@
 
     python benchmarks/roofline.py --model FOLDER [--threads 2]     # random weights if FOLDER does not exist
 
-Decoding is bound by memory: each matrix goes once through sgemv, and so do the keys and values of the cache. A prompt
-is bound by arithmetic: each matrix goes once through sgemm, and so do the blocks of attention that a query may see.
-The limits are these products alone: matrices on BLAS's own threads, blocks of attention one after the other on each
-core. Then the same for each part of a layer, run separately over all layers, with the weights of each. Limits and model
-take turns; a figure is the median of the rounds, a fraction the median of those within a round. Weights are float32.
+Decoding is bound by memory: each matrix goes once through sgemv, and so do the keys and values of the cache; np.sum,
+slower than sgemv on some processors, reads the same bytes for comparison. A prompt is bound by arithmetic: each matrix
+goes once through sgemm, and so do the blocks of attention that a query may see. The limits are these products alone:
+matrices on BLAS's own threads, blocks of attention one after the other on each core. Then the same for each part of a
+layer, run separately over all layers, with the weights of each. Limits and model take turns; a figure is the median of
+the rounds, a fraction the median of those within a round. Weights are float32.
 Linux: what else runs is read from /proc.
 """
 
@@ -36,6 +37,7 @@ from qwen3np.rope import rotary_tables
 
 MIDDLE, LONG, DEEP = 512, 4096, 16384  # positions
 QUERIES, KEYS, BLOCKS = 256, 1024, 256  # rows of a block of attention and of what it sees; blocks that are timed
+PIECE = 1 << 22  # numbers that one call sums
 RNG = np.random.default_rng(0)
 Run = Callable[[], object]
 Times = Mapping[str, np.ndarray]  # seconds: a median for each round
@@ -60,6 +62,12 @@ def products(matrices: Sequence[np.ndarray], rows: int) -> Run:
                 np.matmul(xs[w.shape[1]], w.T, out=ys[w.shape[0]])
 
     return run
+
+
+def sums(matrices: Sequence[np.ndarray]) -> Run:
+    """Return a function that reads each matrix with np.sum, on our threads."""
+    pieces = [piece for w in matrices for piece in np.array_split(w.reshape(-1), -(-w.size // PIECE))]
+    return lambda: share(pieces, 1 << 40, np.sum)
 
 
 def cache_products(cache: KVCache) -> Run:
@@ -224,6 +232,7 @@ def limit_table(model: Model, rounds: int) -> str:
     found = take_turns(
         {
             "sgemv": timer(products([*layers, head], 1)),
+            "sum": timer(sums([*layers, head])),
             "decode": partial(decode_seconds, model, MIDDLE),
             "cache": lambda: seconds(cache_products(filled_cache(config, DEEP)), 3, 12),
             "deep": partial(decode_seconds, model, DEEP),
@@ -254,6 +263,9 @@ def limit_table(model: Model, rounds: int) -> str:
     rate = f"{middle(read / 1e9, '.1f')} GB/s"
     row(f"decoding at {MIDDLE}: {weight_bytes / 1e6:,.0f} MB of weights, sgemv", rate, found["sgemv"], found["decode"])
     row(f"and {position_bytes * MIDDLE / 1e6:,.0f} MB of cache, at the same rate", rate, both, found["decode"])
+    summed = weight_bytes / found["sum"]
+    all_summed = found["sum"] + position_bytes * MIDDLE / summed
+    row("the same bytes, np.sum", f"{middle(summed / 1e9, '.1f')} GB/s", all_summed, found["decode"])
     rate = f"{middle(cache_read / 1e9, '.1f')} GB/s"
     row(f"what {DEEP:,} positions add to it: {more / 1e6:,.0f} MB of cache, sgemv", rate, more / cache_read, added)
     bounds: dict[int, np.ndarray] = {}
