@@ -18,7 +18,7 @@ from qwen3np.stored import FLOAT, Stored
 # The value of each byte as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
 _E4M3_UNIT = 2.0**120  # what _put_e4m3 divides by
-_SUBNORMAL = 5e-324
+_SUBNORMAL = 5e-324  # times 1.0 it is 0 in a thread that flushes subnormal numbers
 # The two 4-bit numbers in each byte, the lower bits first, as one element of 8 bytes: one look-up finds both.
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(FLOAT).view(np.uint64)[:, 0]
 # AWQ's "gemm" order: which of its 8 columns each 4 bits of a word hold, the lowest first.
