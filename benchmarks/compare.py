@@ -1,12 +1,12 @@
-"""Measure qwen3np next to transformers, and llama.cpp if given, and print Markdown tables with ratios.
+"""Measure qwen3np next to transformers, llama.cpp and vLLM (each if given), and print Markdown tables with ratios.
 
     python benchmarks/compare.py --model FOLDER [--threads 2] [--quick]     # random weights if FOLDER does not exist
-    python benchmarks/compare.py --model FOLDER --llama-bench PATH --gguf FILE ...
+    python benchmarks/compare.py --model FOLDER --llama-bench PATH --gguf FILE ... --vllm PATH
 
 Every engine runs in its own processes (engine.py says what each measures), interleaved (A B C A B C ...), so that a
 machine that slows down slows all of them. A figure is the median of its turns, a ratio the median of the ratios within
-a turn. llama.cpp fills its cache itself. A model of 15 million parameters generates with
-the fast and with the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
+a turn. llama.cpp and vLLM fill their caches themselves. A model of 15 million parameters generates with the fast and
+with the plain engine. Needs the oracle extra. Linux: memory and what else runs are read from /proc.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from engine import DECODE, ENGINES, MIDDLE, PREFILL, SMALL, Found, sizes
 from machine import heading, others
@@ -30,6 +31,7 @@ from qwen3np import Config
 
 PROMPT = "The capital of France is"
 FIRST = "process start to first token (s)"
+VLLM_NEW = 8  # tokens after the first one
 PAIRS = ((ENGINES[0], ENGINES[2]), (ENGINES[1], ENGINES[3]), SMALL)
 
 TRANSFORMERS = """
@@ -59,6 +61,30 @@ def measure_llama(program: Path, gguf: Path, lengths: Sequence[int], threads: in
         measured[f"prefill of {found['n_prompt']:,} (tokens/s)"] = median(found["samples_ts"])
     for found in results("-p", "0", "-n", "8", "-d", depths):
         measured[f"decode at {found['n_depth']:,} (ms/token)"] = 1000 / median(found["samples_ts"])
+    return measured
+
+
+def measure_vllm(program: Path, folder: Path, dtype: str, lengths: Sequence[int], threads: int) -> Found:
+    """Measure vLLM with its own benchmark, a process for each prompt and number of new tokens."""
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}  # the cores; else all of them
+
+    def seconds(prompt: int, new: int) -> float:
+        with TemporaryDirectory() as scratch:
+            results = Path(scratch) / "latency.json"
+            sizes = {"input-len": prompt, "output-len": new, "max-model-len": prompt + new, "batch-size": 1}
+            sizes |= {"num-iters-warmup": 1, "num-iters": 3}
+            flags = [f"--{name}={size}" for name, size in sizes.items()]
+            flags += [f"--model={folder}", f"--dtype={dtype}", f"--output-json={results}", "--disable-detokenize"]
+            subprocess.run([program, "bench", "latency", *flags], env=environment, stdout=sys.stderr, check=True)
+            return median(json.loads(results.read_text(encoding="utf-8"))["latencies"])
+
+    measured: Found = {}
+    for length in lengths:
+        first = seconds(length, 1)
+        if length in PREFILL:
+            measured[f"prefill of {length:,} (tokens/s)"] = length / first
+        if length in DECODE:
+            measured[f"decode at {length:,} (ms/token)"] = 1000 * (seconds(length, 1 + VLLM_NEW) - first) / VLLM_NEW
     return measured
 
 
@@ -116,6 +142,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=(*ENGINES, *SMALL), default=(*ENGINES, *SMALL))
     parser.add_argument("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program of this name")
     parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="the model for it")
+    parser.add_argument("--vllm", type=Path, metavar="PATH", help="vLLM's program of this name, built for CPUs")
     a = parser.parse_args()
     if bool(a.llama_bench) != bool(a.gguf):
         parser.error("--llama-bench and --gguf belong together")
@@ -123,10 +150,14 @@ def main() -> None:
     os.environ |= {"QWEN3NP_NUM_THREADS": str(a.threads), "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1"}
     flags = [f"--model={a.model}", f"--threads={a.threads}", *["--quick"] * a.quick]
     llamas = {f"llama.cpp {path.stem}": path for path in a.gguf}
+    vllms = {f"vLLM {dtype}": dtype for dtype in ("float32", "bfloat16") if a.vllm}
 
     def turn(engine: str) -> Found:
+        lengths = sizes(Config.from_file(a.model), a.quick)
         if engine in llamas:
-            return measure_llama(a.llama_bench, llamas[engine], sizes(Config.from_file(a.model), a.quick), a.threads)
+            return measure_llama(a.llama_bench, llamas[engine], lengths, a.threads)
+        if engine in vllms:
+            return measure_vllm(a.vllm, a.model, vllms[engine], lengths, a.threads)
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), engine, *flags]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -134,7 +165,7 @@ def main() -> None:
             found[FIRST] = median(first_token(engine, a.model, a.threads) for _ in range(2))
         return found
 
-    turns: dict[str, list[Found]] = {engine: [] for engine in (*a.engines, *llamas)}
+    turns: dict[str, list[Found]] = {engine: [] for engine in (*a.engines, *llamas, *vllms)}
     shares: dict[str, list[float]] = {engine: [] for engine in turns}
     for number in range(a.rounds):
         for engine, results in turns.items():
@@ -143,6 +174,7 @@ def main() -> None:
                 results.append(turn(engine))
 
     partners = [(f"qwen3np {'float32' if 'f32' in name.lower() else 'bfloat16'}", name) for name in llamas]
+    partners += [(f"qwen3np {dtype}", name) for name, dtype in vllms.items()]
     print(heading(a.threads, ("numpy", "torch", "transformers")))
     if any(engine.startswith("transformers") for engine in turns):
         import torch

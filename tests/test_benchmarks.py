@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import formats
 import numpy as np
 import pytest
 import verdicts
-from compare import tables
+from compare import measure_vllm, tables
 from engine import measure, sizes
 from random_checkpoint import SIZES, write_random_checkpoint
 from roofline import attention_work, part_table
@@ -32,6 +33,32 @@ def test_filled_cache(config):
     for array in (cache.k, cache.v):
         assert np.all(array[..., :7, :] != 0)
         assert not np.array_equal(array[:, :, 0], array[:, :, 1])
+
+
+def test_vllm_is_asked_for_a_prompt_with_and_without_more_tokens(tmp_path):
+    """With a stand-in of vLLM, which has no build here: 10 ms a token of the prompt, 50 ms for each further one."""
+    program = tmp_path / "vllm"
+    program.write_text(f"""#!{sys.executable}
+import json, os, sys
+assert sys.argv[1:3] == ["bench", "latency"] and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"
+flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in sys.argv[3:])
+assert (flags["model"], flags["dtype"], flags["batch-size"]) == ("folder", "bfloat16", "1")
+prompt, new = int(flags["input-len"]), int(flags["output-len"])
+assert prompt + new <= int(flags["max-model-len"])
+seconds = 0.01 * prompt + 0.05 * (new - 1)
+json.dump({{"avg_latency": 9, "latencies": [seconds, 9, seconds]}}, open(flags["output-json"], "w"))
+""")
+    program.chmod(0o755)
+    found = measure_vllm(program, Path("folder"), "bfloat16", [32, 512, 16384], threads=3)
+    assert found == pytest.approx(
+        {
+            "prefill of 32 (tokens/s)": 100,
+            "decode at 32 (ms/token)": 50,
+            "prefill of 512 (tokens/s)": 100,
+            "decode at 512 (ms/token)": 50,
+            "decode at 16,384 (ms/token)": 50,
+        }
+    )
 
 
 def test_seconds_leaves_out_the_first_call():
