@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Ctrl-C while the command line is still importing all this ends it without a traceback; cli.main takes over then.
 if (
@@ -40,9 +40,9 @@ __all__ = [
     "Tokenizer",
     "Weights",
     "audit",
-    "batch",  # pyright: ignore[reportUnsupportedDunderAll]  imported when it is asked for
+    "batch",
     "count_parameters",
-    "damage",  # pyright: ignore[reportUnsupportedDunderAll]  this one, too
+    "damage",
     "embed",
     "forward",
     "generate",
@@ -61,17 +61,22 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "SamplingParameters":
-        from qwen3np.settings import sampling_parameters
+if TYPE_CHECKING:  # imported when they are asked for
+    from qwen3np.audit.damage import damage
+    from qwen3np.batches import batch
+else:
 
-        return sampling_parameters
-    if name == "damage":
-        from qwen3np.audit.damage import damage
+    def __getattr__(name: str) -> Any:
+        if name == "SamplingParameters":
+            from qwen3np.settings import sampling_parameters
 
-        return damage
-    if name == "batch":
-        from qwen3np.batches import batch
+            return sampling_parameters
+        if name == "damage":
+            from qwen3np.audit.damage import damage
 
-        return batch
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return damage
+        if name == "batch":
+            from qwen3np.batches import batch
+
+            return batch
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
