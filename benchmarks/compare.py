@@ -66,14 +66,14 @@ def measure_llama(program: Path, gguf: Path, lengths: Sequence[int], threads: in
 
 def measure_vllm(program: Path, folder: Path, dtype: str, lengths: Sequence[int], threads: int) -> Found:
     """Measure vLLM with its own benchmark, a process for each prompt and number of new tokens."""
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}  # the cores; else all of them
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}  # by default, all cores
 
     def seconds(prompt: int, new: int) -> float:
         with TemporaryDirectory() as scratch:
             results = Path(scratch) / "latency.json"
-            sizes = {"input-len": prompt, "output-len": new, "max-model-len": prompt + new, "batch-size": 1}
-            sizes |= {"num-iters-warmup": 1, "num-iters": 3}
-            flags = [f"--{name}={size}" for name, size in sizes.items()]
+            numbers = {"input-len": prompt, "output-len": new, "max-model-len": prompt + new, "batch-size": 1}
+            numbers |= {"num-iters-warmup": 1, "num-iters": 3}
+            flags = [f"--{name}={number}" for name, number in numbers.items()]
             flags += [f"--model={folder}", f"--dtype={dtype}", f"--output-json={results}", "--disable-detokenize"]
             subprocess.run([program, "bench", "latency", *flags], env=environment, stdout=sys.stderr, check=True)
             return median(json.loads(results.read_text(encoding="utf-8"))["latencies"])

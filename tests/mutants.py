@@ -912,10 +912,9 @@ GROUPS = [
         {
             "fp8: NaN as 480": ("max(initial=0) == 0x7F or", "max(initial=0) == 0x80 or"),
             "fp8: scales that overflow": ("< 128).all()", "< 1e30).all()"),
-            "fp8: the next block's scale": ("np.s_[first : last + 1]", "np.s_[first + 1 : last + 2]"),
+            "fp8: the next block's scale": ("scales[first : last + 1]", "scales[first + 1 : last + 2]"),
             "fp8: rows across blocks as one": ("range) and (first == last or", "range) and (True or"),
             "fp8: the last of a sorted few for all": ("isinstance(self.rows, range) and (", "("),
-            "fp8: subnormal numbers flushed": ("if ordinary and _SUBNORMAL * 1.0:", "if ordinary:"),
             "AWQ: columns in order": ("AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "AWQ_ORDER = tuple(range(8))"),
             "GPTQ: zeros as stored": (".T + self.less", ".T"),
             "GPTQ: groups in order": (
@@ -1220,7 +1219,6 @@ GROUPS = [
             "quotients trusted": ("lo / count, bound / count)", "lo / count, bound * 0)"),
             "whole numbers not divided": ("Fraction(whole, count << 298)", "Fraction(whole, 1 << 298)"),
             "fractions rounded twice": ("if rest and not np.float64(f).view(np.int64) & 1", "if False"),
-            "flushing allowed": ("if not np.full(1, 2.0**-149", "if not np.full(1, 2.0**-126"),
         },
     ),
     (

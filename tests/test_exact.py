@@ -407,6 +407,7 @@ def test_more_digits_until_it_is_settled():
     assert digits == [40, 80]
 
 
+@pytest.mark.oracle  # torch can set this
 def test_a_process_that_flushes_subnormal_numbers_is_refused():
     torch = pytest.importorskip("torch")
     rounding.require_subnormals()

@@ -122,7 +122,8 @@ def judged(
 def _contenders(found: Sequence[Trial], court: Court) -> list[Trial]:
     """Return the trials that these tokens cannot tell from the first, which is one of them.
 
-    Some bugs are the same in exact arithmetic: rotating backwards and exchanging cos and sin. Rounding tells nothing.
+    Some bugs are equal in exact arithmetic, such as rotating backwards and exchanging cos and sin: a difference no
+    larger than rounding must not decide between them.
     """
     best, rounding = found[0], court.floors["float32"]
 

@@ -17,7 +17,7 @@ from qwen3np.stored import FLOAT, Stored
 
 # The value of each byte as e4m3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433).
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(FLOAT)
-_E4M3_UNIT = 2.0**120  # what _put_e4m3 divides by
+_E4M3_UNIT = FLOAT.type(2.0**120)  # what _put_e4m3 divides by
 _SUBNORMAL = 5e-324  # times 1.0 it is 0 in a thread that flushes subnormal numbers
 # The two 4-bit numbers in each byte, the lower bits first, as one element of 8 bytes: one look-up finds both.
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(FLOAT).view(np.uint64)[:, 0]
@@ -33,43 +33,43 @@ class FP8(Stored):
     scales: Array
     rows: range | Array  # which of the file's matrix these are
     block: tuple[int, int]  # rows and inputs of a block
-    factors: Callable[[], tuple[Array, bool]]  # see of
+    scaling: Callable[[], tuple[Array, bool]]  # see of
 
     @classmethod
     def of(cls, codes: Array, scales: Array, block: tuple[int, int]) -> FP8:
         """The matrix whose blocks have this many rows and inputs."""
 
         @cache  # a look at every code, the first time that one is decoded
-        def factors() -> tuple[Array, bool]:
-            """Return the scales as float32, and whether they are for _put_e4m3, times 2^120."""
+        def scaling() -> tuple[Array, bool]:
+            """Return the scales as float32, and whether _put_e4m3 can unpack all codes for them."""
             nan = codes.view(np.int8).max(initial=0) == 0x7F or codes.view(np.uint8).max(initial=0) == 0xFF
             found = scales.astype(FLOAT)
-            ordinary = not nan and bool((np.abs(found) < 128).all())
-            return found * FLOAT.type(_E4M3_UNIT if ordinary else 1), ordinary
+            return found, not nan and bool((np.abs(found) < 128).all())
 
-        return cls(codes.shape, codes, scales, range(len(codes)), block, factors)
+        return cls(codes.shape, codes, scales, range(len(codes)), block, scaling)
 
     def _rows(self, which: slice | Array) -> FP8:
         codes = self.codes[which]
         rows = self.rows[which] if isinstance(which, slice) else np.asarray(self.rows)[which]
-        return FP8(codes.shape, codes, self.scales, rows, self.block, self.factors)
+        return FP8(codes.shape, codes, self.scales, rows, self.block, self.scaling)
 
     def _fill(self, out: Array) -> None:
-        factors, ordinary = self.factors()
-        if ordinary and _SUBNORMAL * 1.0:
-            _put_e4m3(self.codes.view(np.int8), out)
-        else:
-            np.take(_E4M3, self.codes.view(np.uint8), out=out, mode="clip")
-            factors = factors / FLOAT.type(_E4M3_UNIT if ordinary else 1)
+        scales, ordinary = self.scaling()
         (height, width), columns = self.block, self.shape[1]
         first, last = int(self.rows[0]) // height, int(self.rows[-1]) // height
-        # with as few calls as possible: after each, threads wait for the GIL
+        # in as few calls as possible: after each, threads wait for the GIL
         if isinstance(self.rows, range) and (first == last or len(out) == (last - first + 1) * height):
-            which, blocks = np.s_[first : last + 1], out.reshape(last - first + 1, -1, columns)
+            scales, blocks = scales[first : last + 1], out.reshape(last - first + 1, -1, columns)
         else:
-            which, blocks = np.asarray(self.rows) // height, out[:, None]
-        scales = factors[which] if width >= columns else np.repeat(factors[which], width, axis=1)
-        blocks *= scales[:, None, :columns]
+            scales, blocks = scales[np.asarray(self.rows) // height], out[:, None]
+        if ordinary and _SUBNORMAL * 1.0:
+            _put_e4m3(self.codes.view(np.int8), out)
+            scales = scales * _E4M3_UNIT
+        else:
+            np.take(_E4M3, self.codes.view(np.uint8), out=out, mode="clip")
+        if width < columns:
+            scales = np.repeat(scales, width, axis=1)[:, :columns]
+        blocks *= scales[:, None]
 
 
 def _put_e4m3(codes: Array, out: Array) -> None:

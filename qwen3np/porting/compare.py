@@ -32,8 +32,8 @@ MOST = 4  # settings of one port, and candidates for each
 # A setting that leaves more times the error makes a larger one itself. A part of it, whose roundings fall otherwise
 # next to the other part, leaves up to twice the error.
 LOUD = 2.5
-# The share that two settings must explain: with so many pairs to try, one may match 42 % of a bug's error by chance.
-# Pairs that were really there explained 86 % or more, even from logits alone.
+# Two settings together must explain at least this share of the error. So many pairs are tried that one can explain 42 %
+# of a bug's error by chance; pairs that were really there explained 86 % or more, even from logits alone.
 PAIRED = 0.75
 
 
